@@ -1,0 +1,34 @@
+# `make` lists the targets. Each creates .venv on first use; PYTHON=... picks the interpreter for it.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help demo test test-all lint loc
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+.venv/run: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+.venv/dev: .venv/run pyproject.toml
+	$(BIN)/pip install --quiet --disable-pip-version-check pytest hypothesis ruff
+	@touch $@
+
+demo: .venv/run  ## train SwAV on embedded images, k-NN before and after: under 5 minutes on two CPU cores
+	$(BIN)/python swav.py --out runs/demo --fresh
+	$(BIN)/python eval_knn.py runs/demo --random-init
+	$(BIN)/python eval_knn.py runs/demo
+
+test: .venv/dev lint  ## lint and tests, CPU only, no network: under 5 minutes
+	$(BIN)/python -m pytest
+
+test-all: .venv/dev lint  ## the sweeps too
+	$(BIN)/python -m pytest -m "not gpu"
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+
+loc:  ## lines of code
+	@wc -l *.py common/*.py | sort -n

@@ -1,0 +1,161 @@
+"""One atomic, checksummed file a run, and backbones in and out.
+
+A checkpoint is what torch.save writes, plus 40 bytes: a mark and the SHA-256 of all before it. torch.load reads the file
+as it is; `load` reads it with weights_only=True after the checksum agreed, and nothing else.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+
+import torch
+
+from .multicrop import MEAN, STD
+from .resnet import ARCHITECTURES
+
+MARK = b"SHA-256:"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is damaged or belongs to something else. The message says which file and why."""
+
+    exit_code = 4
+
+
+class _HashingWriter:
+    def __init__(self, file):
+        self.file, self.digest = file, hashlib.sha256()
+
+    def write(self, block):
+        self.digest.update(block)
+        return self.file.write(block)
+
+    def flush(self):
+        self.file.flush()
+
+
+def save(path, state):
+    """Writes state (tensors, numbers, strings, lists, tuples and dicts) to path, keeping the file that was there as
+    previous_path(path). The name never points at half a file. Raises OSError, with the old files intact."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as file:
+            writer = _HashingWriter(file)
+            torch.save(state, writer)
+            file.write(MARK + writer.digest.digest())
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            os.replace(path, previous_path(path))
+        os.replace(partial, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)  # the new names themselves reach the disk
+        os.close(folder)
+    except RuntimeError as error:  # torch's writer reports a full disk so
+        partial.unlink(missing_ok=True)
+        raise OSError(str(error).splitlines()[0]) from None
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def previous_path(path):
+    return Path(path).with_name("previous_" + Path(path).name)
+
+
+def load(path):
+    """The state that `save` wrote. Raises CheckpointError if the file is damaged, FileNotFoundError if there is none."""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size - len(MARK) - 32
+        digest, left = hashlib.sha256(), max(0, size)
+        while left and (block := file.read(min(left, 1 << 24))):
+            digest.update(block)
+            left -= len(block)
+        if size <= 0 or file.read() != MARK + digest.digest():
+            raise CheckpointError(f"{path} is damaged: its checksum does not agree")
+        file.seek(0)
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises several kinds for what it refuses
+            raise CheckpointError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from None
+
+
+def export_backbone(path, backbone, info):
+    """Writes a trunk as {"state_dict", "info"}: torchvision's parameter names, and what is needed to rebuild it.
+
+    info: dict with arch, width, stem, mean, std, resize, size, method, recipe, epoch. Written like a checkpoint.
+    """
+    partial = Path(path).with_name(Path(path).name + ".partial")
+    state = {
+        name: tensor.detach().cpu().float() if tensor.is_floating_point() else tensor.cpu()
+        for name, tensor in backbone.state_dict().items()
+    }
+    torch.save({"state_dict": state, "info": info}, partial)
+    os.replace(partial, path)
+
+
+def load_backbone(path):
+    """(trunk, info) of a run directory, a backbone.pt or a torchvision ResNet file (its `fc` is left out).
+
+    Every weight of the trunk must be in the file and the other way round; else CheckpointError names some.
+    """
+    path = Path(path)
+    path = path / "backbone.pt" if path.is_dir() else path
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist") from None
+    except Exception as error:
+        raise CheckpointError(f"{path} cannot be loaded: {str(error).splitlines()[0] if str(error) else 'it is empty'}") from None
+    state = saved.get("state_dict", saved) if isinstance(saved, dict) else {}
+    info = dict(saved["info"]) if "info" in saved else _recognise(state, path)
+    state = {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}
+    trunk = build_backbone(info)
+    missing = sorted(
+        trunk.state_dict().keys() - state.keys() - {name for name in trunk.state_dict() if name.endswith("num_batches_tracked")}
+    )
+    unknown = sorted(state.keys() - trunk.state_dict().keys())
+    if missing or unknown:
+        raise CheckpointError(f"{path} is no {info['arch']}: missing {missing[:3] or 'nothing'}, unknown {unknown[:3] or 'nothing'}")
+    try:
+        trunk.load_state_dict({**trunk.state_dict(), **state})
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: {str(error).splitlines()[1].strip()}") from None
+    return trunk, info
+
+
+def load_trunk(path, config):
+    """State dict of the trunk at path (see load_backbone), which must be of config's arch, width and stem."""
+    trunk, info = load_backbone(path)
+    for name in ("arch", "width", "stem"):
+        if info[name] != getattr(config, name):
+            raise CheckpointError(f"--init-from {path} has {name} {info[name]}, this run has --{name} {getattr(config, name)}")
+    return trunk.state_dict()
+
+
+def build_backbone(info):
+    """A trunk with random weights, of the architecture that info names."""
+    return ARCHITECTURES[info["arch"]](width=info["width"], stem=info["stem"])
+
+
+def _recognise(state, path):
+    """info of a bare state dict with torchvision's names, read off its shapes."""
+    if "conv1.weight" not in state or "layer4.0.conv1.weight" not in state:
+        raise CheckpointError(f"{path} is neither a backbone.pt nor a torchvision ResNet: it holds {sorted(state)[:3]}")
+    depth = sum(name.startswith("layer3.") and name.endswith(".conv1.weight") for name in state)
+    bottleneck = "layer1.0.conv3.weight" in state
+    arch = {(6, True): "resnet50", (6, False): "resnet34", (2, False): "resnet18", (1, False): "resnet10"}.get((depth, bottleneck))
+    if arch is None:
+        raise CheckpointError(f"{path}: only ResNet-10, 18, 34 and 50 are known, not one with {depth} blocks in layer3")
+    channels, _, side, _ = state["conv1.weight"].shape
+    return {
+        "arch": arch,
+        "width": channels / 64,
+        "stem": "small" if side == 3 else "imagenet",
+        "resize": 256,
+        "size": 224,
+        "mean": MEAN,
+        "std": STD,
+        "method": "torchvision",
+    }

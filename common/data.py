@@ -1,0 +1,405 @@
+"""Where images come from, and which images form step t of epoch e.
+
+    images = open_images("/imagenet", "train")     # also: a flat or nested folder, a list file, shapes, cifar10, ...
+    batches = batches(len(images), 256, epoch=3, seed=0, rank=0, world_size=8)
+
+Order is stateless: step t of epoch e depends on (seed, e, t) alone, so there is no sampler state to save, and any number
+of ranks and workers sees the same global batches.
+"""
+
+import atexit
+import hashlib
+import os
+import signal
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+from torch.utils.data import DataLoader
+
+EXTENSIONS = {".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".avif", ".jp2"}
+TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "svhn": "SVHN", "stl10": "STL10"}
+TRIES = 100  # unreadable images in a row before a sample is given up
+RETRIED = {5, 11, 110, 116, 121}  # errno of a network file system's bad moments: EIO, EAGAIN, ETIMEDOUT, ESTALE, EREMOTEIO
+
+
+class DataError(ValueError):
+    """Data that cannot be used. The message names the path, what was found and what is needed."""
+
+    exit_code = 3
+
+
+def open_images(spec, split="train", root=""):
+    """The images that `spec` names, as a map-style set.
+
+    spec: a folder (class folders, flat or nested; its train/ or val/ is used when present), a text file with one path
+    a line (`path`, `path label` or `path,label`; relative paths start at root, or at the list's folder), "shapes",
+    "shapes:N", or one of torchvision's "cifar10", "cifar100", "svhn", "stl10", each with ":/folder" to say where.
+    split: "train" or "val". Only named sets and folders with a val/ have a "val" split.
+    Returns a set with len(), labels (N,) int64 or None, classes, paths, fingerprint, read(i) -> PIL RGB image.
+    Raises DataError if there is nothing to read.
+    """
+    name, _, argument = str(spec).partition(":")
+    if name == "shapes":
+        return Shapes(split, *([_count(argument)] if argument else []))
+    if name in TORCHVISION:
+        return Torchvision(name, split, argument or os.path.join("data", name))
+    path = Path(spec)
+    if path.is_dir():
+        if split == "val" and not (path / "val").is_dir():
+            raise DataError(f"{path} has no val/ folder to evaluate on")
+        inner = path / split
+        return _scan(inner if inner.is_dir() else path)
+    if path.is_file():
+        if split == "val":
+            raise DataError(f"{path} is a list of images: name the list or folder to evaluate on with --val")
+        return _read_list(path, root)
+    raise DataError(f"{spec} does not exist (a folder, a list file, shapes, {', '.join(TORCHVISION)})")
+
+
+def has_split(spec, split):
+    """Whether open_images(spec, split) would find something to open."""
+    return str(spec).partition(":")[0] in ("shapes", *TORCHVISION) or (Path(spec) / split).is_dir()
+
+
+class Files:
+    """Image files. Paths are packed into one array, so a million of them cost a worker nothing."""
+
+    def __init__(self, root, paths, labels=None, classes=()):
+        encoded = [os.fsencode(path) for path in paths]
+        # Tensors live in shared memory when a worker is spawned, and hold no Python objects that a fork would copy.
+        self._bytes = torch.frombuffer(bytearray(b"".join(encoded)), dtype=torch.uint8)
+        self._ends = torch.from_numpy(np.cumsum([len(e) for e in encoded], dtype=np.int64))
+        self.root, self.classes = str(root), list(classes)
+        self.labels = None if labels is None else torch.tensor(labels, dtype=torch.int64)
+        digest = hashlib.sha256(b"\0".join(encoded)).hexdigest()
+        self.fingerprint = f"{len(encoded)} files {digest[:16]}"
+        self.paths = _Paths(self)
+
+    def __len__(self):
+        return len(self._ends)
+
+    def path(self, i):
+        start = int(self._ends[i - 1]) if i else 0
+        return os.fsdecode(self._bytes[start : int(self._ends[i])].numpy().tobytes())
+
+    def read(self, i):
+        return decode(os.path.join(self.root, self.path(i)))
+
+
+class _Paths:
+    """The paths of a Files set as a sequence of strings, made when asked for."""
+
+    def __init__(self, files):
+        self.files = files
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, i):
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        return self.files.path(i)
+
+
+class Torchvision:
+    """A labelled data set of torchvision, downloaded on first use."""
+
+    def __init__(self, name, split, root):
+        cls = getattr(torchvision.datasets, TORCHVISION[name])
+        wanted = "test" if split == "val" else "train"
+        which = {"train": split == "train"} if name.startswith("cifar") else {"split": wanted}
+        if name == "stl10" and split == "train":
+            which = {"split": "train+unlabeled"}
+        try:
+            self.set = cls(root, download=True, **which)
+        except (OSError, RuntimeError) as error:
+            raise DataError(f"{name}: not in {root}, and it cannot be downloaded ({error})") from None
+        labels = torch.as_tensor(self.set.targets if hasattr(self.set, "targets") else self.set.labels).long()
+        self.labels = labels if int(labels.min()) >= 0 else None  # STL-10's unlabelled images
+        self.classes = list(getattr(self.set, "classes", map(str, range(10))))
+        self.paths = [f"{name}/{split}/{i:06d}" for i in range(len(self.set))]
+        self.fingerprint = f"{name} {split} {len(self.set)}"
+
+    def __len__(self):
+        return len(self.set)
+
+    def read(self, i):
+        return self.set[i][0].convert("RGB")
+
+
+class Shapes:
+    """Ten classes of form or texture, drawn on the fly: 32x32 pixels, a function of (split, index) alone.
+
+    Colours, place, size, rotation, background and noise are drawn independently of the class, so raw pixels and a
+    random network say little about it. 10,000 images to train on and 2,000 held out; "shapes:N" has N and N / 5.
+    """
+
+    classes = ["disc", "square", "triangle", "cross", "ring", "star", "stripes", "checks", "dots", "waves"]
+
+    def __init__(self, split, n=10_000):
+        self.n = n if split == "train" else max(1, n // 5)
+        self.split = split
+        self.labels = torch.arange(self.n) % 10
+        self.paths = [f"shapes/{split}/{i:06d}" for i in range(self.n)]
+        self.fingerprint = f"shapes {split} {self.n}"
+
+    def __len__(self):
+        return self.n
+
+    def read(self, i):
+        return Image.fromarray(draw_shape(i % 10, np.random.default_rng((i, self.split == "val"))))
+
+
+def draw_shape(label, rng, size=32):
+    """One image of class `label` (see Shapes.classes) as (size, size, 3) uint8, its nuisances drawn from rng."""
+    y, x = np.mgrid[:size, :size] / (size - 1) * 2 - 1  # -1 .. 1
+    angle = rng.uniform(0, 2 * np.pi)
+    scale = rng.uniform(0.45, 0.75)
+    x, y = (x - rng.uniform(-0.3, 0.3)) / scale, (y - rng.uniform(-0.3, 0.3)) / scale
+    u, v = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
+    radius, turn = np.hypot(u, v), np.arctan2(v, u)
+    frequency, phase = rng.uniform(5.5, 8.5), rng.uniform(0, 2 * np.pi, 2)
+    # Signed distance: below 0 inside.
+    if label == 0:
+        distance = radius - 0.9
+    elif label == 1:
+        distance = np.maximum(abs(u), abs(v)) - 0.8
+    elif label == 2:
+        distance = np.maximum(abs(u) * 0.866 + v * 0.5, -v) - 0.55
+    elif label == 3:
+        distance = np.minimum(np.maximum(abs(u) - 0.28, abs(v) - 1), np.maximum(abs(v) - 0.28, abs(u) - 1))
+    elif label == 4:
+        distance = abs(radius - 0.75) - 0.2
+    elif label == 5:
+        distance = radius * (1 + 0.42 * np.cos(5 * turn)) - 0.6
+    elif label == 6:
+        distance = np.sin(frequency * u + phase[0]) * 0.2
+    elif label == 7:
+        distance = np.sin(frequency * u + phase[0]) * np.sin(frequency * v + phase[1]) * 0.3
+    elif label == 8:
+        distance = 0.35 - (np.sin(frequency * u + phase[0]) * np.sin(frequency * v + phase[1])) ** 2
+    else:
+        distance = np.sin(frequency * (u + 0.35 * np.sin(3.5 * v + phase[1])) + phase[0]) * 0.2
+    inside = np.clip(0.5 - distance * scale * size / 2, 0, 1)[..., None]  # one pixel of anti-aliasing
+    ground, figure = rng.uniform(0, 1, 3), rng.uniform(0, 1, 3)
+    while abs(ground - figure).sum() < 0.8:  # visible
+        ground, figure = rng.uniform(0, 1, 3), rng.uniform(0, 1, 3)
+    slope = np.outer(np.linspace(-1, 1, size), rng.normal(0, 0.12, 3))  # light that changes across the image
+    shade = slope[:, None] + np.outer(np.linspace(-1, 1, size), rng.normal(0, 0.12, 3))[None]
+    image = ground + inside * (figure - ground) + shade + rng.normal(0, rng.uniform(0.02, 0.1), (size, size, 3))
+    return (image.clip(0, 1) * 255).astype(np.uint8)
+
+
+def decode(path):
+    """The first frame of an image file as an 8-bit RGB PIL image.
+
+    16-bit and floating-point grey are scaled to 8 bits; CMYK, palette, grey and alpha are converted, and transparency
+    is dropped; the EXIF orientation is ignored, as in the papers. Files over Pillow's limit of 179 million pixels are
+    refused. Raises what Pillow raises for a file that it cannot read.
+    """
+    for attempt in (1, 2, 3):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # damaged EXIF, large images: thousands of lines in a real data set
+                with Image.open(path) as image:
+                    return _to_rgb(image)
+        except OSError as error:
+            if error.errno not in RETRIED or attempt == 3:
+                raise
+            time.sleep(0.1 * 10**attempt)
+
+
+def _to_rgb(image):
+    if image.mode.startswith("I") or image.mode == "F":  # Pillow itself clips these to white or black
+        pixels = np.asarray(image, dtype=np.float64)
+        if not np.isfinite(pixels).all():
+            raise ValueError("pixels that are not finite")
+        top = 65535 if pixels.max() > 255 else 255 if pixels.max() > 1 or image.mode != "F" else 1
+        top = 65535 if image.mode.startswith("I;16") else max(top, pixels.max())
+        image = Image.fromarray((pixels.clip(0) / top * 255).round().astype(np.uint8))
+    return image.convert("RGB")
+
+
+def batches(n, batch_size, epoch, seed, rank, world_size, order=None, drop_last=True):
+    """This rank's part of every global batch of an epoch, as a sequence of lists of (position, index).
+
+    position: place in the epoch's order, 0 .. n-1, which together with the epoch seeds the augmentation.
+    order: (n,) indices to take instead of a permutation drawn from (seed, epoch); an index may occur more than once.
+    Rank r takes the r-th contiguous slice of each global batch; drop_last leaves out the last, partial one.
+    """
+    if order is None:
+        order = np.random.default_rng((seed, epoch)).permutation(n)
+    return _Batches(np.asarray(order), batch_size, rank, world_size, drop_last)
+
+
+class _Batches:
+    def __init__(self, order, batch_size, rank, world_size, drop_last):
+        self.order, self.batch_size, self.rank, self.world_size = order, batch_size, rank, world_size
+        self.length = len(order) // batch_size if drop_last else -(-len(order) // batch_size)
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, step):
+        if not 0 <= step < self.length:
+            raise IndexError(step)
+        start = step * self.batch_size
+        size = min(self.batch_size, len(self.order) - start)
+        first, last = start + self.rank * size // self.world_size, start + (self.rank + 1) * size // self.world_size
+        return list(zip(range(first, last), self.order[first:last].tolist()))
+
+
+class Loader:
+    """Collated batches of a data set that is indexed by (epoch, position, index) and returns (index, crops, params).
+
+    The worker processes stay for the whole run. An image that cannot be read comes back as the next one that can, under
+    that one's index; `bad` collects the indices left out.
+    """
+
+    def __init__(self, dataset, workers=0, pin_memory=False, start_method=None):
+        self.bad = set()
+        self.lost = False  # a sample found nothing readable within TRIES images and is blank, with index -1
+        self._keys = []  # the keys of the epoch under way, replaced in place: the workers' sampler reads it
+        self._n = len(dataset)
+        self._loader = DataLoader(
+            dataset,
+            batch_sampler=self._keys,
+            num_workers=workers,
+            collate_fn=collate,
+            pin_memory=pin_memory,
+            persistent_workers=workers > 0,
+            prefetch_factor=4 if workers else None,
+            worker_init_fn=_ignore_signals,
+            multiprocessing_context=start_method if workers else None,
+        )
+        # The workers ignore the SIGTERM by which multiprocessing would end them when the interpreter exits.
+        atexit.register(self.close)
+
+    def close(self):
+        """Ends the worker processes."""
+        if self._loader.num_workers and self._loader._iterator is not None:
+            self._loader._iterator._shutdown_workers()
+        atexit.unregister(self.close)
+
+    def epoch(self, epoch, batches, first=0):
+        """Batches of the epoch from step `first` on: index (B,) int64, crops [(V_r, B, 3, s, s) uint8], params (V, B, 8)."""
+        requested = [batches[step] for step in range(first, len(batches))]
+        self._keys[:] = [[(epoch, position, index) for position, index in batch] for batch in requested]
+        for batch, (index, crops, params) in zip(requested, self._loader):
+            for (_, wanted), got in zip(batch, index.tolist()):
+                if got != wanted:  # every image from the one wanted up to the one that came is unreadable
+                    skipped = (got - wanted) % self._n if got >= 0 else min(TRIES, self._n)
+                    self.bad.update((wanted + i) % self._n for i in range(skipped))
+                    self.lost |= got < 0
+            yield index, crops, params
+
+
+def collate(samples):
+    """Samples (index, [(V_r, 3, s, s)], (V, 8)) to (B,), [(V_r, B, 3, s, s)] and (V, B, 8): one tensor a resolution."""
+    index, crops, params = zip(*samples)
+    return torch.tensor(index), [torch.stack(group, dim=1) for group in zip(*crops)], torch.stack(params, dim=1)
+
+
+def read_or_next(images, index):
+    """(index, image) of the first readable image from `index` on, or (index, None) if TRIES in a row are not."""
+    for i in range(min(TRIES, len(images))):
+        try:
+            return (index + i) % len(images), images.read((index + i) % len(images))
+        except Exception:  # Pillow's plug-ins raise a dozen kinds for damaged files
+            continue
+    return index, None
+
+
+def _ignore_signals(worker):
+    # A stop signal often reaches the whole process group. The main process decides; its workers go on until it ends.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _scan(root):
+    """Image files below root in name order. Class = first folder below the root; no labels if images lie in it."""
+    paths, empty, seen = [], [], set()
+    real_root = os.path.realpath(root)
+
+    def walk(relative):
+        found = False
+        folder = os.path.join(root, relative)
+        try:
+            entries = sorted(os.scandir(folder), key=lambda entry: os.fsencode(entry.name))
+        except PermissionError:
+            raise DataError(f"{folder} cannot be read: permission denied") from None
+        for entry in entries:
+            if entry.name.startswith("."):  # .DS_Store, ._photo.jpg, .thumbnails
+                continue
+            name = os.path.join(relative, entry.name)
+            if entry.is_dir():
+                if entry.is_symlink():  # a link back into the tree would count images twice, or without end
+                    real = os.path.realpath(entry.path)
+                    if real in seen or os.path.commonpath([real, real_root]) in (real, real_root):
+                        continue
+                    seen.add(real)
+                inside = walk(name)
+                if not inside and not relative:
+                    empty.append(entry.name)
+                found = found or inside
+            elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
+                paths.append(name)
+                found = True
+        return found
+
+    walk("")
+    if not paths:
+        raise DataError(f"{root} holds no images ({' '.join(sorted(EXTENSIONS))})")
+    if any(os.sep not in path for path in paths):
+        return Files(root, paths)
+    if empty:
+        print(
+            f"warning: {root}: no images in {', '.join(map(repr, empty[:3]))}{' ...' if len(empty) > 3 else ''} ({len(empty)} folders left out)"
+        )
+    classes = sorted({path.split(os.sep, 1)[0] for path in paths}, key=os.fsencode)
+    number = {name: i for i, name in enumerate(classes)}
+    return Files(root, paths, [number[path.split(os.sep, 1)[0]] for path in paths], classes)
+
+
+def _read_list(path, root):
+    """A list file: a path a line, with an integer label or a class name behind it on every line or on none."""
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8", errors="surrogateescape").split("\n") if line.strip()]
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    if not lines or "\0" in lines[0]:
+        raise DataError(f"{path} is not a list of images: a text file with one path a line is needed")
+    root = Path(root or path.parent)
+
+    def split(line):
+        for separator in (",", "\t", " "):
+            head, found, label = line.rpartition(separator)
+            if found and label.strip() and os.path.splitext(head.strip())[1].lower() in EXTENSIONS:
+                return head.strip(), label.strip()
+        return line.strip(), None
+
+    pairs = [split(line) for line in lines]
+    # Looking at every file of a long list takes minutes on a network: these catch a wrong root or a wrong list.
+    for i in range(0, len(pairs), max(1, len(pairs) // 10_000)):
+        if not (root / pairs[i][0]).is_file():
+            raise DataError(f"{path} line {i + 1}: {root / pairs[i][0]} does not exist")
+    labels = [label for _, label in pairs]
+    if None in labels:
+        if any(label is not None for label in labels):
+            raise DataError(f"{path} line {labels.index(None) + 1} has no label, but other lines have one")
+        return Files(root, [name for name, _ in pairs])
+    numeric = all(label.isdigit() for label in labels)
+    classes = [str(i) for i in range(max(map(int, labels)) + 1)] if numeric else sorted(set(labels))
+    number = {name: i for i, name in enumerate(classes)}
+    return Files(root, [name for name, _ in pairs], [int(label) if numeric else number[label] for label in labels], classes)
+
+
+def _count(text):
+    if not text.isdigit() or int(text) < 1:
+        raise DataError(f"shapes:{text}: the number of images is needed behind the colon")
+    return int(text)

@@ -1,0 +1,194 @@
+"""One process or many: the identity without torchrun, collectives under it.
+
+Every function here is a no-op in a single process, so the scripts never ask "am I distributed?". Tensors on the CPU
+travel over gloo and tensors on a GPU over NCCL, so small control messages never wait for the GPU.
+"""
+
+import datetime
+import os
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+
+def start(device="auto"):
+    """Joins the group that torchrun describes in the environment, if any; returns the device of this process.
+
+    device: "auto" (a GPU if there is one), "cpu" or "cuda". Raises ValueError if a GPU is asked for and missing.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(f"--device cuda needs one GPU a process: local process {local_rank}, {torch.cuda.device_count()} GPUs")
+        torch.cuda.set_device(local_rank)
+    if "RANK" in os.environ and not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        # Clustering a data set between two steps can take longer than the default 10 minutes.
+        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
+    return torch.device(device, local_rank if device == "cuda" else None)
+
+
+def fail(message, code):
+    """Ends every rank with an exit code; rank 0 alone says why, in one line."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(2)  # torchrun stops all ranks when the first one ends: let rank 0 speak
+    sys.exit(code)
+
+
+def stop():
+    """Leaves the group. Call it once, at the very end."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def all_sum(x):
+    """Sum of x over ranks, equal on every rank, as a new tensor. No gradient flows through it."""
+    x = x.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def all_max(x):
+    """Largest x over ranks, element by element, as a new tensor."""
+    x = x.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(x, op=dist.ReduceOp.MAX)
+    return x
+
+
+def gather_rows(x):
+    """Rows of x of all ranks, concatenated in rank order; ranks may hold unequal numbers of rows, also none."""
+    if world_size() == 1:
+        return x.detach().clone()
+    counts = torch.zeros(world_size(), dtype=torch.int64, device=x.device)
+    counts[rank()] = len(x)
+    counts = all_sum(counts).tolist()
+    padded = x.new_zeros((max(counts), *x.shape[1:]))
+    padded[: len(x)] = x.detach()
+    blocks = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(blocks, padded)
+    return torch.cat([block[:count] for block, count in zip(blocks, counts)])
+
+
+def broadcast(x):
+    """Rank 0's tensor on every rank, written into x; returns x. Shapes must agree."""
+    if world_size() > 1:
+        dist.broadcast(x, src=0)
+    return x
+
+
+def from_main(function, *arguments):
+    """Runs function(*arguments) on rank 0 alone; every rank gets its result, or raises the exception that it raised.
+
+    For what one process must do or decide: scan a folder, read a checkpoint, create a directory.
+    """
+    box = [None]
+    if rank() == 0:
+        try:
+            box = [(function(*arguments), None)]
+        except Exception as error:  # whatever it is, every rank raises it
+            if world_size() == 1:
+                raise
+            box = [(None, error)]
+    if world_size() > 1:
+        dist.broadcast_object_list(box, src=0)
+    result, error = box[0]
+    if error is not None:
+        raise error
+    return result
+
+
+class _SyncedBatchNorm(torch.autograd.Function):
+    """Batch norm with the statistics of all ranks' rows: one all-reduce forward and one backward."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps):
+        dims = [d for d in range(x.dim()) if d != 1]
+        exact = torch.promote_types(x.dtype, torch.float32)  # statistics of a bf16 map are float32
+        var, mean = torch.var_mean(x.to(exact), dims, correction=0)  # (C,) (C,)
+        count = mean.new_full((1,), x.numel() // x.shape[1], dtype=torch.float64)
+        # Moments about zero add up over ranks; float64 keeps the difference below exact.
+        mean, var = mean.double(), var.double()
+        moments = all_sum(torch.cat([mean * count, (var + mean**2) * count, count]))  # (2C+1,)
+        count = moments[-1]
+        mean, square = (moments[:-1] / count).chunk(2)  # (C,) (C,)
+        var = (square - mean**2).clamp_(min=0)
+        mean, var = mean.to(exact), var.to(exact)
+        ctx.save_for_backward(x, weight, mean, (var + eps).rsqrt(), count.to(exact))
+        ctx.mark_non_differentiable(mean, var, count)
+        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps), mean, var, count
+
+    @staticmethod
+    def backward(ctx, grad, *unused):
+        x, weight, mean, inverse_std, count = ctx.saved_tensors
+        dims = [d for d in range(x.dim()) if d != 1]
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        grad_exact = grad.to(mean.dtype)
+        normalized = (x.to(mean.dtype) - mean.view(shape)) * inverse_std.view(shape)
+        bias_grad = grad_exact.sum(dims)  # (C,)
+        weight_grad = (grad_exact * normalized).sum(dims)  # (C,)
+        bias_mean, weight_mean = (all_sum(torch.cat([bias_grad, weight_grad])) / count).chunk(2)
+        x_grad = grad_exact - bias_mean.view(shape) - normalized * weight_mean.view(shape)
+        x_grad = x_grad * (inverse_std * weight).view(shape)
+        return x_grad.to(x.dtype), weight_grad.to(weight.dtype), bias_grad.to(weight.dtype), None
+
+
+class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """BatchNorm1d/2d over the rows of all ranks, on GPUs and (unlike torch.nn.SyncBatchNorm) on CPUs over gloo.
+
+    In a single process and in eval mode it is the native batch norm. State-dict keys are those of nn.BatchNorm2d.
+    """
+
+    def _check_input_dim(self, x):
+        if x.dim() < 2:
+            raise ValueError(f"SyncBatchNorm needs (B, C, ...), got {x.dim()} dimensions")
+
+    def forward(self, x):
+        if not self.training or world_size() == 1:
+            return super().forward(x)
+        y, mean, var, count = _SyncedBatchNorm.apply(x, self.weight, self.bias, self.eps)
+        with torch.no_grad():
+            unbiased = var * (count / (count - 1)).to(var.dtype)
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+            self.num_batches_tracked += 1
+        return y
+
+    @classmethod
+    def convert(cls, module):
+        """Replaces every BatchNorm1d/2d inside module, keeping parameters and buffers; returns module."""
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            synced = cls(module.num_features, module.eps, module.momentum)
+            synced.weight, synced.bias = module.weight, module.bias
+            synced.running_mean, synced.running_var = module.running_mean, module.running_var
+            synced.num_batches_tracked = module.num_batches_tracked
+            return synced
+        for name, child in module.named_children():
+            setattr(module, name, cls.convert(child))
+        return module
+
+
+def parallel(model):
+    """The model to train: itself in one process, else with synced batch norm inside DistributedDataParallel."""
+    if world_size() == 1:
+        return model
+    model = SyncBatchNorm.convert(model)
+    # Synced statistics make the buffers equal on all ranks already, so they are not broadcast.
+    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)

@@ -1,0 +1,231 @@
+"""Multi-crop in two halves: the worker decodes once and cuts uint8 crops, the device does everything photometric.
+
+    sample = MultiCrop(images, crops=(2, 6), sizes=(224, 96), scales=((0.14, 1), (0.05, 0.14)), ...)[epoch, position, index]
+    x = photometric(crops, params, MEAN, STD)
+
+All randomness of a draw comes from (seed, epoch, position): the same on any rank, in any worker, and after a resume.
+"""
+
+import itertools
+import math
+import random
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torchvision.transforms import functional as TF
+
+from .data import read_or_next
+
+MEAN = (0.485, 0.456, 0.406)  # of ImageNet, RGB in [0, 1]
+STD = (0.229, 0.224, 0.225)
+ORDERS = torch.tensor(list(itertools.permutations(range(4))))  # (24, 4): brightness 0, contrast 1, saturation 2, hue 3
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What is drawn for each crop besides its place and flip. The defaults are SwAV's (and SimCLR's at strength 1).
+
+    jitter: brightness, contrast and saturation factors in [1 - j, 1 + j], hue shift in [-j, j] of the colour circle.
+    blur_sigma: in pixels, uniform. rotate: degrees, uniform in [-rotate, rotate]. *_p: probabilities.
+    grey_first: turn grey before the jitter instead of after it.
+    """
+
+    jitter: tuple = (0.8, 0.8, 0.8, 0.2)
+    jitter_p: float = 0.8
+    grey_p: float = 0.2
+    grey_first: bool = False
+    blur_p: float = 0.5
+    blur_sigma: tuple = (0.1, 2.0)
+    rotate: float = 0.0
+
+    def draw(self, rng):
+        """Parameters of one crop: brightness, contrast, saturation, hue, order 0..23 (-1 off), grey (0 off, 1 after the
+        jitter, 2 before it), blur sigma (0 off), angle. Takes the same number of draws whatever their outcome."""
+        factors = [rng.uniform(max(0, 1 - j), 1 + j) for j in self.jitter[:3]] + [rng.uniform(-self.jitter[3], self.jitter[3])]
+        order = rng.randrange(24)
+        if rng.random() >= self.jitter_p:
+            factors, order = [1.0, 1.0, 1.0, 0.0], -1
+        grey = (2 if self.grey_first else 1) if rng.random() < self.grey_p else 0
+        sigma = rng.uniform(*self.blur_sigma)
+        sigma = sigma if rng.random() < self.blur_p else 0.0
+        return [*factors, order, grey, sigma, rng.uniform(-self.rotate, self.rotate)]
+
+
+class MultiCrop:
+    """Map-style set of multi-crops: [(epoch, position, index)] -> index, crops, params.
+
+    crops: number of crops of each size; sizes: side in pixels; scales: (min, max) share of the image's area.
+    Returns the index, a list with one (V_r, 3, s, s) uint8 tensor a size, and params (V, 8) float32 as drawn by
+    Augmentation. Crops are random resized crops (ratio 3/4 to 4/3, antialiased bilinear) and flipped half of the time.
+    An unreadable image is replaced by the next readable one, whose index is returned.
+    """
+
+    def __init__(self, images, crops, sizes, scales, augmentation, seed):
+        if not len(crops) == len(sizes) == len(scales):
+            raise ValueError(f"crops, sizes and scales need one entry a resolution: got {crops}, {sizes}, {scales}")
+        self.images, self.crops, self.sizes, self.scales = images, crops, sizes, scales
+        self.augmentation, self.seed = augmentation, seed
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, key):
+        epoch, position, index = key
+        rng = random.Random((self.seed << 128) | (epoch << 64) | position)
+        index, image = read_or_next(self.images, index)
+        if image is None:
+            return -1, [torch.zeros(n, 3, s, s, dtype=torch.uint8) for n, s in zip(self.crops, self.sizes)], torch.zeros(sum(self.crops), 8)
+        pixels = to_tensor(image)
+        crops, params = [], []
+        for number, size, scale in zip(self.crops, self.sizes, self.scales):
+            group = []
+            for _ in range(number):
+                top, left, height, width = random_box(*pixels.shape[1:], scale, rng)
+                crop = resize(pixels[:, top : top + height, left : left + width], size)
+                group.append(crop.flip(-1) if rng.random() < 0.5 else crop)
+                params.append(self.augmentation.draw(rng))
+            crops.append(torch.stack(group))  # (V_r, 3, s, s)
+        return index, crops, torch.tensor(params)
+
+
+class CenterCrop:
+    """Map-style set like MultiCrop with one centre crop an image and nothing drawn: what evaluations look at."""
+
+    def __init__(self, images, resize, size):
+        self.images, self.resize, self.size = images, resize, size
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, key):
+        index, image = read_or_next(self.images, key[-1])
+        crop = torch.zeros(3, self.size, self.size, dtype=torch.uint8) if image is None else center(image, self.resize, self.size)
+        return -1 if image is None else index, [crop[None]], torch.tensor([[1.0, 1, 1, 0, -1, 0, 0, 0]])
+
+
+def to_tensor(image):
+    """PIL RGB image to (3, H, W) uint8, channels last in memory: the layout that resizes fastest."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def resize(pixels, size):
+    """(3, h, w) uint8 to (3, size, size) uint8, antialiased bilinear: Pillow's within 1."""
+    return F.interpolate(pixels[None], (size, size), mode="bilinear", antialias=True)[0]
+
+
+def center(image, resize, size):
+    """PIL image to (3, size, size) uint8: short side to `resize`, then the central square of `size` pixels."""
+    return to_tensor(TF.center_crop(TF.resize(image, resize), size))
+
+
+def random_box(height, width, scale, rng, ratio=(3 / 4, 4 / 3)):
+    """(top, left, height, width) of a random resized crop: area a uniform share of the image, log-uniform aspect ratio.
+
+    Ten tries, then the largest central box within the ratio, as in torchvision's RandomResizedCrop.
+    """
+    for _ in range(10):
+        area = height * width * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return rng.randint(0, height - h), rng.randint(0, width - w), h, w
+    h, w = height, width
+    if width / height < ratio[0]:
+        h = round(width / ratio[0])
+    elif width / height > ratio[1]:
+        w = round(height * ratio[1])
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+@torch.no_grad()
+def photometric(crops, params, mean=MEAN, std=STD, dtype=torch.float32):
+    """Jitter in the drawn order, grey, blur, rotation and normalisation of a whole batch, each crop by its own parameters.
+
+    crops: (B, 3, s, s) uint8, on any device. params: (B, 8) as drawn by Augmentation; on the CPU, so that picking the
+    rows to work on never waits for a GPU. Returns (B, 3, s, s) of dtype, channels last.
+    Agrees with torchvision's functional transforms on float tensors to 1e-4.
+    """
+    device = crops.device
+    x = crops.to(dtype) / 255
+    params = params.cpu()
+    on = params.to(device, dtype, non_blocking=True)[:, :, None, None, None]  # (B, 8, 1, 1, 1)
+    order = params[:, 4].long()
+
+    def rows(mask):
+        return mask.nonzero()[:, 0].to(device, non_blocking=True)
+
+    def update(mask, function, *arguments):
+        if mask.any():
+            chosen = rows(mask)
+            x[chosen] = function(x[chosen], *(a[chosen] for a in arguments))
+
+    update(params[:, 5] == 2, lambda x: _grey(x).expand_as(x))
+    for place in range(4):
+        operation = torch.where(order >= 0, ORDERS[order.clamp(min=0), place], torch.tensor(-1))
+        update(operation == 0, lambda x, f: (x * f).clamp_(0, 1), on[:, 0])
+        update(operation == 1, lambda x, f: _blend(x, _grey(x).mean(dim=(1, 2, 3), keepdim=True), f), on[:, 1])
+        update(operation == 2, lambda x, f: _blend(x, _grey(x), f), on[:, 2])
+        update(operation == 3, _shift_hue, on[:, 3])
+    update(params[:, 5] == 1, lambda x: _grey(x).expand_as(x))
+    update(params[:, 6] > 0, _blur, on[:, 6])
+    update(params[:, 7] != 0, _rotate, on[:, 7])
+    mean, std = (torch.tensor(v, dtype=dtype).view(1, 3, 1, 1).to(device, non_blocking=True) for v in (mean, std))
+    return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+def to_device(crops, params, device, dtype=torch.float32):
+    """A collated batch to what a network takes: crops [(V_r, B, 3, s, s) uint8] and params (V, B, 8) from the loader to
+    one (V_r B, 3, s, s) of dtype a resolution, crop-major, augmented on the device."""
+    rows = params.split([len(group) for group in crops])
+    return [
+        photometric(group.flatten(0, 1).to(device, non_blocking=True), row.flatten(0, 1), dtype=dtype) for group, row in zip(crops, rows)
+    ]
+
+
+def _grey(x):
+    return 0.2989 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]  # (B, 1, s, s), ITU-R 601 luma
+
+
+def _blend(x, other, factor):
+    return (factor * x + (1 - factor) * other).clamp_(0, 1)
+
+
+def _shift_hue(x, shift):
+    """RGB to HSV, hue + shift (in turns), and back, without a branch."""
+    value, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
+    chroma = value - low
+    safe = torch.where(chroma == 0, torch.ones_like(chroma), chroma)
+    r, g, b = ((value - x) / safe).split(1, dim=1)  # 0 where the channel is the largest
+    red, green = x[:, :1] == value, x[:, 1:2] == value
+    hue = torch.where(red, b - g, torch.where(green, 2 + r - b, 4 + g - r)) + shift * 6  # in sixths of a turn
+    offsets = torch.tensor([5.0, 3.0, 1.0], dtype=x.dtype).view(1, 3, 1, 1).to(x.device, non_blocking=True)
+    k = (offsets + hue).remainder(6)
+    return value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)
+
+
+def _blur(x, sigma, radius=11):
+    """Gaussian blur with reflected borders: two products with a banded matrix per crop, K x K^T.
+
+    Radius 11 (a 23-pixel kernel) is what the published SwAV models were trained with.
+    """
+    size = x.shape[-1]
+    radius = min(radius, size - 1)
+    taps = torch.arange(-radius, radius + 1, device=x.device)
+    kernel = torch.exp(-0.5 * (taps / sigma.view(-1, 1)) ** 2)  # (B, 2 radius + 1)
+    kernel = kernel / kernel.sum(dim=1, keepdim=True)
+    place = torch.arange(size, device=x.device)[:, None] + taps  # (s, taps): the pixel each tap reads
+    place = (size - 1 - (size - 1 - place.abs()).abs()).expand(len(x), -1, -1)  # reflected at both ends
+    matrix = x.new_zeros(len(x), size, size).scatter_add_(2, place, kernel[:, None].expand_as(place).to(x.dtype))
+    matrix = matrix[:, None]  # (B, 1, s, s)
+    return matrix @ x @ matrix.transpose(2, 3)
+
+
+def _rotate(x, angle):
+    """Counter-clockwise by `angle` degrees around the centre, bilinear, black outside."""
+    angle = angle.view(-1) * (math.pi / 180)
+    zero = torch.zeros_like(angle)
+    turn = torch.stack([angle.cos(), -angle.sin(), zero, angle.sin(), angle.cos(), zero], dim=1).view(-1, 2, 3)
+    grid = F.affine_grid(turn, list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, align_corners=False)

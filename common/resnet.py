@@ -1,0 +1,111 @@
+"""ResNet trunks with torchvision's parameter names. Imports torch alone: one file to lift.
+
+`width` multiplies the channels of every layer, the stem included (RN50w2 of the SwAV paper is resnet50(width=2)).
+`stem="small"` is for images of 32 to 64 pixels: a 3x3 convolution without stride and no max-pool.
+At width 1 with the "imagenet" stem, the state dict is torchvision's without `fc`.
+"""
+
+import torch.nn.functional as F
+from torch import nn
+
+
+def conv(inputs, outputs, size, stride=1):
+    return nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=False)
+
+
+class BasicBlock(nn.Module):
+    expansion = 1
+
+    def __init__(self, inputs, channels, stride, downsample):
+        super().__init__()
+        self.conv1, self.bn1 = conv(inputs, channels, 3, stride), nn.BatchNorm2d(channels)
+        self.conv2, self.bn2 = conv(channels, channels, 3), nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = downsample
+
+    def forward(self, x):
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = self.relu(self.bn1(self.conv1(x)))
+        return self.relu(self.bn2(self.conv2(x)) + shortcut)
+
+
+class Bottleneck(nn.Module):
+    expansion = 4
+
+    def __init__(self, inputs, channels, stride, downsample):
+        super().__init__()
+        self.conv1, self.bn1 = conv(inputs, channels, 1), nn.BatchNorm2d(channels)
+        self.conv2, self.bn2 = conv(channels, channels, 3, stride), nn.BatchNorm2d(channels)  # v1.5: stride on the 3x3
+        self.conv3, self.bn3 = conv(channels, channels * 4, 1), nn.BatchNorm2d(channels * 4)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = downsample
+
+    def forward(self, x):
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.relu(self.bn2(self.conv2(x)))
+        return self.relu(self.bn3(self.conv3(x)) + shortcut)
+
+
+class ResNet(nn.Module):
+    """Trunk: (B, in_channels, H, W) -> (B, feature_dim), globally average-pooled."""
+
+    def __init__(self, block, depths, width=1, stem="imagenet", in_channels=3):
+        super().__init__()
+        if stem not in ("imagenet", "small"):
+            raise ValueError(f'stem is "imagenet" or "small", got {stem!r}')
+        if width <= 0 or int(64 * width) != 64 * width:
+            raise ValueError(f"width must give whole channels (64 x width), got {width}")
+        channels = int(64 * width)
+        self.conv1 = conv(in_channels, channels, 7, 2) if stem == "imagenet" else conv(in_channels, channels, 3)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, 2, padding=1) if stem == "imagenet" else nn.Identity()
+        inputs = channels
+        for i, depth in enumerate(depths):
+            outputs = channels * 2**i
+            blocks = []
+            for j in range(depth):
+                stride = 2 if i > 0 and j == 0 else 1
+                downsample = None
+                if stride != 1 or inputs != outputs * block.expansion:
+                    downsample = nn.Sequential(
+                        conv(inputs, outputs * block.expansion, 1, stride), nn.BatchNorm2d(outputs * block.expansion)
+                    )
+                blocks.append(block(inputs, outputs, stride, downsample))
+                inputs = outputs * block.expansion
+            setattr(self, f"layer{i + 1}", nn.Sequential(*blocks))
+        self.feature_dim = inputs
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def stages(self, x):
+        """Maps by name: "conv1" (after batch norm and ReLU, before the max-pool), "layer1" .. "layer4"."""
+        maps = {"conv1": self.relu(self.bn1(self.conv1(x)))}
+        x = self.maxpool(maps["conv1"])
+        for name in ("layer1", "layer2", "layer3", "layer4"):
+            x = maps[name] = getattr(self, name)(x)
+        return maps
+
+    def forward(self, x):
+        return F.adaptive_avg_pool2d(self.stages(x)["layer4"], 1).flatten(1)  # (B, feature_dim)
+
+
+def resnet10(**options):
+    return ResNet(BasicBlock, (1, 1, 1, 1), **options)
+
+
+def resnet18(**options):
+    return ResNet(BasicBlock, (2, 2, 2, 2), **options)
+
+
+def resnet34(**options):
+    return ResNet(BasicBlock, (3, 4, 6, 3), **options)
+
+
+def resnet50(**options):
+    return ResNet(Bottleneck, (3, 4, 6, 3), **options)
+
+
+ARCHITECTURES = {"resnet10": resnet10, "resnet18": resnet18, "resnet34": resnet34, "resnet50": resnet50}

@@ -1,0 +1,340 @@
+"""SwAV: Swapping Assignments between Views (Caron et al., NeurIPS 2020, arXiv 2006.09882).
+
+Two views of an image should fall into the same cluster. Every step the two large crops are assigned to K learnt
+prototypes so that the whole batch spreads evenly over them, and every other crop of the image predicts that assignment.
+
+    z_v = head(trunk(crop_v)) / |.|                                   unit embedding of crop v, D = 128
+    q_u = Sinkhorn(z_u C^T / epsilon)                                 codes of the large crops; no gradient
+    L   = mean over u, v != u of  - sum_k q_uk log softmax_k(z_v C^T / temperature)
+
+Equal mass per prototype is what prevents collapse: no negatives, no momentum encoder, no memory bank of the data set,
+no k-means. When a batch has fewer images than prototypes, a queue of past embeddings joins the balancing.
+
+Published recipe, 75.3 % ImageNet linear top-1 reported by the authors (no full ImageNet run was made here):
+
+    torchrun --nproc_per_node=8 --nnodes=8 swav.py --data /imagenet --recipe swav_800ep
+
+One node of 8 GPUs (their 74.3 % row): torchrun --nproc_per_node=8 swav.py --data /imagenet
+On a CPU, in minutes:                  python swav.py --eval-every 5        (embedded images, needs no data)
+Your photos, no labels:                python swav.py --data ~/photos --recipe small
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common import checkpoint, data, distributed
+from common.config import ArgumentError, option, parse, recipe
+from common.multicrop import MEAN, STD, Augmentation, MultiCrop, to_device
+from common.optim import LARC, warmup_cosine
+from common.resnet import ARCHITECTURES
+from common.run import Run, autocast_dtype, launch, say, start
+from common.sinkhorn import sinkhorn
+
+# Letters in shapes: B images of this rank, V crops (the first U large), D embedding, K prototypes, L queue, N data set.
+
+# ---------------------------------------------------------------------------------------------------------- recipes
+
+BATCH_4096 = dict(batch_size=4096, lr=4.8, final_lr=0.0048, warmup_epochs=10, start_lr=0.3, freeze_prototypes_iters=313, queue_length=0)
+WIDE = dict(BATCH_4096, epochs=400, crops=(2, 4), hidden=8192)
+RECIPES = {  # name: (ImageNet linear top-1 reported by the authors, what differs from the defaults of Config)
+    "swav_800ep": ("75.3, 64 GPUs", dict(BATCH_4096, epochs=800)),
+    "swav_400ep": ("74.6, 64 GPUs", dict(BATCH_4096, epochs=400)),
+    "swav_200ep": ("73.9, 64 GPUs", dict(BATCH_4096, epochs=200)),
+    "swav_100ep": ("72.1, 64 GPUs", dict(BATCH_4096, epochs=100)),
+    "swav_400ep_2x224": ("70.1, 64 GPUs", dict(BATCH_4096, epochs=400, crops=(2,), sizes=(224,), scales=(0.08, 1.0))),
+    "swav_400ep_bs256": ("74.3, 4 GPUs", dict(epochs=400)),
+    "swav_200ep_bs256": ("72.7, 4 GPUs", dict(epochs=200)),
+    "swav_400ep_8x32": ("74.3, one node of 8 GPUs; the default with --data", dict(epochs=400)),
+    "swav_rn50w2": ("77.3, 128 GPUs", dict(WIDE, width=2.0)),
+    "swav_rn50w4": (
+        "77.9, 64 GPUs",
+        dict(WIDE, width=4.0, batch_size=2560, scales=(0.08, 1.0, 0.08, 0.14), queue_length=2560, queue_start_epoch=0),
+    ),
+    "swav_rn50w5": (
+        "78.5, 128 GPUs",
+        dict(WIDE, width=5.0, hidden=10240, batch_size=1536, final_lr=0.0, start_lr=0.1875, queue_length=1536, queue_start_epoch=0),
+    ),
+}
+TINY = dict(
+    arch="resnet10",
+    width=0.5,
+    stem="small",
+    hidden=256,
+    dim=64,
+    crops=(2,),
+    sizes=(32,),
+    blur_p=0.0,
+    jitter=(0.4, 0.4, 0.4, 0.1),
+    queue_length=0,
+    freeze_prototypes_iters=78,
+    batch_size=128,
+    warmup_epochs=1,
+)
+RECIPES["shapes"] = ("TODO", dict(TINY, epochs=15, scales=(0.3, 1.0), prototypes=64, lr=20.0, final_lr=0.02, start_lr=1.0))
+RECIPES["cifar"] = ("TODO", dict(TINY, epochs=20, scales=(0.2, 1.0), prototypes=128, lr=20.0, final_lr=0.02, start_lr=1.0))
+RECIPES["small"] = ("TODO", dict(TINY, epochs=50, scales=(0.2, 1.0), prototypes=128, lr=20.0, final_lr=0.02, start_lr=1.0))
+REMEDY = """  in this order: --epsilon 0.03; more --freeze-prototypes-iters; --queue-length 0 or a later --queue-start-epoch;
+  fewer --prototypes (about ten per expected class, at most a tenth of the images); a lower --lr; milder --jitter and --scales"""
+
+
+@dataclass
+class Config:
+    data: str = option(
+        "", "folder (classes, flat or nested), list file, shapes, cifar10, cifar100, svhn or stl10; none: shapes", group="data"
+    )
+    val: str = option("", "held-out images for --eval-every; none: the val split of --data", free=True)
+    root: str = option("", "folder that relative paths of a list file start from", free=True)
+    workers: int = option(2, "loader processes per rank", free=True)
+    max_bad: int = option(-1, "unreadable images to put up with; -1: one in a thousand, at least 10", free=True)
+
+    arch: str = option("resnet50", "trunk", group="model", choices=tuple(ARCHITECTURES))
+    width: float = option(1.0, "multiplies the trunk's channels")
+    stem: str = option("imagenet", "first layers: imagenet, or small for images of 32 to 64 pixels", choices=("imagenet", "small"))
+    hidden: int = option(2048, "width of the projection head's hidden layer")
+    dim: int = option(128, "size D of the embedding")
+
+    crops: tuple[int, ...] = option((2, 6), "crops of each size; those of the first, largest size are assigned", group="multi-crop")
+    sizes: tuple[int, ...] = option((224, 96), "sides of the crops in pixels")
+    scales: tuple[float, ...] = option((0.14, 1.0, 0.05, 0.14), "smallest and largest share of the image's area, for each size")
+    jitter: tuple[float, ...] = option((0.8, 0.8, 0.8, 0.2), "brightness, contrast, saturation, hue")
+    blur_p: float = option(0.5, "probability of blur")
+
+    prototypes: int = option(3000, "number K of prototypes", group="method")
+    temperature: float = option(0.1, "of the predictions")
+    epsilon: float = option(0.05, "of Sinkhorn: smaller makes sharper codes")
+    sinkhorn_iterations: int = option(3, "of Sinkhorn")
+    queue_length: int = option(3840, "past embeddings that join the balancing, over all ranks; 0: none")
+    queue_start_epoch: int = option(15, "epoch in which the queue begins to fill; it is used once full")
+    freeze_prototypes_iters: int = option(5005, "steps before the prototypes begin to learn")
+
+    epochs: int = option(400, "passes over the data", group="optimisation")
+    max_steps: int = option(0, "stop, saved, after this many steps; 0: never", free=True)
+    batch_size: int = option(256, "images a step over all ranks; the recipe's learning rates follow it linearly")
+    lr: float = option(0.6, "peak learning rate at this batch size (LARC)")
+    final_lr: float = option(0.0006, "learning rate that the cosine ends at")
+    warmup_epochs: int = option(0, "epochs of linear warm-up")
+    start_lr: float = option(0.0, "learning rate that the warm-up starts from")
+    momentum: float = option(0.9, "of SGD")
+    weight_decay: float = option(1e-6, "of every parameter")
+
+    recipe: str = option("swav_400ep_8x32", "named settings; options given on the command line win", group="run", free=True)
+    out: str = option("", "run directory; the same command resumes (default: runs/METHOD_RECIPE)", free=True)
+    fresh: bool = option(False, "start over, deleting what the run directory holds", free=True)
+    init_from: str = option("", "trunk to start from: a run, a backbone.pt or a torchvision ResNet file", free=True)
+    precision: str = option(
+        "auto", "auto is bfloat16 where the hardware is made for it, else float32", choices=("auto", "bfloat16", "float32", "float64")
+    )
+    compile: bool = option(False, "compile the trunk with torch.compile", free=True)
+    deterministic: bool = option(False, "the same bits on a GPU too: slower, or stops at an operation that cannot", free=True)
+    seed: int = option(0, "of weights, order and crops")
+    device: str = option("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"), free=True)
+    log_every: int = option(20, "steps between log lines", free=True)
+    save_every: float = option(10.0, "minutes between checkpoints", free=True)
+    keep_every: int = option(0, "epochs between backbone_EPOCH.pt files; 0: none", free=True)
+    eval_every: int = option(0, "epochs between k-NN evaluations, where labels exist; 0: none", free=True)
+    tensorboard: bool = option(False, "also write TensorBoard events", free=True)
+
+
+# ------------------------------------------------------------------------------------------------------------ model
+
+
+class Model(nn.Module):
+    """Trunk, two-layer head, prototypes: a list of crop groups to unit embeddings and their cosines to the prototypes."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.backbone = ARCHITECTURES[config.arch](width=config.width, stem=config.stem)
+        self.projection_head = nn.Sequential(
+            nn.Linear(self.backbone.feature_dim, config.hidden),
+            nn.BatchNorm1d(config.hidden),
+            nn.ReLU(inplace=True),
+            nn.Linear(config.hidden, config.dim),
+        )
+        self.prototypes = nn.Linear(config.dim, config.prototypes, bias=False)  # weight (K, D), unit rows
+
+    def forward(self, crops, autocast=torch.float32):
+        """crops: one (V_r B, 3, s, s) a resolution, crop-major. Returns z (V B, D) and scores (V B, K)."""
+        with torch.autocast(crops[0].device.type, dtype=torch.bfloat16, enabled=autocast == torch.bfloat16):
+            # One pass per resolution: batch-norm statistics of large and small crops stay apart. The head sees all.
+            features = torch.cat([self.backbone(group) for group in crops])  # (V B, F)
+            z = self.projection_head(features)
+        z = F.normalize(z.to(self.prototypes.weight.dtype))  # (V B, D): full precision from here on
+        return z, self.prototypes(z)
+
+    @torch.no_grad()
+    def normalize_prototypes(self):
+        self.prototypes.weight.copy_(F.normalize(self.prototypes.weight))
+
+
+# -------------------------------------------------------------------------------------------------------- algorithm
+
+
+class Memory:
+    """The queue: past embeddings of the U assigning crops, newest first. They are balanced with the batch, not trained on.
+
+    length: rows L over all ranks, a multiple of the global batch. Saved as one (U, L, D), newest global batch first,
+    each in the order of its images, so that another world size can load it.
+    """
+
+    def __init__(self, length, U, D, device=None, dtype=torch.float32):
+        self.length, self.filled = length, 0
+        self.queue = torch.zeros(U, length // distributed.world_size(), D, device=device, dtype=dtype)
+
+    @property
+    def full(self):
+        return self.length > 0 and self.filled >= self.length
+
+    def rows(self, u):
+        """Rows of this rank for assigning crop u: (L / W, D)."""
+        return self.queue[u]
+
+    @torch.no_grad()
+    def push(self, z):
+        """Puts this rank's embeddings z (U, B, D) in front; the oldest fall off the end."""
+        self.queue = torch.cat([z.detach(), self.queue], dim=1)[:, : self.queue.shape[1]]
+        self.filled = min(self.length, self.filled + z.shape[1] * distributed.world_size())
+        self.batch = z.shape[1]
+
+    def state_dict(self):
+        if not self.filled:
+            return {"queue": None, "filled": 0}
+        U, rows, D = self.queue.shape
+        ranks = distributed.gather_rows(self.queue[None])  # (W, U, L / W, D)
+        ranks = ranks.view(-1, U, rows // self.batch, self.batch, D)  # (W, U, pushes, B, D)
+        return {"queue": ranks.permute(1, 2, 0, 3, 4).reshape(U, -1, D).cpu(), "filled": self.filled, "batch": self.batch * len(ranks)}
+
+    def load_state_dict(self, state):
+        self.filled = state["filled"]
+        if self.filled:
+            U, L, D = state["queue"].shape
+            self.batch = state["batch"] // distributed.world_size()
+            pushes = state["queue"].view(U, L // state["batch"], distributed.world_size(), self.batch, D)
+            self.queue.copy_(pushes[:, :, distributed.rank()].reshape(U, -1, D))
+
+
+@torch.no_grad()
+def assign(scores, memory, prototypes, epsilon, iterations):
+    """Codes (U, B, K) of the assigning crops' scores (U, B, K), balanced over all ranks' batches and queues."""
+    codes = []
+    for u, batch in enumerate(scores):
+        rows = torch.cat([memory.rows(u) @ prototypes.T, batch]) if memory.full else batch  # (L / W + B, K)
+        codes.append(sinkhorn(rows, epsilon, iterations)[-len(batch) :])  # (B, K), rows sum to 1
+    return torch.stack(codes)
+
+
+def prediction_loss(scores, codes, temperature):
+    """Every code is predicted from every other crop of its image: mean cross-entropy over the U (V - 1) pairs.
+
+    scores: (V, B, K) cosines; codes: (U, B, K) of the first U crops, without gradient. Equation 2 of the paper, averaged
+    over crops as main_swav.py of facebookresearch/swav does, so the learning rate does not depend on their number.
+    """
+    (V, B, _), U = scores.shape, len(codes)
+    log_p = F.log_softmax(scores / temperature, dim=2)  # (V, B, K)
+    pairs = -torch.einsum("ubk,vbk->uv", codes, log_p) / B  # (U, V): code of crop u predicted from crop v
+    return (pairs.sum() - pairs.diagonal().sum()) / (U * (V - 1))
+
+
+# --------------------------------------------------------------------------------------------------------- training
+
+
+def train_one_epoch(net, optimizer, memory, loader, run, config, epoch):
+    model = getattr(net, "module", net)
+    dtype = autocast_dtype(config.precision, run.device)
+    full_precision = model.prototypes.weight.dtype
+    batches = data.batches(len(run.images), config.batch_size, epoch, config.seed, distributed.rank(), distributed.world_size())
+    U = config.crops[0]
+    for step, (index, crops, params) in run.steps(loader, batches, epoch):
+        # schedule
+        lr = warmup_cosine(step, len(batches), config.epochs, config.lr, config.final_lr, config.warmup_epochs, config.start_lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        # move: uint8 crops to the device, where the whole batch is jittered, blurred and normalised
+        crops = to_device(crops, params, run.device, full_precision)  # one (V_r B, 3, s, s) a resolution
+
+        # forward
+        model.normalize_prototypes()
+        z, scores = net(crops, dtype)
+        z, scores = z.view(-1, len(index), z.shape[1]), scores.view(-1, len(index), scores.shape[1])  # (V, B, D), (V, B, K)
+
+        # assign
+        codes = assign(scores[:U].detach(), memory, model.prototypes.weight, config.epsilon, config.sinkhorn_iterations)
+
+        # loss
+        loss = prediction_loss(scores, codes, config.temperature)
+
+        # memory: after its use, so a batch never meets itself
+        if memory.length and epoch >= config.queue_start_epoch:
+            was_full = memory.full
+            memory.push(z[:U])
+            if memory.full and not was_full:
+                say(f"queue of {memory.length} is full: used from step {step + 2} on")
+
+        # update
+        optimizer.zero_grad()
+        loss.backward()
+        if step < config.freeze_prototypes_iters:
+            model.prototypes.weight.grad = None
+        optimizer.step()
+
+        # log
+        run.log(loss.detach(), lr, z[0].detach(), index, scores[0].argmax(dim=1), queue_filled=memory.filled)
+
+
+def main(config):
+    device = start(config)
+    images = distributed.from_main(data.open_images, config.data or "shapes", "train", config.root)
+    steps_per_epoch = len(images) // config.batch_size
+    if not steps_per_epoch:
+        raise data.DataError(f"--data has {len(images)} images, fewer than one batch: --batch-size {config.batch_size}")
+    if sum(config.crops) < 2:
+        raise ArgumentError(f"--crops {sum(config.crops)}: at least 2 crops are needed, to predict one from another")
+    queue_length = config.queue_length // config.batch_size * config.batch_size
+    if queue_length != config.queue_length:
+        say(f"warning: --queue-length {config.queue_length} is no multiple of --batch-size {config.batch_size}: {queue_length} is used")
+
+    model = Model(config)
+    if config.init_from:
+        model.backbone.load_state_dict(checkpoint.load_trunk(config.init_from, config))
+    model.to(device, torch.float64 if config.precision == "float64" else torch.float32, memory_format=torch.channels_last)
+    if config.compile:
+        model.backbone.compile()
+    net = distributed.parallel(model)
+    optimizer = LARC(model.parameters(), config.lr, config.momentum, config.weight_decay)
+    memory = Memory(queue_length, config.crops[0], config.dim, device, model.prototypes.weight.dtype)
+
+    scales = list(zip(config.scales[::2], config.scales[1::2]))
+    augmentation = Augmentation(jitter=config.jitter, blur_p=config.blur_p)
+    loader = data.Loader(
+        MultiCrop(images, config.crops, config.sizes, scales, augmentation, config.seed), config.workers, device.type == "cuda"
+    )
+
+    size = config.sizes[0]
+    info = {
+        "arch": config.arch,
+        "width": config.width,
+        "stem": config.stem,
+        "mean": MEAN,
+        "std": STD,
+        "method": "swav",
+        "recipe": config.recipe,
+        "resize": size if config.stem == "small" else round(size * 8 / 7),
+        "size": size,
+    }
+    objects = {"model": model, "optimizer": optimizer, "memory": memory}
+    run = Run(config, "swav", images, steps_per_epoch, config.prototypes, objects, model.backbone, info, device, remedy=REMEDY)
+    parameters = sum(p.numel() for p in model.parameters())
+    held = 2 * config.crops[0] * config.dim * queue_length * 2 + 8 * len(images)  # queue and assignments
+    run.report(recipe(Config, RECIPES, config.recipe), parameters, config.batch_size + queue_length, held)
+    run.resume()
+    for epoch in run.epochs():
+        train_one_epoch(net, optimizer, memory, loader, run, config, epoch)
+        run.end_epoch(epoch)
+    run.finish()
+
+
+if __name__ == "__main__":
+    launch(main, parse(Config, RECIPES, "swav_400ep_8x32", __doc__))
