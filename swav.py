@@ -27,6 +27,7 @@ from torch import nn
 
 from common import checkpoint, data, distributed
 from common.config import ArgumentError, option, parse, recipe
+from common.meter import Meter
 from common.multicrop import MEAN, STD, Augmentation, MultiCrop, to_device
 from common.optim import LARC, warmup_cosine
 from common.resnet import ARCHITECTURES
@@ -83,7 +84,7 @@ REMEDY = """  in this order: --epsilon 0.03; more --freeze-prototypes-iters; --q
 @dataclass
 class Config:
     data: str = option(
-        "", "folder (classes, flat or nested), list file, shapes, cifar10, cifar100, svhn or stl10; none: shapes", group="data"
+        "", "folder (classes, flat or nested), list file, shapes, cifar10, cifar100, svhn or stl10; none: shapes", group="data", free=True
     )
     val: str = option("", "held-out images for --eval-every; none: the val split of --data", free=True)
     root: str = option("", "folder that relative paths of a list file start from", free=True)
@@ -325,7 +326,8 @@ def main(config):
         "size": size,
     }
     objects = {"model": model, "optimizer": optimizer, "memory": memory}
-    run = Run(config, "swav", images, steps_per_epoch, config.prototypes, objects, model.backbone, info, device, remedy=REMEDY)
+    meter = Meter(config.prototypes, len(images), device=device)
+    run = Run(config, "swav", images, steps_per_epoch, meter, objects, model.backbone, info, device, REMEDY)
     parameters = sum(p.numel() for p in model.parameters())
     held = 2 * config.crops[0] * config.dim * queue_length * 2 + 8 * len(images)  # queue and assignments
     run.report(recipe(Config, RECIPES, config.recipe), parameters, config.batch_size + queue_length, held)

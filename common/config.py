@@ -40,8 +40,8 @@ class Parser(argparse.ArgumentParser):
 def parse(cls, recipes, default, description, argv=None):
     """Config from the command line: options given win over the recipe, the recipe wins over the class's defaults.
 
-    recipes: {name: (result, {option: value})}. Without --data and --recipe the recipe is "shapes"; with --data alone it
-    is `default`, which on a CPU exits with code 2. --batch-size without --lr scales the recipe's learning rates linearly.
+    recipes: {name: (result, {option: value})}. Without --recipe it is "shapes" for the embedded images, and
+    `default` for any others, which on a CPU exits with code 2. --batch-size without --lr scales the recipe's learning rates linearly.
     """
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     group = parser
@@ -54,7 +54,8 @@ def parse(cls, recipes, default, description, argv=None):
     if given.pop("list_recipes"):
         print(table(cls, recipes))
         sys.exit(0)
-    name = given.get("recipe", default if "data" in given else "shapes")
+    embedded = given.get("data", "shapes").partition(":")[0] == "shapes"
+    name = given.get("recipe", "shapes" if embedded else default)
     if name not in recipes:
         parser.error(f"--recipe {name}: choose one of {', '.join(recipes)}")
     if "recipe" not in given and name == default and (given.get("device") == "cpu" or not torch.cuda.is_available()):
