@@ -36,7 +36,9 @@ def arguments(argv=None):
     parser.add_argument("--size", type=int, default=0, help="side of the centre crop (default: as trained, 224 for a torchvision file)")
     parser.add_argument("--random-init", action="store_true", help="replace the weights by random ones")
     parser.add_argument("--batch-size", type=int, default=256, help="images at a time on each process (default: 256)")
-    parser.add_argument("--workers", type=int, default=2, help="loader processes per rank (default: 2)")
+    parser.add_argument(
+        "--workers", type=int, default=-1, help="loader processes per rank (default: its share of the CPU cores, at most 8)"
+    )
     parser.add_argument("--precision", default="auto", choices=("auto", "bfloat16", "float32"), help="of the trunk (default: auto)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     return parser.parse_args(argv)

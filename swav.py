@@ -38,45 +38,30 @@ from common.sinkhorn import sinkhorn
 
 # ---------------------------------------------------------------------------------------------------------- recipes
 
-BATCH_4096 = dict(batch_size=4096, lr=4.8, final_lr=0.0048, warmup_epochs=10, start_lr=0.3, freeze_prototypes_iters=313, queue_length=0)
+BATCH_4096 = dict(batch_size=4096, lr=4.8, final_lr=0.0048, warmup_epochs=10, start_lr=0.3)
+BATCH_4096.update(freeze_prototypes_iters=313, queue_length=0)
 WIDE = dict(BATCH_4096, epochs=400, crops=(2, 4), hidden=8192)
+W4 = dict(WIDE, width=4.0, scales=(0.08, 1.0, 0.08, 0.14), batch_size=2560, queue_length=2560, queue_start_epoch=0)
+W5 = dict(WIDE, width=5.0, hidden=10240, batch_size=1536, start_lr=0.1875, final_lr=0.0, queue_length=1536, queue_start_epoch=0)
+TWO_CROPS = dict(crops=(2,), sizes=(224,), scales=(0.08, 1.0))
+TINY = dict(arch="resnet10", width=0.5, stem="small", hidden=256, dim=64, crops=(2,), sizes=(32,), jitter=(0.4, 0.4, 0.4, 0.1))
+TINY.update(blur_p=0.0, prototypes=128, queue_length=0, freeze_prototypes_iters=78, batch_size=128, warmup_epochs=1)
 RECIPES = {  # name: (ImageNet linear top-1 reported by the authors, what differs from the defaults of Config)
     "swav_800ep": ("75.3, 64 GPUs", dict(BATCH_4096, epochs=800)),
     "swav_400ep": ("74.6, 64 GPUs", dict(BATCH_4096, epochs=400)),
     "swav_200ep": ("73.9, 64 GPUs", dict(BATCH_4096, epochs=200)),
     "swav_100ep": ("72.1, 64 GPUs", dict(BATCH_4096, epochs=100)),
-    "swav_400ep_2x224": ("70.1, 64 GPUs", dict(BATCH_4096, epochs=400, crops=(2,), sizes=(224,), scales=(0.08, 1.0))),
+    "swav_400ep_2x224": ("70.1, 64 GPUs", dict(BATCH_4096, epochs=400, **TWO_CROPS)),
     "swav_400ep_bs256": ("74.3, 4 GPUs", dict(epochs=400)),
     "swav_200ep_bs256": ("72.7, 4 GPUs", dict(epochs=200)),
     "swav_400ep_8x32": ("74.3, one node of 8 GPUs; the default with --data", dict(epochs=400)),
     "swav_rn50w2": ("77.3, 128 GPUs", dict(WIDE, width=2.0)),
-    "swav_rn50w4": (
-        "77.9, 64 GPUs",
-        dict(WIDE, width=4.0, batch_size=2560, scales=(0.08, 1.0, 0.08, 0.14), queue_length=2560, queue_start_epoch=0),
-    ),
-    "swav_rn50w5": (
-        "78.5, 128 GPUs",
-        dict(WIDE, width=5.0, hidden=10240, batch_size=1536, final_lr=0.0, start_lr=0.1875, queue_length=1536, queue_start_epoch=0),
-    ),
+    "swav_rn50w4": ("77.9, 64 GPUs", W4),
+    "swav_rn50w5": ("78.5, 128 GPUs", W5),
+    "shapes": ("TODO", dict(TINY, epochs=15, scales=(0.3, 1.0), lr=1.0, final_lr=0.001, start_lr=0.1)),
+    "cifar": ("TODO", dict(TINY, epochs=20, scales=(0.2, 1.0), lr=1.0, final_lr=0.001, start_lr=0.1)),
+    "small": ("TODO", dict(TINY, epochs=50, scales=(0.2, 1.0), lr=1.0, final_lr=0.001, start_lr=0.1)),
 }
-TINY = dict(
-    arch="resnet10",
-    width=0.5,
-    stem="small",
-    hidden=256,
-    dim=64,
-    crops=(2,),
-    sizes=(32,),
-    blur_p=0.0,
-    jitter=(0.4, 0.4, 0.4, 0.1),
-    queue_length=0,
-    freeze_prototypes_iters=78,
-    batch_size=128,
-    warmup_epochs=1,
-)
-RECIPES["shapes"] = ("TODO", dict(TINY, epochs=15, scales=(0.3, 1.0), prototypes=64, lr=20.0, final_lr=0.02, start_lr=1.0))
-RECIPES["cifar"] = ("TODO", dict(TINY, epochs=20, scales=(0.2, 1.0), prototypes=128, lr=20.0, final_lr=0.02, start_lr=1.0))
-RECIPES["small"] = ("TODO", dict(TINY, epochs=50, scales=(0.2, 1.0), prototypes=128, lr=20.0, final_lr=0.02, start_lr=1.0))
 REMEDY = """  in this order: --epsilon 0.03; more --freeze-prototypes-iters; --queue-length 0 or a later --queue-start-epoch;
   fewer --prototypes (about ten per expected class, at most a tenth of the images); a lower --lr; milder --jitter and --scales"""
 
@@ -88,7 +73,7 @@ class Config:
     )
     val: str = option("", "held-out images for --eval-every; none: the val split of --data", free=True)
     root: str = option("", "folder that relative paths of a list file start from", free=True)
-    workers: int = option(2, "loader processes per rank", free=True)
+    workers: int = option(-1, "loader processes per rank; -1: its share of the CPU cores, at most 8", free=True)
     max_bad: int = option(-1, "unreadable images to put up with; -1: one in a thousand, at least 10", free=True)
 
     arch: str = option("resnet50", "trunk", group="model", choices=tuple(ARCHITECTURES))

@@ -43,7 +43,9 @@ def parse(cls, recipes, default, description, argv=None):
     recipes: {name: (result, {option: value})}. Without --recipe it is "shapes" for the embedded images, and
     `default` for any others, which on a CPU exits with code 2. --batch-size without --lr scales the recipe's learning rates linearly.
     """
-    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(
+        usage="%(prog)s [options]", description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     group = parser
     for f in fields(cls):
         if f.metadata["group"]:
@@ -88,10 +90,9 @@ def check(config, world_size):
         raise ArgumentError(f"--epochs {c.epochs}: at least 1 is needed")
     if not 0 <= c.warmup_epochs <= c.epochs:
         raise ArgumentError(f"--warmup-epochs {c.warmup_epochs} is longer than the run: --epochs {c.epochs}")
+    groups = f"--crops {_words(c.crops)} --sizes {_words(c.sizes)} --scales {_words(c.scales)}"
     if not len(c.crops) == len(c.sizes) == len(c.scales) / 2:
-        raise ArgumentError(
-            f"--crops {_words(c.crops)} --sizes {_words(c.sizes)} --scales {_words(c.scales)}: a number, a size and two scales a resolution are needed"
-        )
+        raise ArgumentError(f"{groups}: one number, one size and two scales a resolution are needed")
     if any(not 0 < low <= high <= 1 for low, high in zip(c.scales[::2], c.scales[1::2])):
         raise ArgumentError(f"--scales {_words(c.scales)}: pairs 0 < smallest <= largest <= 1 are needed")
     if len(c.jitter) != 4 or not all(j >= 0 for j in c.jitter) or c.jitter[3] > 0.5:
@@ -99,8 +100,6 @@ def check(config, world_size):
     for name in ("prototypes", "log_every", "hidden", "dim", "lr", "temperature"):
         if getattr(c, name, 1) <= 0:
             raise ArgumentError(f"--{name.replace('_', '-')} {getattr(c, name)}: more than 0 is needed")
-    if c.workers < 0:
-        raise ArgumentError(f"--workers {c.workers}: 0 or more is needed")
 
 
 def table(cls, recipes):

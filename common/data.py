@@ -139,7 +139,7 @@ class Shapes:
     random network say little about it. 10,000 images to train on and 2,000 held out; "shapes:N" has N and N / 5.
     """
 
-    classes = ["disc", "square", "triangle", "cross", "ring", "star", "stripes", "checks", "dots", "waves"]
+    classes = ("disc", "square", "triangle", "cross", "ring", "star", "stripes", "checks", "dots", "waves")
 
     def __init__(self, split, n=10_000):
         self.n = n if split == "train" else max(1, n // 5)
@@ -257,11 +257,14 @@ class _Batches:
 class Loader:
     """Collated batches of a data set that is indexed by (epoch, position, index) and returns (index, crops, params).
 
-    The worker processes stay for the whole run. An image that cannot be read comes back as the next one that can, under
+    workers: processes; -1 takes this rank's share of the CPU cores, but one, and at most 8. They stay for the whole run. An image that cannot be read comes back as the next one that can, under
     that one's index; `bad` collects the indices left out.
     """
 
     def __init__(self, dataset, workers=0, pin_memory=False, start_method=None):
+        if workers < 0:
+            cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            workers = max(1, min(8, cores - 1))
         self.bad = set()
         self.lost = False  # a sample found nothing readable within TRIES images and is blank, with index -1
         self._keys = []  # the keys of the epoch under way, replaced in place: the workers' sampler reads it
@@ -358,9 +361,7 @@ def _scan(root):
     if any(os.sep not in path for path in paths):
         return Files(root, paths)
     if empty:
-        print(
-            f"warning: {root}: no images in {', '.join(map(repr, empty[:3]))}{' ...' if len(empty) > 3 else ''} ({len(empty)} folders left out)"
-        )
+        print(f"warning: {root}: {len(empty)} folders without images are left out: {', '.join(map(repr, empty[:3]))}")
     classes = sorted({path.split(os.sep, 1)[0] for path in paths}, key=os.fsencode)
     number = {name: i for i, name in enumerate(classes)}
     return Files(root, paths, [number[path.split(os.sep, 1)[0]] for path in paths], classes)

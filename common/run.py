@@ -190,10 +190,8 @@ class Run:
             except RuntimeError as error:
                 if "DataLoader worker" not in str(error):
                     raise
-                why = str(error).splitlines()[0]
-                raise data.DataError(
-                    f"a loader worker died, probably out of memory: lower --workers, or enlarge /dev/shm ({why})"
-                ) from None
+                cause = str(error).splitlines()[0]
+                raise data.DataError(f"a loader worker died, out of memory? lower --workers, or enlarge /dev/shm ({cause})") from None
             self.waited += time.perf_counter() - asked
             if batch is None:
                 return

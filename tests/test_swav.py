@@ -23,7 +23,8 @@ from common.run import launch
 
 ROOT = Path(__file__).resolve().parents[1]
 # A network and crops so small that a step takes milliseconds.
-TINY = "--width 0.125 --hidden 16 --dim 8 --sizes 16 --prototypes 12 --batch-size 16 --workers 0 --log-every 1 --lr 2 --warmup-epochs 0".split()
+TINY = "--width 0.125 --hidden 16 --dim 8 --sizes 16 --prototypes 12 --batch-size 16 --lr 2 --warmup-epochs 0".split()
+TINY += "--workers 0 --log-every 1".split()
 QUEUE = "--queue-length 48 --queue-start-epoch 0 --freeze-prototypes-iters 3".split()
 
 
@@ -49,13 +50,19 @@ def command(*arguments, ranks=0):
     return [sys.executable, *torchrun, str(ROOT / "swav.py"), *map(str, arguments)]
 
 
-def environment():
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+def start(*arguments, **options):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(arguments, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def finish(process):
+    """Exit code, stdout and stderr."""
+    out, err = process.communicate(timeout=240)
+    return process.returncode, out, err
 
 
 def swav_ranks(ranks, *arguments):
-    done = subprocess.run(command(*arguments, ranks=ranks), capture_output=True, text=True, timeout=240, env=environment())
-    return done.returncode, done.stdout, done.stderr
+    return finish(start(*command(*arguments, ranks=ranks)))
 
 
 def metrics(out):
@@ -138,10 +145,10 @@ def test_two_nodes_on_one_host(tmp_path):
     for node in range(2):
         line = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={node}", "--nproc_per_node=1"]
         line += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:29731", "--rdzv_id=test", str(ROOT / "swav.py"), *map(str, shared)]
-        nodes.append(subprocess.Popen(line, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-    results = [node.communicate(timeout=240) for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], results
-    assert sum("2 x cpu" in out for out, _ in results) == 1  # one rank speaks
+        nodes.append(start(*line))
+    results = [finish(node) for node in nodes]
+    assert [code for code, _, _ in results] == [0, 0], results
+    assert sum("2 x cpu" in out for _, out, _ in results) == 1  # one rank speaks
     assert len(losses(tmp_path / "run")) == 1
 
 
@@ -150,19 +157,17 @@ def test_two_nodes_on_one_host(tmp_path):
 
 def test_a_killed_run_ends_with_the_same_bits(tmp_path):
     shared = ["--data", "shapes:64", *TINY, *QUEUE, "--epochs", 4, "--save-every", 0, "--workers", 1]
-    straight = subprocess.Popen(command(*shared, "--out", tmp_path / "straight"), env=environment(), stdout=subprocess.DEVNULL)
-    killed = subprocess.Popen(
-        command(*shared, "--out", tmp_path / "killed"), env=environment(), stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
+    straight = start(*command(*shared, "--out", tmp_path / "straight"))
+    killed = start(*command(*shared, "--out", tmp_path / "killed"), start_new_session=True)
     for line in killed.stdout:
         if "step 6/16" in line:  # in the middle of the second epoch, with the queue in use
             os.killpg(killed.pid, signal.SIGKILL)
             break
     killed.wait()
     assert not (tmp_path / "killed" / "done.json").exists()
-    again = subprocess.run(command(*shared, "--out", tmp_path / "killed"), env=environment(), capture_output=True, text=True, timeout=120)
-    assert again.returncode == 0 and re.search(r"resumed at step [4-7] of 16", again.stdout), again.stdout + again.stderr
-    assert straight.wait(timeout=120) == 0
+    code, out, err = finish(start(*command(*shared, "--out", tmp_path / "killed")))
+    assert code == 0 and re.search(r"resumed at step [4-7] of 16", out), out + err
+    assert finish(straight)[0] == 0
     a, b = saved(tmp_path / "straight"), saved(tmp_path / "killed")
     for part in ("model", "optimizer", "memory"):
         assert same(a[part], b[part]), part
@@ -182,7 +187,7 @@ def test_another_world_size_goes_on_with_the_same_batches(tmp_path):
 
 def test_a_stop_signal_saves_and_the_same_command_goes_on(tmp_path):
     shared = ["--data", "shapes:64", *TINY, "--epochs", 500, "--out", tmp_path / "run", "--workers", 1]
-    stopped = subprocess.Popen(command(*shared), env=environment(), stdout=subprocess.PIPE, text=True, start_new_session=True)
+    stopped = start(*command(*shared), start_new_session=True)
     for line in stopped.stdout:
         if "step 3/" in line:
             os.killpg(stopped.pid, signal.SIGTERM)  # the loader's workers get it too
@@ -302,24 +307,17 @@ def test_a_constant_encoder_is_called_collapsed_once(tmp_path, capsys, monkeypat
 
 
 def test_errors_of_arguments(tmp_path, capsys):
+    tree = image_tree(tmp_path / "tree", splits=("train",), images=20)
     for arguments, words in {
         ("--recipe", "nope"): "--recipe nope: choose one of swav_800ep",
         ("--no-such-option",): "unrecognized arguments: --no-such-option",
         ("--warmup-epochs", "70"): "--warmup-epochs 70 is longer than the run",
         ("--batch-size", "0"): "--batch-size 0",
-        ("--crops", "2", "6"): "a number, a size and two scales",
+        ("--crops", "2", "6"): "one number, one size and two scales",
         ("--scales", "0.5", "0.1"): "--scales 0.5 0.1",
         ("--lr", "-1"): "--lr -1",
         ("--data", str(tmp_path), "--device", "cpu"): "take --recipe small",
-        (
-            "--eval-every",
-            "1",
-            "--data",
-            str(image_tree(tmp_path / "t", splits=("train",), images=20)),
-            "--recipe",
-            "shapes",
-            *TINY,
-        ): "--val",
+        ("--eval-every", "1", "--data", str(tree), "--recipe", "shapes", *TINY): "no val split: name some with --val",
     }.items():
         assert swav_here(*arguments, "--out", tmp_path / "run") == 2, arguments
         error = capsys.readouterr().err
@@ -349,20 +347,20 @@ def test_errors_of_data(tmp_path, capsys):
 
 def test_torchrun_says_an_error_once_and_does_not_hang(tmp_path):
     started = time.monotonic()
-    code, out, err = swav_ranks(2, "--batch-size", 15, "--out", tmp_path)
+    code, _, err = swav_ranks(2, "--batch-size", 15, "--out", tmp_path)
     assert code == 1 and err.count("error: --batch-size 15 is not divisible by the 2 processes") == 1
     assert time.monotonic() - started < 60
 
 
 def test_a_second_run_on_one_directory_is_refused(tmp_path):
     shared = ["--data", "shapes:64", *TINY, "--epochs", 5000, "--out", tmp_path]
-    first = subprocess.Popen(command(*shared), env=environment(), stdout=subprocess.PIPE, text=True)
+    first = start(*command(*shared))
     try:
         for line in first.stdout:
             if "step 1/" in line:
                 break
-        second = subprocess.run(command(*shared), env=environment(), capture_output=True, text=True, timeout=60)
-        assert second.returncode == 2 and f"is in use by another run (process {first.pid} on" in second.stderr
+        code, _, err = finish(start(*command(*shared)))
+        assert code == 2 and f"is in use by another run (process {first.pid} on" in err
     finally:
         first.kill()
         first.wait()
@@ -395,8 +393,9 @@ def test_published_recipes():
         (2, 8192, 4096, 0), (4, 8192, 2560, 2560), (5, 10240, 1536, 1536)]  # fmt: skip
     assert all(w.crops == (2, 4) and w.epochs == 400 and w.lr == 4.8 for w in (w2, w4, w5))
     assert w4.scales == (0.08, 1.0, 0.08, 0.14) and (w5.final_lr, w5.start_lr) == (0.0, 0.1875)
-    results = {"swav_800ep": 75.3, "swav_400ep": 74.6, "swav_200ep": 73.9, "swav_100ep": 72.1, "swav_400ep_2x224": 70.1, "swav_400ep_bs256": 74.3,
-               "swav_200ep_bs256": 72.7, "swav_400ep_8x32": 74.3, "swav_rn50w2": 77.3, "swav_rn50w4": 77.9, "swav_rn50w5": 78.5}  # fmt: skip
+    results = {"swav_800ep": 75.3, "swav_400ep": 74.6, "swav_200ep": 73.9, "swav_100ep": 72.1, "swav_400ep_2x224": 70.1}
+    results |= {"swav_400ep_bs256": 74.3, "swav_200ep_bs256": 72.7, "swav_400ep_8x32": 74.3}
+    results |= {"swav_rn50w2": 77.3, "swav_rn50w4": 77.9, "swav_rn50w5": 78.5}
     for name, value in results.items():
         assert swav.RECIPES[name][0].startswith(str(value)), name
         get(name)
