@@ -158,9 +158,9 @@ class Shapes:
 def draw_shape(label, rng, size=32):
     """One image of class `label` (see Shapes.classes) as (size, size, 3) uint8, its nuisances drawn from rng."""
     y, x = np.mgrid[:size, :size] / (size - 1) * 2 - 1  # -1 .. 1
-    angle = rng.uniform(0, 2 * np.pi)
-    scale = rng.uniform(0.45, 0.75)
-    x, y = (x - rng.uniform(-0.3, 0.3)) / scale, (y - rng.uniform(-0.3, 0.3)) / scale
+    angle = rng.uniform(-0.5, 0.5)
+    scale = rng.uniform(0.55, 0.8)
+    x, y = (x - rng.uniform(-0.2, 0.2)) / scale, (y - rng.uniform(-0.2, 0.2)) / scale
     u, v = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
     radius, turn = np.hypot(u, v), np.arctan2(v, u)
     frequency, phase = rng.uniform(5.5, 8.5), rng.uniform(0, 2 * np.pi, 2)
@@ -191,7 +191,7 @@ def draw_shape(label, rng, size=32):
         ground, figure = rng.uniform(0, 1, 3), rng.uniform(0, 1, 3)
     slope = np.outer(np.linspace(-1, 1, size), rng.normal(0, 0.12, 3))  # light that changes across the image
     shade = slope[:, None] + np.outer(np.linspace(-1, 1, size), rng.normal(0, 0.12, 3))[None]
-    image = ground + inside * (figure - ground) + shade + rng.normal(0, rng.uniform(0.02, 0.1), (size, size, 3))
+    image = ground + inside * (figure - ground) + shade + rng.normal(0, 0.06, (size, size, 3))
     return (image.clip(0, 1) * 255).astype(np.uint8)
 
 
@@ -257,8 +257,8 @@ class _Batches:
 class Loader:
     """Collated batches of a data set that is indexed by (epoch, position, index) and returns (index, crops, params).
 
-    workers: processes; -1 takes this rank's share of the CPU cores, but one, and at most 8. They stay for the whole run. An image that cannot be read comes back as the next one that can, under
-    that one's index; `bad` collects the indices left out.
+    workers: processes; -1 takes this rank's share of the CPU cores, but one, and at most 8. They stay for the whole run.
+    An image that cannot be read comes back as the next one that can, under that one's index; `bad` collects what was left out.
     """
 
     def __init__(self, dataset, workers=0, pin_memory=False, start_method=None):

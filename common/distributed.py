@@ -18,14 +18,14 @@ from torch import nn
 def start(device="auto"):
     """Joins the group that torchrun describes in the environment, if any; returns the device of this process.
 
-    device: "auto" (a GPU if there is one), "cpu" or "cuda". Raises ValueError if a GPU is asked for and missing.
+    device: "auto" (a GPU if there is one), "cpu" or "cuda". Exits with code 2 if a GPU is asked for and missing.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         if local_rank >= torch.cuda.device_count():
-            raise ValueError(f"--device cuda needs one GPU a process: local process {local_rank}, {torch.cuda.device_count()} GPUs")
+            fail(f"--device cuda needs one GPU a process: {torch.cuda.device_count()} GPUs for local process {local_rank}", 2)
         torch.cuda.set_device(local_rank)
     if "RANK" in os.environ and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"

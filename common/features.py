@@ -36,7 +36,8 @@ def extract(model, images, resize, size, device, mean=MEAN, std=STD, batch_size=
         unreadable += [position for (position, i), got in zip(wanted, index.tolist()) if got != i]
     loader.close()
     model.train(training)
-    features = torch.cat(blocks) if blocks else torch.zeros(0, 0, device=device)
+    dim = int(distributed.all_max(torch.tensor(blocks[0].shape[1] if blocks else 0)))
+    features = torch.cat(blocks) if blocks else torch.zeros(0, dim, device=device)
     features[unreadable] = 0
     if labels is not None:
         labels[unreadable] = -1

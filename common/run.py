@@ -58,10 +58,7 @@ def launch(main, config):
 
 def start(config):
     """Joins the other processes, checks the options that all methods share and seeds the weights; returns the device."""
-    try:
-        device = distributed.start(config.device)
-    except ValueError as error:
-        raise options.ArgumentError(str(error)) from None
+    device = distributed.start(config.device)
     options.check(config, distributed.world_size())
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
