@@ -13,7 +13,7 @@ help:  ## list the targets
 	@touch $@
 
 .venv/dev: .venv/run pyproject.toml
-	$(BIN)/pip install --quiet --disable-pip-version-check pytest hypothesis ruff
+	$(BIN)/pip install --quiet --disable-pip-version-check pytest pytest-xdist hypothesis ruff
 	@touch $@
 
 demo: .venv/run  ## train SwAV on embedded images, k-NN before and after: under 5 minutes on two CPU cores
@@ -22,10 +22,10 @@ demo: .venv/run  ## train SwAV on embedded images, k-NN before and after: under 
 	$(BIN)/python eval_knn.py runs/demo
 
 test: .venv/dev lint  ## lint and tests, CPU only, no network: under 5 minutes
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 test-all: .venv/dev lint  ## the sweeps too
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -n 2 -m "not gpu"
 
 lint: .venv/dev
 	$(BIN)/ruff check .

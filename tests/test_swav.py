@@ -4,24 +4,21 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import fields
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT, command, finish, free_port, losses, metrics, start, swav_here, swav_ranks
 from PIL import Image
 
 import swav
 from common import checkpoint
 from common.config import parse, recipe
 from common.meter import COLLAPSED_STEPS
-from common.run import launch
 
-ROOT = Path(__file__).resolve().parents[1]
 # A network and crops so small that a step takes milliseconds.
 TINY = "--width 0.125 --hidden 16 --dim 8 --sizes 16 --prototypes 12 --batch-size 16 --lr 2 --warmup-epochs 0".split()
 TINY += "--workers 0 --log-every 1".split()
@@ -34,43 +31,6 @@ def restore_process_state():
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
-
-
-def swav_here(*arguments):
-    """Runs the command in this process; returns its exit code."""
-    try:
-        launch(swav.main, parse(swav.Config, swav.RECIPES, "swav_400ep_8x32", swav.__doc__, [str(a) for a in arguments]))
-    except SystemExit as stop:
-        return stop.code
-    return 0
-
-
-def command(*arguments, ranks=0):
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
-    return [sys.executable, *torchrun, str(ROOT / "swav.py"), *map(str, arguments)]
-
-
-def start(*arguments, **options):
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen(arguments, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
-
-
-def finish(process):
-    """Exit code, stdout and stderr."""
-    out, err = process.communicate(timeout=240)
-    return process.returncode, out, err
-
-
-def swav_ranks(ranks, *arguments):
-    return finish(start(*command(*arguments, ranks=ranks)))
-
-
-def metrics(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(out):
-    return [record["loss"] for record in metrics(out) if "loss" in record]
 
 
 def saved(out):
@@ -141,10 +101,10 @@ def test_two_nodes_on_one_host(tmp_path):
     tree = image_tree(tmp_path / "imagenet")
     shared = ["--data", tree, "--recipe", "swav_400ep_8x32", "--batch-size", 4, "--max-steps", 1, "--log-every", 1, "--workers", 0,
               "--crops", 2, 1, "--out", tmp_path / "run"]  # fmt: skip
-    nodes = []
+    nodes, port = [], free_port()
     for node in range(2):
         line = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={node}", "--nproc_per_node=1"]
-        line += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:29731", "--rdzv_id=test", str(ROOT / "swav.py"), *map(str, shared)]
+        line += ["--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{port}", "--rdzv_id=test", str(ROOT / "swav.py"), *map(str, shared)]
         nodes.append(start(*line))
     results = [finish(node) for node in nodes]
     assert [code for code, _, _ in results] == [0, 0], results

@@ -1,0 +1,104 @@
+"""What several test files share: the golden numbers, and functions run by several processes."""
+
+import json
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.multiprocessing as mp
+
+import swav
+from common import distributed
+from common.config import parse
+from common.run import launch
+
+GOLDEN = Path(__file__).parent / "golden"
+ROOT = Path(__file__).parents[1]
+# A server imports torch once and every rank is a fork of it, so starting some costs a fraction of a second.
+mp.get_context("forkserver").set_forkserver_preload(["torch", "torchvision", "hypothesis", "pytest"])
+
+
+def golden(name):
+    """{name: tensor} of a file of numbers that the official implementations gave."""
+    with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as arrays:
+        return {key: torch.from_numpy(array) for key, array in arrays.items()}
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def ranks(world_size, function, *args, timeout=120):
+    """Runs function(*args), a function at the top level of its module, in world_size processes joined by gloo.
+
+    Returns what each rank returned. An exception on any rank is raised here; so is a deadlock, after timeout seconds.
+    """
+    port = free_port()
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = (world_size, port, folder, function, args)
+        group = mp.start_processes(_rank, arguments, world_size, join=False, start_method="forkserver")
+        end = time.monotonic() + timeout
+        while not group.join(timeout=1):
+            if time.monotonic() > end:
+                for process in group.processes:
+                    process.kill()
+                raise TimeoutError(f"{function.__name__} on {world_size} ranks took more than {timeout} s")
+        return [pickle.loads(Path(folder, f"{rank}.pickle").read_bytes()) for rank in range(world_size)]
+
+
+def _rank(rank, world_size, port, folder, function, args):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    distributed.start("cpu")
+    Path(folder, f"{rank}.pickle").write_bytes(pickle.dumps(function(*args)))
+    distributed.stop()
+
+
+# ---- swav.py as a user starts it
+
+
+def swav_here(*arguments):
+    """Runs the command in this process; returns its exit code."""
+    try:
+        launch(swav.main, parse(swav.Config, swav.RECIPES, "swav_400ep_8x32", swav.__doc__, [str(a) for a in arguments]))
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def command(*arguments, ranks=0):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
+    return [sys.executable, *torchrun, str(ROOT / "swav.py"), *map(str, arguments)]
+
+
+def start(*arguments, **options):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(arguments, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def finish(process):
+    """Exit code, stdout and stderr."""
+    out, err = process.communicate(timeout=240)
+    return process.returncode, out, err
+
+
+def swav_ranks(ranks, *arguments):
+    return finish(start(*command(*arguments, ranks=ranks)))
+
+
+def metrics(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(out):
+    return [record["loss"] for record in metrics(out) if "loss" in record]

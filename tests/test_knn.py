@@ -1,0 +1,133 @@
+"""The weighted k-nearest-neighbour classifier against a few lines of NumPy."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import ranks
+
+from common.distributed import rank
+from common.features import classify, knn_accuracy
+
+
+def draw(seed=0, bank=40, queries=7, classes=3, dim=6):
+    generator = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(bank, dim, generator=generator), torch.randn(queries, dim, generator=generator)
+    labels = torch.randint(classes, (bank,), generator=generator)
+    truth = torch.randint(classes, (queries,), generator=generator)
+    return x * torch.rand(bank, 1, generator=generator).add(0.1), labels, y, truth
+
+
+def brute_force(bank, labels, queries, k, temperature, classes):
+    bank, queries = (x.double().numpy() / np.linalg.norm(x.double().numpy(), axis=1, keepdims=True) for x in (bank, queries))
+    votes = np.zeros((len(queries), classes))
+    for query, row in zip(queries, votes):
+        similarity = bank @ query
+        for i in np.argsort(-similarity)[:k]:
+            row[int(labels[i])] += np.exp((similarity[i] - 1) / temperature)
+    return votes
+
+
+@pytest.mark.parametrize("temperature", [0.07, 0.5])
+def test_votes_equal_brute_force(temperature):
+    bank, labels, queries, _ = draw()
+    votes = classify(bank, labels, queries, [10, 1, 40], temperature, 3)
+    assert list(votes) == [10, 1, 40]
+    for k, ours in votes.items():
+        expected = brute_force(bank, labels, queries, k, temperature, 3)
+        assert ours.shape == (7, 3)
+        np.testing.assert_allclose(ours, expected, rtol=2e-5, atol=0)
+        assert torch.equal(ours, classify(bank, labels, queries, k, temperature, 3)[k])
+
+
+def test_accuracy_counts_the_queries_whose_class_has_most_votes():
+    bank, labels, queries, truth = draw(classes=8, queries=50)
+    accuracy = knn_accuracy(bank, labels, queries, truth, [3, 20], 0.1)
+    for k, (top1, top5) in accuracy.items():
+        votes = brute_force(bank, labels, queries, k, 0.1, 8)
+        ranking = np.argsort(-votes, axis=1)[:, :5]
+        hits = (ranking == truth.numpy()[:, None]) & (np.take_along_axis(votes, ranking, 1) > 0)
+        assert top1 == pytest.approx(100 * hits[:, 0].mean()) and 0 < top1 < 100
+        assert top5 is None if k < 5 else top5 == pytest.approx(100 * hits.sum() / 50)
+
+
+def test_more_neighbours_than_the_bank_has_are_left_out():
+    bank, labels, queries, truth = draw(bank=40)
+    assert list(classify(bank, labels, queries, [41, 40, 200, 5], 0.07, 3)) == [40, 5]
+    assert classify(bank, labels, queries, 41, 0.07, 3) == {} == knn_accuracy(bank, labels, queries, truth, [41, 100])
+
+
+def test_a_bank_of_one_image_is_everybodys_neighbour():
+    queries = torch.tensor([[2.0, 0.0], [-1.0, 0.0], [0.0, 3.0]])
+    votes = classify(torch.tensor([[5.0, 0.0]]), torch.tensor([2]), queries, [1, 2], 0.5, 4)
+    assert list(votes) == [1]
+    expected = torch.zeros(3, 4)
+    expected[:, 2] = torch.tensor([1.0, np.exp(-4), np.exp(-2)])
+    torch.testing.assert_close(votes[1], expected)
+    accuracy = knn_accuracy(torch.tensor([[5.0, 0.0]]), torch.tensor([2]), queries, torch.tensor([2, 0, 2]), [1], 0.5)
+    assert accuracy == {1: (pytest.approx(200 / 3), None)}
+
+
+@pytest.mark.parametrize("chunk", [1, 39, 40, 100, 281])
+def test_the_size_of_a_chunk_changes_nothing(chunk):
+    bank, labels, queries, _ = draw()
+    whole, parts = (classify(bank, labels, queries, [1, 9], 0.07, 3, chunk=c) for c in (1 << 26, chunk))
+    for k in whole:
+        torch.testing.assert_close(parts[k], whole[k], rtol=1e-5, atol=0)
+
+
+def test_unreadable_images_neither_vote_nor_count():
+    bank, labels, queries, truth = draw(classes=6, queries=30)
+    expected = knn_accuracy(bank, labels, queries, truth, [5, 40], 0.1)
+
+    def spoil(x, y):
+        zero, unknown = torch.zeros(1, x.shape[1]), torch.tensor([-1])
+        return torch.cat([zero, x[:4], zero, x[4:], zero]), torch.cat([unknown, y[:4], unknown, y[4:], unknown])
+
+    assert knn_accuracy(*spoil(bank, labels), *spoil(queries, truth), [5, 40, 41], 0.1) == expected
+    assert set(expected) == {5, 40} and 0 < expected[5][0] < 100
+
+
+def test_a_class_without_a_vote_never_counts():
+    bank, labels, queries, _ = draw(bank=12, queries=20, classes=2)
+    truth = torch.tensor([0, 1, 2, 3, 4] * 4)
+    top1, top5 = knn_accuracy(bank, labels, queries, truth, [5, 12])[12]
+    assert top5 == 40 and top1 <= 40
+    assert knn_accuracy(bank, labels, queries, torch.full((20,), 4), 5) == {5: (0, 0)}
+
+
+def test_top5_needs_five_classes_and_five_neighbours():
+    for classes, seen in ((4, False), (5, True)):
+        accuracy = knn_accuracy(*draw(classes=classes, bank=200, queries=100), [4, 5])
+        assert accuracy[4][1] is None and (accuracy[5][1] is not None) == seen
+
+
+# ---- several processes
+
+SPLITS = {  # world size: rows of the bank and of the queries on each rank
+    2: [((25, 15), (3, 4)), ((40, 0), (0, 7)), ((2, 38), (7, 0))],
+    3: [((13, 13, 14), (2, 2, 3)), ((0, 3, 37), (4, 0, 3))],
+}
+
+
+def shards(world_size):
+    results = []
+    for banks, queries in SPLITS[world_size]:
+        x, y, q, truth = (part.split(sizes)[rank()] for part, sizes in zip(draw(classes=6), (banks, banks, queries, queries)))
+        votes = classify(x, y, q, [9, 1, 40, 41], 0.07, 6, chunk=80)
+        results.append((votes, knn_accuracy(x, y, q, truth, [9, 1, 40, 41])))
+    return results
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_with_unequal_or_no_rows_equal_one_process(world_size):
+    bank, labels, queries, truth = draw(classes=6)
+    votes = classify(bank, labels, queries, [9, 1, 40], 0.07, 6)
+    accuracy = knn_accuracy(bank, labels, queries, truth, [9, 1, 40])
+    results = ranks(world_size, shards, world_size)
+    for i, (_, sizes) in enumerate(SPLITS[world_size]):
+        for result in results:
+            assert result[i][1] == accuracy and list(result[i][0]) == [9, 1, 40]
+        for k in votes:
+            blocks = [result[i][0][k] for result in results]
+            assert tuple(map(len, blocks)) == sizes
+            torch.testing.assert_close(torch.cat(blocks), votes[k], rtol=1e-5, atol=0)
