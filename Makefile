@@ -17,7 +17,7 @@ help:  ## list the targets
 	@touch $@
 
 demo: .venv/run  ## train SwAV on embedded images, k-NN before and after: under 5 minutes on two CPU cores
-	$(BIN)/python swav.py --out runs/demo --fresh
+	$(BIN)/python swav.py --out runs/demo --fresh --log-every 156
 	$(BIN)/python eval_knn.py runs/demo --random-init
 	$(BIN)/python eval_knn.py runs/demo
 
