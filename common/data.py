@@ -334,13 +334,13 @@ def _scan(root):
         folder = os.path.join(root, relative)
         try:
             entries = sorted(os.scandir(folder), key=lambda entry: os.fsencode(entry.name))
-        except PermissionError:
-            raise DataError(f"{folder} cannot be read: permission denied") from None
+        except OSError as error:
+            raise DataError(f"{folder} cannot be read: {error.strerror}") from None
         for entry in entries:
             if entry.name.startswith("."):  # .DS_Store, ._photo.jpg, .thumbnails
                 continue
             name = os.path.join(relative, entry.name)
-            if entry.is_dir():
+            if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
                 if entry.is_symlink():  # a link back into the tree would count images twice, or without end
                     real = os.path.realpath(entry.path)
                     if real in seen or os.path.commonpath([real, real_root]) in (real, real_root):
@@ -370,10 +370,11 @@ def _scan(root):
 def _read_list(path, root):
     """A list file: a path a line, with an integer label or a class name behind it on every line or on none."""
     try:
-        lines = [line for line in path.read_text(encoding="utf-8", errors="surrogateescape").split("\n") if line.strip()]
+        text = path.read_text(encoding="utf-8", errors="surrogateescape").removeprefix("\ufeff")
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
-    if not lines or "\0" in lines[0]:
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not lines or "\0" in text:
         raise DataError(f"{path} is not a list of images: a text file with one path a line is needed")
     root = Path(root or path.parent)
 
@@ -384,17 +385,17 @@ def _read_list(path, root):
                 return head.strip(), label.strip()
         return line.strip(), None
 
-    pairs = [split(line) for line in lines]
+    numbers, pairs = [number for number, _ in lines], [split(line) for _, line in lines]
     # Looking at every file of a long list takes minutes on a network: these catch a wrong root or a wrong list.
     for i in range(0, len(pairs), max(1, len(pairs) // 10_000)):
-        if not (root / pairs[i][0]).is_file():
-            raise DataError(f"{path} line {i + 1}: {root / pairs[i][0]} does not exist")
+        if not os.path.isfile(root / pairs[i][0]):
+            raise DataError(f"{path} line {numbers[i]}: {os.fspath(root / pairs[i][0])[:200]} does not exist")
     labels = [label for _, label in pairs]
     if None in labels:
         if any(label is not None for label in labels):
-            raise DataError(f"{path} line {labels.index(None) + 1} has no label, but other lines have one")
+            raise DataError(f"{path} line {numbers[labels.index(None)]} has no label, but other lines have one")
         return Files(root, [name for name, _ in pairs])
-    numeric = all(label.isdigit() for label in labels)
+    numeric = all(label.isdecimal() for label in labels)
     classes = [str(i) for i in range(max(map(int, labels)) + 1)] if numeric else sorted(set(labels))
     number = {name: i for i, name in enumerate(classes)}
     return Files(root, [name for name, _ in pairs], [int(label) if numeric else number[label] for label in labels], classes)

@@ -204,11 +204,11 @@ def test_what_does_not_fit_the_checkpoint_is_named(tmp_path, capsys):
 
 
 def test_report_warns_of_what_will_not_work(tmp_path, capsys):
-    run = [*TINY, "--max-steps", 1, "--out", tmp_path]
+    run = [*TINY, "--batch-size", 4, "--max-steps", 1, "--out", tmp_path]
     assert swav_here("--data", "shapes:64", *run, "--prototypes", 30) == 0
     out = capsys.readouterr().out
-    assert "--prototypes 30 are more than the 16 rows" in out and "--prototypes 30 leaves 2.1 images a cluster: take 6" in out
-    assert "--batch-size 16 is far from the recipe's" in out
+    assert "--prototypes 30 are more than the 4 rows" in out and "--prototypes 30 leaves 2.1 images a cluster: take 6" in out
+    assert "--batch-size 4 is far from the recipe's" in out
 
 
 def test_run_directory_holds_what_it_promises(tmp_path, capsys):
