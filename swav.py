@@ -48,7 +48,7 @@ TINY = dict(arch="resnet10", width=0.5, stem="small", hidden=256, dim=64, crops=
 TINY.update(scales=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), blur_p=0.0, prototypes=64, queue_length=0, freeze_prototypes_iters=100)
 TINY.update(epochs=20, batch_size=64, lr=0.8, final_lr=0.0008)
 SHAPES = dict(TINY, scales=(0.4, 1.0), jitter=(0.4, 0.4, 0.4, 0.2), prototypes=32, freeze_prototypes_iters=50, epochs=5, batch_size=32)
-CIFAR = dict(TINY, warmup_epochs=1)
+CIFAR = dict(TINY, warmup_epochs=1, start_lr=0.08)
 SMALL = dict(TINY, sizes=(32,), eval_size=48, epochs=50)
 RECIPES = {  # name: (ImageNet linear top-1 reported by the authors, what differs from the defaults of Config)
     "swav_800ep": ("75.3, 64 GPUs", dict(BATCH_4096, epochs=800)),
