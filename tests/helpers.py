@@ -37,7 +37,7 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def ranks(world_size, function, *args, timeout=120):
+def ranks(world_size, function, *args, timeout=300):
     """Runs function(*args), a function at the top level of its module, in world_size processes joined by gloo.
 
     Returns what each rank returned. An exception on any rank is raised here; so is a deadlock, after timeout seconds.
