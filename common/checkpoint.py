@@ -84,14 +84,18 @@ def load(path):
 def export_backbone(path, backbone, info):
     """Writes a trunk as {"state_dict", "info"}: torchvision's parameter names, and what is needed to rebuild it.
 
-    info: dict with arch, width, stem, mean, std, resize, size, method, recipe, epoch. Written like a checkpoint.
+    info: dict with arch, width, stem, mean, std, resize, size, method, recipe, epoch.
     """
     partial = Path(path).with_name(Path(path).name + ".partial")
     state = {
         name: tensor.detach().cpu().float() if tensor.is_floating_point() else tensor.cpu()
         for name, tensor in backbone.state_dict().items()
     }
-    torch.save({"state_dict": state, "info": info}, partial)
+    try:
+        torch.save({"state_dict": state, "info": info}, partial)
+    except RuntimeError as error:  # torch's writer reports a full disk so
+        partial.unlink(missing_ok=True)
+        raise OSError(str(error).splitlines()[0]) from None
     os.replace(partial, path)
 
 
@@ -109,7 +113,7 @@ def load_backbone(path):
     except Exception as error:
         raise CheckpointError(f"{path} cannot be loaded: {str(error).splitlines()[0] if str(error) else 'it is empty'}") from None
     state = saved.get("state_dict", saved) if isinstance(saved, dict) else {}
-    info = dict(saved["info"]) if "info" in saved else _recognise(state, path)
+    info = dict(saved["info"]) if isinstance(saved, dict) and "info" in saved else _recognise(state, path)
     state = {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}
     trunk = build_backbone(info)
     missing = sorted(

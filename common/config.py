@@ -95,9 +95,18 @@ def check(config, world_size):
         raise ArgumentError(f"{groups}: one number, one size and two scales a resolution are needed")
     if any(not 0 < low <= high <= 1 for low, high in zip(c.scales[::2], c.scales[1::2])):
         raise ArgumentError(f"--scales {_words(c.scales)}: pairs 0 < smallest <= largest <= 1 are needed")
+    if min(c.crops) < 1 or min(c.sizes) < 1 or c.sizes[0] != max(c.sizes):
+        raise ArgumentError(f"{groups}: positive numbers are needed, the largest size first")
+    for name in ("seed", "queue_length", "queue_start_epoch", "sinkhorn_iterations", "weight_decay", "max_steps"):
+        if getattr(c, name, 0) < 0:
+            raise ArgumentError(f"--{name.replace('_', '-')} {getattr(c, name)}: 0 or more is needed")
+    if not 0 <= c.momentum < 1 or not 0 <= c.blur_p <= 1:
+        raise ArgumentError(f"--momentum {c.momentum} --blur-p {c.blur_p}: between 0 and 1 is needed")
+    if c.width <= 0 or 64 * c.width % 1:
+        raise ArgumentError(f"--width {c.width}: 64 times the width must be a whole number")
     if len(c.jitter) != 4 or not all(j >= 0 for j in c.jitter) or c.jitter[3] > 0.5:
         raise ArgumentError(f"--jitter {_words(c.jitter)}: four strengths are needed, the hue's at most 0.5")
-    for name in ("prototypes", "log_every", "hidden", "dim", "lr", "temperature"):
+    for name in ("prototypes", "log_every", "hidden", "dim", "lr", "temperature", "epsilon"):
         if getattr(c, name, 1) <= 0:
             raise ArgumentError(f"--{name.replace('_', '-')} {getattr(c, name)}: more than 0 is needed")
 

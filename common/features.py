@@ -97,6 +97,6 @@ def knn_accuracy(bank, labels, queries, query_labels, k, temperature=0.07):
         value, ranking = votes.topk(min(5, classes))
         hits = (ranking == truth) & (value > 0)
         counts = distributed.all_sum(torch.tensor([len(truth), hits[:, :1].sum(), hits.sum()], device=votes.device)).tolist()
-        top1, top5 = (100 * count / counts[0] for count in counts[1:])
+        top1, top5 = (100 * count / max(1, counts[0]) for count in counts[1:])
         accuracy[number] = (top1, top5 if min(number, classes) >= 5 else None)
     return accuracy

@@ -174,6 +174,7 @@ class Run:
         """Epochs still to do, from the one that the run stands in."""
         if self.step == 0:
             self.evaluate(0)
+            self._restart_clock()
         yield from range(self.step // self.steps_per_epoch, self.config.epochs)
 
     def steps(self, loader, batches, epoch):
@@ -202,10 +203,10 @@ class Run:
         if distributed.world_size() > 1:
             # Posted now, read before the next step: nobody waits for it.
             posted, self.posted = self.posted, (dist.all_reduce(flags, op=dist.ReduceOp.MAX, async_op=True), flags)
-            if posted is None:
-                return
-            posted[0].wait()
-            flags = posted[1]
+            flags = torch.zeros_like(flags)
+            if posted is not None:
+                posted[0].wait()
+                flags = posted[1]
         stop, lost, due = flags.tolist()
         if lost:
             self._collect_bad()
@@ -417,7 +418,7 @@ class Run:
             for error in damage:
                 say(f"warning: {error}; going on from {path}")
             self._compare(path, state)
-            self._rewind(state["step"])
+        self._rewind(state["step"] if state else -1)
         (self.out / "config.json").write_text(json.dumps({"method": self.method, **asdict(self.config)}, indent=1) + "\n")
         return state
 
