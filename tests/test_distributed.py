@@ -21,7 +21,8 @@ def collectives():
     r = rank()
     x = torch.tensor([r + 1.0, -10.0 * r], requires_grad=True)
     rows = torch.arange(2.0 * r).view(r, 2) + 100 * r  # 0, 1 and 2 rows
-    written = torch.full((2,), r)
+    written, ran = torch.full((2,), r), []
+    distributed.from_main(ran.append, r)
     returned = distributed.broadcast(written)
     try:
         raised = distributed.from_main(refuse)
@@ -38,6 +39,7 @@ def collectives():
         "flags": distributed.gather_rows(torch.tensor([r == 1])),
         "broadcast": written,
         "in place": returned is written,
+        "ran": ran,
         "process": (distributed.from_main(os.getpid), os.getpid()),
         "arguments": distributed.from_main(divmod, 7, 4),
         "raised": raised,
@@ -70,6 +72,7 @@ def test_broadcast_writes_the_tensor_of_rank_0(of_ranks):
 
 
 def test_from_main_runs_on_rank_0_alone_and_all_ranks_get_its_result(of_ranks):
+    assert [result["ran"] for result in of_ranks] == [[0], [], []]
     main = of_ranks[0]["process"][1]
     assert [result["process"][0] for result in of_ranks] == [main] * 3
     assert len({result["process"][1] for result in of_ranks}) == 3
