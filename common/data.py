@@ -66,6 +66,16 @@ def has_split(spec, split):
     return str(spec).partition(":")[0] in ("shapes", *TORCHVISION) or (Path(spec) / split).is_dir()
 
 
+def match_classes(queries, bank):
+    """Numbers the labels of `queries` as those of `bank`, by class name. Raises DataError for a class that bank lacks."""
+    number = {name: i for i, name in enumerate(bank.classes)}
+    unknown = [name for name in queries.classes if name not in number]
+    if unknown:
+        raise DataError(f"class {unknown[0]!r} of the images to classify is not among the {len(number)} classes that vote")
+    queries.labels = torch.tensor([number[name] for name in queries.classes])[queries.labels]
+    queries.classes = bank.classes
+
+
 class Files:
     """Image files. Paths are packed into one array, so a million of them cost a worker nothing."""
 
@@ -267,7 +277,7 @@ class Loader:
             workers = max(1, min(8, cores - 1))
         self.bad = set()
         self.lost = False  # a sample found nothing readable within TRIES images and is blank, with index -1
-        self._keys = []  # the keys of the epoch under way, replaced in place: the workers' sampler reads it
+        self._keys = _Keys()
         self._n = len(dataset)
         self._loader = DataLoader(
             dataset,
@@ -291,15 +301,23 @@ class Loader:
 
     def epoch(self, epoch, batches, first=0):
         """Batches of the epoch from step `first` on: index (B,) int64, crops [(V_r, B, 3, s, s) uint8], params (V, B, 8)."""
-        requested = [batches[step] for step in range(first, len(batches))]
-        self._keys[:] = [[(epoch, position, index) for position, index in batch] for batch in requested]
-        for batch, (index, crops, params) in zip(requested, self._loader):
-            for (_, wanted), got in zip(batch, index.tolist()):
+        self._keys.current = epoch, batches, range(first, len(batches))
+        for step, (index, crops, params) in zip(range(first, len(batches)), self._loader):
+            for (_, wanted), got in zip(batches[step], index.tolist()):
                 if got != wanted:  # every image from the one wanted up to the one that came is unreadable
                     skipped = (got - wanted) % self._n if got >= 0 else min(TRIES, self._n)
                     self.bad.update((wanted + i) % self._n for i in range(skipped))
                     self.lost |= got < 0
             yield index, crops, params
+
+
+class _Keys:
+    """The keys of the epoch under way, a batch at a time: the loader's batch sampler."""
+
+    def __iter__(self):
+        epoch, batches, steps = self.current
+        for step in steps:
+            yield [(epoch, position, index) for position, index in batches[step]]
 
 
 def collate(samples):
@@ -395,7 +413,7 @@ def _read_list(path, root):
         if any(label is not None for label in labels):
             raise DataError(f"{path} line {numbers[labels.index(None)]} has no label, but other lines have one")
         return Files(root, [name for name, _ in pairs])
-    numeric = all(label.isdecimal() for label in labels)
+    numeric = all(label.isdecimal() and len(label) < 7 for label in labels)  # longer ones are names: times, bar codes
     classes = [str(i) for i in range(max(map(int, labels)) + 1)] if numeric else sorted(set(labels))
     number = {name: i for i, name in enumerate(classes)}
     return Files(root, [name for name, _ in pairs], [int(label) if numeric else number[label] for label in labels], classes)

@@ -81,8 +81,9 @@ def test_train_and_val_folders(tmp_path):
         ("b.png\t1\r\na.png\t0\r\n", [1, 0], ["0", "1"]),
         ("\nb.png zebra\n\na.png ant\n\n", [1, 0], ["ant", "zebra"]),
         ("b.png,great white shark\na.png,ant\n", [1, 0], ["ant", "great white shark"]),
+        ("b.png 1700000000\na.png 1600000000\n", [1, 0], ["1600000000", "1700000000"]),
     ],
-    ids=["no labels", "space", "comma", "tab and CRLF", "names", "names with spaces"],
+    ids=["no labels", "space", "comma", "tab and CRLF", "names", "names with spaces", "times"],
 )
 def test_list_file(tmp_path, lines, labels, classes):
     tree(tmp_path, "a.png", "b.png")
@@ -100,6 +101,16 @@ def test_list_paths_start_at_root_and_may_be_absolute(tmp_path):
     images = open_images(tmp_path / "list.txt", root=str(tmp_path / "images"))
     assert list(images.paths) == ["sub/b.png", absolute]
     assert [images.read(i).size for i in (0, 1)] == [IMAGE.size] * 2
+
+
+def test_classes_are_matched_by_name(tmp_path):
+    tree(tmp_path, "train/cat/1.png", "train/dog/2.png", "train/owl/3.png", "val/owl/4.png", "val/cat/5.png", "odd/emu/6.png")
+    bank, queries = open_images(tmp_path), open_images(tmp_path, "val")
+    assert queries.labels.tolist() == [0, 1]
+    data.match_classes(queries, bank)
+    assert queries.labels.tolist() == [0, 2] and queries.classes == bank.classes == ["cat", "dog", "owl"]
+    with pytest.raises(DataError, match="class 'emu' of the images to classify is not among the 3 classes"):
+        data.match_classes(open_images(tmp_path / "odd"), bank)
 
 
 ODD = ["two words.png", "ä ö 图 😀.png", "comma, then.png", "a,b.png", "quote'\"s.png", "#%&?*.png", "1 2.png", "<img onerror=x>.png"]
@@ -633,6 +644,19 @@ def test_epoch_goes_on_from_any_step(workers):
     next(left)
     assert_same(loaded(loader, 2, first=4), expected(2)[4:])  # though the epoch before was left in its middle
     loader.close()
+
+
+def test_keys_are_made_as_they_are_needed():
+    class Watched(list):
+        asked = 0
+
+        def __getitem__(self, i):
+            Watched.asked += 1
+            return super().__getitem__(i)
+
+    loader = Loader(CROPS)
+    next(loader.epoch(0, Watched([[(0, 0)]] * 1000)))
+    assert Watched.asked < 10
 
 
 def test_shapes_of_a_batch():
