@@ -16,8 +16,10 @@ from pathlib import Path
 
 import torch
 
-from common import checkpoint, data, distributed, features
+from common import checkpoint, data, distributed
 from common.config import ArgumentError, Parser
+from common.features import classify as classify  # eval_knn.classify, for those who import it
+from common.features import extract, knn_accuracy
 from common.multicrop import MEAN, STD
 from common.run import autocast_dtype, launch, say
 
@@ -59,8 +61,7 @@ def load(args):
     for images, name in ((bank, "--data"), (queries, "--val")):
         if images.labels is None:
             raise data.DataError(f"{name} has no labels: class folders, or a list with labels, are needed")
-    if bank.classes != queries.classes:
-        raise data.DataError(f"--data and --val have different classes: {bank.classes[:3]} .. and {queries.classes[:3]} ..")
+    data.match_classes(queries, bank)
     return trunk, info, bank, queries
 
 
@@ -82,20 +83,20 @@ def main(args):
         workers=args.workers,
         precision=autocast_dtype(args.precision, device),
     )
-    bank_rows = features.extract(trunk, bank, resize, size, **options)
-    query_rows = features.extract(trunk, queries, resize, size, **options)
-    accuracy = features.knn_accuracy(*bank_rows, *query_rows, args.k, args.temperature)
+    bank_rows = extract(trunk, bank, resize, size, **options)
+    query_rows = extract(trunk, queries, resize, size, **options)
+    accuracy = knn_accuracy(*bank_rows, *query_rows, args.k, args.temperature)
 
     say(f"{args.trunk}: {info['arch']} x{info['width']:g}, {info['method']}, {trunk.feature_dim} features of {size} px")
     say(f"{len(bank)} images vote on {len(queries)}, {len(bank.classes)} classes, temperature {args.temperature:g}")
-    for rows, name in ((bank_rows, "--data"), (query_rows, "--val")):
-        unreadable = int(distributed.all_sum((rows[1] < 0).sum()))
-        if unreadable:
-            say(f"warning: {unreadable} images of {name} cannot be read and are left out")
+    unreadable = [int(distributed.all_sum((labels < 0).sum())) for _, labels in (bank_rows, query_rows)]
+    for count, name in zip(unreadable, ("--data", "--val")):
+        if count:
+            say(f"warning: {count} images of {name} cannot be read and are left out")
     say("    k    top-1    top-5")
     for k in args.k:
         if k not in accuracy:
-            say(f"{k:5}    skipped: only {len(bank)} images can vote")
+            say(f"{k:5}    skipped: only {len(bank) - unreadable[0]} images can vote")
             continue
         top1, top5 = accuracy[k]
         say(f"{k:5}  {top1:7.2f}  " + (f"{top5:7.2f}" if top5 is not None else "      -"))

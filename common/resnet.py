@@ -50,7 +50,7 @@ class Bottleneck(nn.Module):
 class ResNet(nn.Module):
     """Trunk: (B, in_channels, H, W) -> (B, feature_dim), globally average-pooled."""
 
-    def __init__(self, block, depths, width=1, stem="imagenet", in_channels=3):
+    def __init__(self, block, depths, width, stem, in_channels):
         super().__init__()
         if stem not in ("imagenet", "small"):
             raise ValueError(f'stem is "imagenet" or "small", got {stem!r}')
@@ -92,20 +92,20 @@ class ResNet(nn.Module):
         return F.adaptive_avg_pool2d(self.stages(x)["layer4"], 1).flatten(1)  # (B, feature_dim)
 
 
-def resnet10(**options):
-    return ResNet(BasicBlock, (1, 1, 1, 1), **options)
+def resnet10(width=1, stem="imagenet", in_channels=3):
+    return ResNet(BasicBlock, (1, 1, 1, 1), width, stem, in_channels)
 
 
-def resnet18(**options):
-    return ResNet(BasicBlock, (2, 2, 2, 2), **options)
+def resnet18(width=1, stem="imagenet", in_channels=3):
+    return ResNet(BasicBlock, (2, 2, 2, 2), width, stem, in_channels)
 
 
-def resnet34(**options):
-    return ResNet(BasicBlock, (3, 4, 6, 3), **options)
+def resnet34(width=1, stem="imagenet", in_channels=3):
+    return ResNet(BasicBlock, (3, 4, 6, 3), width, stem, in_channels)
 
 
-def resnet50(**options):
-    return ResNet(Bottleneck, (3, 4, 6, 3), **options)
+def resnet50(width=1, stem="imagenet", in_channels=3):
+    return ResNet(Bottleneck, (3, 4, 6, 3), width, stem, in_channels)
 
 
 ARCHITECTURES = {"resnet10": resnet10, "resnet18": resnet18, "resnet34": resnet34, "resnet50": resnet50}
