@@ -8,6 +8,7 @@ import datetime
 import os
 import sys
 import time
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -18,14 +19,15 @@ from torch import nn
 def start(device="auto"):
     """Joins the group that torchrun describes in the environment, if any; returns the device of this process.
 
-    device: "auto" (a GPU if there is one), "cpu" or "cuda". Exits with code 2 if a GPU is asked for and missing.
+    device: "auto" (a GPU if there is one), "cpu" or "cuda". Exits with code 2 if a node has fewer GPUs than processes.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            fail(f"--device cuda needs one GPU a process: {torch.cuda.device_count()} GPUs for local process {local_rank}", 2)
+        gpus, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if gpus < processes:  # known to all processes of this node, and to no other node
+            fail(f"--device cuda needs a GPU for each process: {gpus} for {processes} on this node", 2, speaks=local_rank == 0)
         torch.cuda.set_device(local_rank)
     if "RANK" in os.environ and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
@@ -34,9 +36,10 @@ def start(device="auto"):
     return torch.device(device, local_rank if device == "cuda" else None)
 
 
-def fail(message, code):
-    """Ends every rank with an exit code; rank 0 alone says why, in one line."""
-    if int(os.environ.get("RANK", 0)) == 0:
+def fail(message, code, speaks=None):
+    """Ends this process with an exit code. One line says why, on rank 0 alone, or on those where `speaks` is true:
+    for what other ranks do not know of. torchrun then ends those."""
+    if speaks or (speaks is None and int(os.environ.get("RANK", 0)) == 0):
         print(f"error: {message}", file=sys.stderr, flush=True)
     else:
         time.sleep(2)  # torchrun stops all ranks when the first one ends: let rank 0 speak
@@ -191,4 +194,6 @@ def parallel(model):
         return model
     model = SyncBatchNorm.convert(model)
     # Synced statistics make the buffers equal on all ranks already, so they are not broadcast.
-    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # new versions have another name for it, old ones this one only
+        return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)

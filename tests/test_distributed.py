@@ -95,6 +95,19 @@ def test_one_process_is_the_identity():
         distributed.from_main(refuse)
 
 
+@pytest.mark.parametrize("local_rank", [0, 1])
+def test_too_few_gpus_are_said_by_one_process_of_the_node(monkeypatch, capsys, local_rank):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(distributed.time, "sleep", lambda seconds: None)
+    monkeypatch.setenv("RANK", str(8 + local_rank))  # the second node: rank 0 knows nothing of it
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(SystemExit) as stop:
+        distributed.start("cuda")
+    error = "error: --device cuda needs a GPU for each process: 1 for 2 on this node\n"
+    assert stop.value.code == 2 and capsys.readouterr().err == (error if local_rank == 0 else "")
+
+
 # ---- batch norm
 
 SHAPES = {"1d": (11, 4), "2d": (11, 4, 3, 5)}
