@@ -1,7 +1,7 @@
 """SwAV: Swapping Assignments between Views (Caron et al., NeurIPS 2020, arXiv 2006.09882).
 
-Two views of an image should fall into the same cluster. Every step the two large crops are assigned to K learnt
-prototypes so that the whole batch spreads evenly over them, and every other crop of the image predicts that assignment.
+Two views of an image should fall into the same cluster. Every step the large crops (two, as published) are assigned to
+K learnt prototypes so that the whole batch spreads evenly over them, and the other crops of an image predict where.
 
     z_v = head(trunk(crop_v)) / |.|                                   unit embedding of crop v, D = 128
     q_u = Sinkhorn(z_u C^T / epsilon)                                 codes of the large crops; no gradient
@@ -303,17 +303,8 @@ def main(config):
     )
 
     size = config.eval_size or config.sizes[0]
-    info = {
-        "arch": config.arch,
-        "width": config.width,
-        "stem": config.stem,
-        "mean": MEAN,
-        "std": STD,
-        "method": "swav",
-        "recipe": config.recipe,
-        "resize": size if config.stem == "small" else round(size * 8 / 7),
-        "size": size,
-    }
+    info = dict(arch=config.arch, width=config.width, stem=config.stem, channels=3, mean=MEAN, std=STD, method="swav")
+    info.update(recipe=config.recipe, resize=size if config.stem == "small" else round(size * 8 / 7), size=size)
     objects = {"model": model, "optimizer": optimizer, "memory": memory}
     meter = Meter(config.prototypes, len(images), device=device)
     run = Run(config, "swav", images, steps_per_epoch, meter, objects, model.backbone, info, device, REMEDY)

@@ -4,6 +4,7 @@ A checkpoint is what torch.save writes, plus 40 bytes: a mark and the SHA-256 of
 as it is; `load` reads it with weights_only=True after the checksum agreed, and nothing else.
 """
 
+import contextlib
 import hashlib
 import os
 from pathlib import Path
@@ -17,9 +18,13 @@ MARK = b"SHA-256:"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is damaged or belongs to something else. The message says which file and why."""
+    """A checkpoint that cannot be used. The message says which file and why."""
 
     exit_code = 4
+
+
+class Damaged(CheckpointError):
+    """A file that is not whole, or not what was written."""
 
 
 class _HashingWriter:
@@ -34,38 +39,54 @@ class _HashingWriter:
         self.file.flush()
 
 
-def save(path, state):
-    """Writes state (tensors, numbers, strings, lists, tuples and dicts) to path, keeping the file that was there as
-    previous_path(path). The name never points at half a file. Raises OSError, with the old files intact."""
+@contextlib.contextmanager
+def writing(path, text=False):
+    """A file to write. It takes the name `path` once it is whole and on disk; until then, and if anything goes wrong,
+    the file that was there stays as it is. text: a text file, in which undecodable paths may be written."""
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     try:
-        with open(partial, "wb") as file:
-            writer = _HashingWriter(file)
-            torch.save(state, writer)
-            file.write(MARK + writer.digest.digest())
+        with open(partial, "w", newline="", errors="surrogateescape") if text else open(partial, "wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
-        if path.exists():
-            os.replace(path, previous_path(path))
         os.replace(partial, path)
         folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)  # the new names themselves reach the disk
+        os.fsync(folder)  # the new name itself reaches the disk
         os.close(folder)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _torch_save(state, file):
+    try:
+        torch.save(state, file)
     except RuntimeError as error:  # torch's writer reports a full disk so
-        partial.unlink(missing_ok=True)
         raise OSError(str(error).splitlines()[0]) from None
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
+
+
+def save(path, state):
+    """Writes state (tensors, numbers, strings, lists, tuples and dicts) to path, keeping the file that was there as
+    previous_path(path). The name never points at half a file. Raises OSError, with the old files intact."""
+    with writing(path) as file:
+        writer = _HashingWriter(file)
+        _torch_save(state, writer)
+        file.write(MARK + writer.digest.digest())
+        file.flush()
+        os.fsync(file.fileno())
+        if Path(path).exists():
+            os.replace(path, previous_path(path))
 
 
 def previous_path(path):
     return Path(path).with_name("previous_" + Path(path).name)
 
 
-def load(path):
-    """The state that `save` wrote. Raises CheckpointError if the file is damaged, FileNotFoundError if there is none."""
+def load(path, expect=None):
+    """The state that `save` wrote. expect: {key: value} that the state must hold, else CheckpointError says what differs.
+
+    Raises Damaged if the file is not what was written, FileNotFoundError if there is none.
+    """
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size - len(MARK) - 32
         digest, left = hashlib.sha256(), max(0, size)
@@ -73,30 +94,29 @@ def load(path):
             digest.update(block)
             left -= len(block)
         if size <= 0 or file.read() != MARK + digest.digest():
-            raise CheckpointError(f"{path} is damaged: its checksum does not agree")
+            raise Damaged(f"{path} is damaged: its checksum does not agree")
         file.seek(0)
         try:
-            return torch.load(file, map_location="cpu", weights_only=True)
+            state = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises several kinds for what it refuses
-            raise CheckpointError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from None
+            raise Damaged(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from None
+    for key, value in (expect or {}).items():
+        if state.get(key) != value:
+            raise CheckpointError(f"{path} has {key} {state.get(key)!r}, here it is {value!r}")
+    return state
 
 
 def export_backbone(path, backbone, info):
     """Writes a trunk as {"state_dict", "info"}: torchvision's parameter names, and what is needed to rebuild it.
 
-    info: dict with arch, width, stem, mean, std, resize, size, method, recipe, epoch.
+    info: dict with arch, width, stem, channels, mean, std, resize, size, method, recipe, epoch.
     """
-    partial = Path(path).with_name(Path(path).name + ".partial")
     state = {
         name: tensor.detach().cpu().float() if tensor.is_floating_point() else tensor.cpu()
         for name, tensor in backbone.state_dict().items()
     }
-    try:
-        torch.save({"state_dict": state, "info": info}, partial)
-    except RuntimeError as error:  # torch's writer reports a full disk so
-        partial.unlink(missing_ok=True)
-        raise OSError(str(error).splitlines()[0]) from None
-    os.replace(partial, path)
+    with writing(path) as file:
+        _torch_save({"state_dict": state, "info": info}, file)
 
 
 def load_backbone(path):
@@ -140,7 +160,7 @@ def load_trunk(path, config):
 
 def build_backbone(info):
     """A trunk with random weights, of the architecture that info names."""
-    return ARCHITECTURES[info["arch"]](width=info["width"], stem=info["stem"])
+    return ARCHITECTURES[info["arch"]](info["width"], info["stem"], info.get("channels", 3))
 
 
 def _recognise(state, path):
@@ -152,11 +172,12 @@ def _recognise(state, path):
     arch = {(6, True): "resnet50", (6, False): "resnet34", (2, False): "resnet18", (1, False): "resnet10"}.get((depth, bottleneck))
     if arch is None:
         raise CheckpointError(f"{path}: only ResNet-10, 18, 34 and 50 are known, not one with {depth} blocks in layer3")
-    channels, _, side, _ = state["conv1.weight"].shape
+    outputs, channels, side, _ = state["conv1.weight"].shape
     return {
         "arch": arch,
-        "width": channels / 64,
+        "width": outputs / 64,
         "stem": "small" if side == 3 else "imagenet",
+        "channels": channels,
         "resize": 256,
         "size": 224,
         "mean": MEAN,

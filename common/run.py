@@ -53,6 +53,13 @@ def launch(main, config):
         if not hasattr(error, "exit_code"):
             raise
         distributed.fail(error, error.exit_code)
+    except RuntimeError as error:
+        cause = (str(error).splitlines() or [""])[0]
+        if "DataLoader worker" in cause:  # raised wherever this process was when its worker ended; no other rank knows
+            distributed.fail(f"a loader worker died, out of memory? lower --workers, or enlarge /dev/shm ({cause})", 3, speaks=True)
+        if "Connection closed by peer" in cause or "Connection reset by peer" in cause:
+            distributed.fail("another process of this run has ended: its own message says why", 1, speaks=True)
+        raise
     distributed.stop()
 
 
@@ -70,7 +77,10 @@ def start(config):
 
 def say(text):
     if distributed.rank() == 0:
-        print(text, flush=True)
+        try:
+            print(text, flush=True)
+        except OSError:  # a full disk or a closed pipe behind the log: no reason to end a training
+            pass
 
 
 def autocast_dtype(precision, device):
@@ -101,7 +111,8 @@ class Run:
         self.bad = set()  # unreadable images that any rank has met
         self.signals, self.posted = 0, None
         self.saved_at = self.started = time.monotonic()
-        self.bar = self.board = None
+        self.bar = self.board = self.problem = None
+        self.unwritten = ""  # what metrics.jsonl could not take yet
         distributed.from_main(self._open)
         self.queries = distributed.from_main(self._held_out) if config.eval_every else None
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
@@ -143,6 +154,7 @@ class Run:
         queries = data.open_images(spec, "train" if c.val else "val", c.root)
         if queries.labels is None or self.images.labels is None:
             raise options.ArgumentError("--eval-every needs labels: class folders, or lists with labels")
+        data.match_classes(queries, self.images)
         return queries
 
     def report(self, recipe, parameters, balanced, held):
@@ -183,13 +195,7 @@ class Run:
         source = loader.epoch(epoch, batches, self.step - epoch * self.steps_per_epoch)
         while True:
             asked = time.perf_counter()
-            try:
-                batch = next(source, None)
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
-                    raise
-                cause = str(error).splitlines()[0]
-                raise data.DataError(f"a loader worker died, out of memory? lower --workers, or enlarge /dev/shm ({cause})") from None
+            batch = next(source, None)
             self.waited += time.perf_counter() - asked
             if batch is None:
                 return
@@ -220,10 +226,9 @@ class Run:
             self.save()
 
     def _on_signal(self, number, frame):
+        if not self.signals:  # often it comes twice: to every process, and once more from torchrun
+            os.write(2, b"signal received: saving after this step (Ctrl-\\ quits at once)\n")
         self.signals += 1
-        if self.signals > 1:
-            os._exit(130)
-        os.write(2, b"signal received: saving after this step (once more: quit at once)\n")
 
     def log(self, loss, lr, z, index, assignments, **figures):
         """Counts one step; on a log step, the line and the record.
@@ -268,11 +273,13 @@ class Run:
     def _restart_clock(self):
         self.waited, self.timed_steps, self.clock = 0.0, 0, time.perf_counter()
 
-    def _stop_unless_finite(self):
-        if self.meter.mean_loss() is None:
+    def _stop_unless_finite(self, weights=()):
+        """Ends the run if a loss was not finite; before a save if a weight is not: a gradient may have been the first."""
+        spoilt = torch.stack([~w.isfinite().all() for w in weights]).any() if weights else torch.zeros((), device=self.device)
+        if self.meter.mean_loss() is None or distributed.all_max(spoilt.float()):
             last = self.out / "checkpoint.pt"
             kept = f"the last good checkpoint is {last}" if distributed.from_main(last.exists) else "no checkpoint was written yet"
-            raise Diverged(f"the loss is not finite at step {self.step + 1} or shortly before; {kept}; a lower --lr may help")
+            raise Diverged(f"loss or weights are not finite at step {self.step + 1} or shortly before; {kept}; a lower --lr may help")
 
     def _collect_bad(self):
         """Brings the unreadable images that any rank met to all ranks, names the new ones, and stops above --max-bad."""
@@ -281,14 +288,15 @@ class Run:
         if not new:
             return
         self.bad.update(new)
-        names = self.out / "bad_images.txt"
-        if distributed.rank() == 0:
-            with open(names, "a", errors="surrogateescape") as file:
-                file.writelines(f"{self.images.paths[i]}\n" for i in new)
-        say(f"warning: {len(self.bad)} images cannot be read and are replaced by their neighbours: see {names}")
+        distributed.from_main(self._survive, self._write_bad)
+        say(f"warning: {len(self.bad)} images cannot be read and are replaced by their neighbours: see {self.out / 'bad_images.txt'}")
         limit = self.config.max_bad if self.config.max_bad >= 0 else max(10, len(self.images) // 1000)
         if len(self.bad) > limit:
             raise data.DataError(f"{len(self.bad)} images cannot be read, more than --max-bad {limit}: {self._examples()}")
+
+    def _write_bad(self):
+        with checkpoint.writing(self.out / "bad_images.txt", text=True) as file:
+            file.writelines(f"{self.images.paths[i]}\n" for i in sorted(self.bad))
 
     def _examples(self):
         return ", ".join(repr(self.images.paths[i]) for i in sorted(self.bad)[:3])
@@ -301,10 +309,10 @@ class Run:
         line = f"epoch {epoch + 1} done: {figures['epoch_clusters_used']} of {self.meter.clusters} clusters in use"
         line += f", NMI to the epoch before {change:.3f}" if change is not None else ""
         self._record({"step": self.step, "epoch": epoch + 1, **figures}, line)
-        distributed.from_main(self._write_assignments)
+        distributed.from_main(self._survive, self._write_assignments)
         c = self.config
         if c.keep_every and (epoch + 1) % c.keep_every == 0:
-            distributed.from_main(self._export, self.out / f"backbone_{epoch + 1}.pt")
+            distributed.from_main(self._survive, self._export, self.out / f"backbone_{epoch + 1}.pt")
         if c.eval_every and ((epoch + 1) % c.eval_every == 0 or epoch + 1 == c.epochs):
             self.evaluate(epoch + 1)
         self._restart_clock()
@@ -325,8 +333,7 @@ class Run:
     def _record(self, record, line):
         if distributed.rank() != 0:
             return
-        with open(self.out / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(record) + "\n")
+        self._survive(self._append, json.dumps(record) + "\n")
         if self.board is not None:
             for name in record.keys() - {"step", "epoch"}:
                 if record[name] is not None:
@@ -344,17 +351,15 @@ class Run:
     def finish(self):
         """The last save, and done.json."""
         self.save(final=True)
-        if distributed.rank() == 0:
-            seconds = round(time.monotonic() - self.started)
-            done = {"steps": self.step, "epochs": self.config.epochs, "seconds_since_last_start": seconds}
-            (self.out / "done.json").write_text(json.dumps(done) + "\n")
+        done = {"steps": self.step, "epochs": self.config.epochs, "seconds_since_last_start": round(time.monotonic() - self.started)}
+        distributed.from_main(self._survive, self._write_json, "done.json", done)
         say(f"done: {self.step} steps; trunk in {self.out / 'backbone.pt'}, clusters in {self.out / 'assignments.csv'}")
 
     # ---- files
 
     def save(self, final=False):
         """Writes checkpoint.pt and backbone.pt. A full disk is reported and tried again later; at the end it is an error."""
-        self._stop_unless_finite()
+        self._stop_unless_finite(list(self.objects["model"].parameters()))
         state = {
             "format": 1,
             "method": self.method,
@@ -365,19 +370,44 @@ class Run:
             "bad": sorted(self.bad),
             **{name: thing.state_dict() for name, thing in self.objects.items()},
         }
-        problem = distributed.from_main(self._write, state)
+        problem = distributed.from_main(self._survive, self._write, state)
         self.saved_at = time.monotonic()
         if problem and final:
-            raise checkpoint.CheckpointError(problem)
-        if problem:
-            say(f"warning: {problem}; training goes on, the next try is in {self.config.save_every:g} minutes")
+            raise checkpoint.CheckpointError(f"{problem}: the end of the run is not saved")
+
+    def _survive(self, write, *arguments):
+        """Runs what writes to the run directory. A full disk is a warning, said once until a write succeeds again, and
+        ends no training. Returns the warning, or None."""
+        try:
+            write(*arguments)
+            self.problem = None
+        except OSError as error:
+            problem, before = f"cannot write to {self.out}: {error.strerror or error}", self.problem
+            self.problem = problem
+            if problem != before:
+                say(f"warning: {problem}; the training goes on, the next save tries again")
+        return self.problem
 
     def _write(self, state):
+        checkpoint.save(self.out / "checkpoint.pt", state)
+        self._export(self.out / "backbone.pt")
+
+    def _write_json(self, name, content):
+        with checkpoint.writing(self.out / name, text=True) as file:
+            file.write(json.dumps(content, indent=1) + "\n")
+
+    def _append(self, line):
+        """Adds to metrics.jsonl whole lines or, on a full disk, nothing: then they come with the next ones."""
+        path = self.out / "metrics.jsonl"
+        self.unwritten += line
+        size = path.stat().st_size if path.exists() else 0
         try:
-            checkpoint.save(self.out / "checkpoint.pt", state)
-            self._export(self.out / "backbone.pt")
-        except OSError as error:
-            return f"cannot save to {self.out}: {error.strerror or error}"
+            with open(path, "a") as file:
+                file.write(self.unwritten)
+            self.unwritten = ""
+        except OSError:
+            os.truncate(path, size)
+            raise
 
     def _export(self, path):
         checkpoint.export_backbone(path, self.backbone, {**self.info, "epoch": self.step / self.steps_per_epoch})
@@ -385,8 +415,9 @@ class Run:
     def _write_assignments(self):
         """Cluster of every image in each head, -1 if not seen yet: assignments.npz and, with the paths, assignments.csv."""
         table = self.meter.assignments.numpy()
-        np.savez_compressed(self.out / "assignments.npz", assignments=table)
-        with open(self.out / "assignments.csv", "w", newline="", errors="surrogateescape") as file:
+        with checkpoint.writing(self.out / "assignments.npz") as file:
+            np.savez_compressed(file, assignments=table)
+        with checkpoint.writing(self.out / "assignments.csv", text=True) as file:
             writer = csv.writer(file)
             writer.writerow(["path", *(f"head{h}" for h in range(len(table)))])
             writer.writerows([path, *column] for path, column in zip(self.images.paths, table.T.tolist()))
@@ -406,31 +437,25 @@ class Run:
         state, damage = None, []
         for path in (newest, checkpoint.previous_path(newest)):
             try:
-                state = checkpoint.load(path)
+                state = checkpoint.load(path, {"method": self.method, "data": self.images.fingerprint})
                 break
             except FileNotFoundError:
                 continue
-            except checkpoint.CheckpointError as error:
+            except checkpoint.Damaged as error:
                 damage.append(str(error))
+            except checkpoint.CheckpointError as error:
+                raise checkpoint.CheckpointError(f"{error}; --fresh starts over") from None
         if state is None and damage:
             raise checkpoint.CheckpointError(f"{'; '.join(damage)}; --fresh starts over")
         if state is not None:
             for error in damage:
                 say(f"warning: {error}; going on from {path}")
-            self._compare(path, state)
+            changed = options.differences(self.config, state["config"])
+            if changed:
+                raise checkpoint.CheckpointError(f"{path} was made with other options: {', '.join(changed)}; --fresh starts over")
         self._rewind(state["step"] if state else -1)
-        (self.out / "config.json").write_text(json.dumps({"method": self.method, **asdict(self.config)}, indent=1) + "\n")
+        self._write_json("config.json", {"method": self.method, **asdict(self.config)})
         return state
-
-    def _compare(self, path, state):
-        if state.get("method") != self.method:
-            raise checkpoint.CheckpointError(f"{path} is of {state.get('method')}, this is {self.method}")
-        changed = options.differences(self.config, state["config"])
-        if changed:
-            raise checkpoint.CheckpointError(f"{path} was made with other options: {', '.join(changed)}; --fresh starts over")
-        if state["data"] != self.images.fingerprint:
-            now = self.images.fingerprint
-            raise checkpoint.CheckpointError(f"{path} was made with other data: {state['data']}, now {now}; --fresh starts over")
 
     def _rewind(self, step):
         """Drops what metrics.jsonl has after the step that the run resumes at, so that each step is there once."""
@@ -444,6 +469,5 @@ class Run:
                     kept.append(line)
             except ValueError:  # the line that a kill cut short
                 continue
-        partial = path.with_name("metrics.jsonl.partial")
-        partial.write_text("".join(kept))
-        os.replace(partial, path)
+        with checkpoint.writing(path, text=True) as file:
+            file.write("".join(kept))

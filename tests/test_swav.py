@@ -3,10 +3,12 @@
 import json
 import os
 import re
+import resource
 import signal
 import sys
 import time
 from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ import swav
 from common import checkpoint
 from common.config import parse, recipe
 from common.meter import COLLAPSED_STEPS
+from common.run import Run
 
 # A network and crops so small that a step takes milliseconds.
 TINY = "--width 0.125 --hidden 16 --dim 8 --sizes 16 --prototypes 12 --batch-size 16 --lr 2 --warmup-epochs 0".split()
@@ -43,6 +46,11 @@ def same(a, b):
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
     return a == b
+
+
+def children(pid):
+    """Processes started by pid, oldest first."""
+    return sorted(int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split())
 
 
 def image_tree(root, classes=2, images=6, size=(70, 60), splits=("train", "val")):
@@ -159,6 +167,20 @@ def test_a_stop_signal_saves_and_the_same_command_goes_on(tmp_path):
     assert [record["step"] for record in metrics(tmp_path / "run") if "loss" in record] == list(range(1, step + 3))
 
 
+def test_every_process_may_get_the_stop_signal_twice(tmp_path):
+    shared = ["--data", "shapes:64", *TINY, "--epochs", 5000, "--out", tmp_path, "--workers", 1]
+    stopped = start(*command(*shared, ranks=2), start_new_session=True)
+    for line in stopped.stdout:
+        if "step 3/" in line:
+            os.killpg(stopped.pid, signal.SIGINT)
+            time.sleep(0.02)
+            os.killpg(stopped.pid, signal.SIGINT)
+            break
+    out, err = stopped.communicate(timeout=60)
+    assert out.count("stopped by a signal") == 1, out + err
+    assert saved(tmp_path)["step"] == metrics(tmp_path)[-1]["step"] >= 3
+
+
 @pytest.mark.parametrize("damage", ["half", "tail", "empty", "html", "bit"])
 def test_a_damaged_checkpoint_is_seen_and_the_previous_one_taken(tmp_path, damage, capsys):
     shared = ["--data", "shapes:64", *TINY, "--out", tmp_path, "--max-steps"]
@@ -188,7 +210,7 @@ def test_what_does_not_fit_the_checkpoint_is_named(tmp_path, capsys):
         ("--prototypes", 13): "--prototypes 13 (saved 12)",
         ("--lr", 0.5): "--lr 0.5 (saved 2)",
         ("--arch", "resnet18"): "--arch resnet18 (saved resnet10)",
-        ("--data", "shapes:80"): "shapes train 64, now shapes train 80",
+        ("--data", "shapes:80"): "has data 'shapes train 64', here it is 'shapes train 80'",
     }.items():
         assert swav_here(*shared, *change) == 4
         error = capsys.readouterr().err
@@ -197,7 +219,7 @@ def test_what_does_not_fit_the_checkpoint_is_named(tmp_path, capsys):
     state = saved(tmp_path)
     state["method"] = "odc"
     checkpoint.save(tmp_path / "checkpoint.pt", state)
-    assert swav_here(*shared) == 4 and "is of odc, this is swav" in capsys.readouterr().err
+    assert swav_here(*shared) == 4 and "has method 'odc', here it is 'swav'" in capsys.readouterr().err
 
 
 # ---- what the run tells
@@ -249,6 +271,58 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
     error = capsys.readouterr().err
     assert "not finite at step 3" in error and "the last good checkpoint is" in error and "checkpoint.pt" in error
     assert saved(tmp_path)["step"] == 2 and all(w.isfinite().all() for w in saved(tmp_path)["model"].values())
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, capsys, monkeypatch):
+    run = ["--data", "shapes:64", *TINY, "--out", tmp_path]
+    assert swav_here(*run, "--max-steps", 2) == 0
+    loss = swav.prediction_loss
+
+    def infinite_gradient(scores, codes, temperature):
+        scores.register_hook(lambda gradient: gradient * float("inf"))
+        return loss(scores, codes, temperature)
+
+    monkeypatch.setattr(swav, "prediction_loss", infinite_gradient)
+    assert swav_here(*run, "--max-steps", 3) == 5  # the loss of this step was finite
+    assert "not finite at step 4 or shortly before; the last good checkpoint is" in capsys.readouterr().err
+    assert saved(tmp_path)["step"] == 2
+
+
+def test_a_full_disk_is_said_and_survived(tmp_path, capsys):
+    run = ["--data", "shapes:64", *TINY, "--out", tmp_path]
+    assert swav_here(*run, "--max-steps", 2) == 0
+    before = [(tmp_path / name).read_bytes() for name in ("checkpoint.pt", "backbone.pt")]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # a file that grows further fails like a full disk
+    try:
+        capsys.readouterr()
+        assert swav_here(*run, "--max-steps", 6, "--save-every", 0) == 4
+        out, err = capsys.readouterr()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert f"warning: cannot write to {tmp_path}: " in out and "the training goes on" in out and "step 6/" in out
+    assert err.count("\n") == 1 and "the end of the run is not saved" in err
+    assert [(tmp_path / name).read_bytes() for name in ("checkpoint.pt", "backbone.pt")] == before
+    assert not list(tmp_path.glob("*.partial")) and not (tmp_path / "previous_checkpoint.pt").exists()
+    assert swav_here(*run, "--max-steps", 6) == 0 and "resumed at step 2 of" in capsys.readouterr().out
+
+
+def test_log_lines_wait_for_room_on_the_disk(tmp_path, monkeypatch):
+    shared = ["--data", "shapes:64", *TINY, "--epochs", 3, "--out", tmp_path]
+    log, step = tmp_path / "metrics.jsonl", Run.log
+
+    def full_for_a_while(run, *arguments, **figures):
+        if run.step == 3:
+            log.rename(tmp_path / "aside")
+            log.symlink_to("/dev/full")
+        if run.step == 7:
+            log.unlink()
+            (tmp_path / "aside").rename(log)
+        step(run, *arguments, **figures)
+
+    monkeypatch.setattr(Run, "log", full_for_a_while)
+    assert swav_here(*shared) == 0
+    assert [record["step"] for record in metrics(tmp_path) if "loss" in record] == list(range(1, 13))
 
 
 def test_a_constant_encoder_is_called_collapsed_once(tmp_path, capsys, monkeypatch):
@@ -303,6 +377,32 @@ def test_errors_of_data(tmp_path, capsys):
         error = capsys.readouterr().err
         assert error.startswith("error: ") and words in error and error.count("\n") == 1, error
     assert "n00" in (tmp_path / "run" / "bad_images.txt").read_text()
+
+
+def test_unreadable_images_are_named_once_also_after_a_resume(tmp_path):
+    tree = image_tree(tmp_path / "images", images=16, size=(20, 20), splits=("train",))
+    for name in ("n00/3.JPEG", "n01/7.JPEG"):
+        (tree / "train" / name).write_text("no image")
+    run = ["--data", tree, "--recipe", "shapes", *TINY, "--epochs", 3, "--out", tmp_path / "run", "--max-steps"]
+    assert swav_here(*run, 2) == 0 and swav_here(*run, 6) == 0
+    (tmp_path / "run" / "checkpoint.pt").unlink()
+    (tmp_path / "run" / "previous_checkpoint.pt").unlink()
+    assert swav_here(*run, 2) == 0  # from the start, in the same directory
+    assert (tmp_path / "run" / "bad_images.txt").read_text() == "n00/3.JPEG\nn01/7.JPEG\n"
+
+
+def test_a_loader_worker_that_is_killed_is_said_by_its_own_rank(tmp_path):
+    shared = ["--data", "shapes:64", *TINY, "--epochs", 5000, "--out", tmp_path, "--save-every", 0, "--workers", 1]
+    run = start(*command(*shared, ranks=2))
+    for line in run.stdout:
+        if "step 20/" in line:
+            break
+    ranks = children(run.pid)
+    os.kill(children(max(ranks))[-1], signal.SIGKILL)
+    _, err = run.communicate(timeout=120)
+    assert run.returncode == 1 and err.count("error: a loader worker died, out of memory? lower --workers") == 1, err
+    assert "[rank" not in err  # no traceback
+    assert saved(tmp_path)["step"] >= 19
 
 
 def test_torchrun_says_an_error_once_and_does_not_hang(tmp_path):
