@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test test-all lint loc
+.PHONY: help demo test test-all bench lint loc
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -26,6 +26,14 @@ test: .venv/dev lint  ## lint and tests, CPU only, no network: under 5 minutes
 
 test-all: .venv/dev lint  ## the sweeps too
 	$(BIN)/python -m pytest -n 2 -m "not gpu"
+
+.venv/bench: .venv/run
+	$(BIN)/pip install --quiet --disable-pip-version-check lightly==1.6.0
+	@touch $@
+
+bench: .venv/bench  ## training step and input pipeline against lightly's: PHOTOS=folder (results in benchmarks/results)
+	$(BIN)/python -m benchmarks.step
+	$(if $(PHOTOS),$(BIN)/python -m benchmarks.pipeline --data $(PHOTOS),@echo "make bench PHOTOS=folder also measures the input pipeline")
 
 lint: .venv/dev
 	$(BIN)/ruff check .

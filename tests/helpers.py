@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.multiprocessing as mp
+from PIL import Image
 
 import swav
 from common import distributed
@@ -102,3 +103,41 @@ def metrics(out):
 
 def losses(out):
     return [record["loss"] for record in metrics(out) if "loss" in record]
+
+
+# A network and crops so small that a step takes milliseconds.
+TINY = "--width 0.125 --hidden 16 --dim 8 --sizes 16 --prototypes 12 --batch-size 16 --lr 2 --warmup-epochs 0".split()
+TINY += "--workers 0 --log-every 1".split()
+QUEUE = "--queue-length 48 --queue-start-epoch 0 --freeze-prototypes-iters 3".split()
+
+
+def saved(out):
+    return torch.load(out / "checkpoint.pt", weights_only=True)
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    return a == b
+
+
+def children(pid):
+    """Processes started by pid, oldest first."""
+    return sorted(int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split())
+
+
+def tree(pid):
+    """The process and all that it and they started: torchrun, ranks, loader workers."""
+    return [pid, *(below for child in children(pid) for below in tree(child))]
+
+
+def image_tree(root, classes=2, images=6, size=(70, 60), splits=("train", "val")):
+    rng = np.random.default_rng(0)
+    for split in splits:
+        for c in range(classes):
+            (root / split / f"n0{c}").mkdir(parents=True)
+            for i in range(images):
+                Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)).save(root / split / f"n0{c}" / f"{i}.JPEG")
+    return root

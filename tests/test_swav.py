@@ -3,65 +3,17 @@
 import json
 import os
 import re
-import resource
-import signal
 import sys
 import time
 from dataclasses import fields
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, command, finish, free_port, losses, metrics, start, swav_here, swav_ranks
-from PIL import Image
+from helpers import QUEUE, ROOT, TINY, finish, free_port, image_tree, losses, metrics, saved, start, swav_here, swav_ranks
 
 import swav
-from common import checkpoint
 from common.config import parse, recipe
-from common.meter import COLLAPSED_STEPS
-from common.run import Run
-
-# A network and crops so small that a step takes milliseconds.
-TINY = "--width 0.125 --hidden 16 --dim 8 --sizes 16 --prototypes 12 --batch-size 16 --lr 2 --warmup-epochs 0".split()
-TINY += "--workers 0 --log-every 1".split()
-QUEUE = "--queue-length 48 --queue-start-epoch 0 --freeze-prototypes-iters 3".split()
-
-
-@pytest.fixture(autouse=True)
-def restore_process_state():
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-def saved(out):
-    return torch.load(out / "checkpoint.pt", weights_only=True)
-
-
-def same(a, b):
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    return a == b
-
-
-def children(pid):
-    """Processes started by pid, oldest first."""
-    return sorted(int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split())
-
-
-def image_tree(root, classes=2, images=6, size=(70, 60), splits=("train", "val")):
-    rng = np.random.default_rng(0)
-    for split in splits:
-        for c in range(classes):
-            (root / split / f"n0{c}").mkdir(parents=True)
-            for i in range(images):
-                Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)).save(root / split / f"n0{c}" / f"{i}.JPEG")
-    return root
-
 
 # ---- one process or many
 
@@ -120,108 +72,6 @@ def test_two_nodes_on_one_host(tmp_path):
     assert len(losses(tmp_path / "run")) == 1
 
 
-# ---- resume
-
-
-def test_a_killed_run_ends_with_the_same_bits(tmp_path):
-    shared = ["--data", "shapes:64", *TINY, *QUEUE, "--epochs", 4, "--save-every", 0, "--workers", 1]
-    straight = start(*command(*shared, "--out", tmp_path / "straight"))
-    killed = start(*command(*shared, "--out", tmp_path / "killed"), start_new_session=True)
-    for line in killed.stdout:
-        if "step 6/16" in line:  # in the middle of the second epoch, with the queue in use
-            os.killpg(killed.pid, signal.SIGKILL)
-            break
-    killed.wait()
-    assert not (tmp_path / "killed" / "done.json").exists()
-    code, out, err = finish(start(*command(*shared, "--out", tmp_path / "killed")))
-    assert code == 0 and re.search(r"resumed at step [4-7] of 16", out), out + err
-    assert finish(straight)[0] == 0
-    a, b = saved(tmp_path / "straight"), saved(tmp_path / "killed")
-    for part in ("model", "optimizer", "memory"):
-        assert same(a[part], b[part]), part
-    assert torch.equal(a["meter"]["assignments"], b["meter"]["assignments"])
-    steps = [record["step"] for record in metrics(tmp_path / "killed") if "loss" in record]
-    assert steps == list(range(1, 17))
-    assert losses(tmp_path / "straight") == losses(tmp_path / "killed")
-
-
-def test_another_world_size_goes_on_with_the_same_batches(tmp_path):
-    shared = ["--data", "shapes:64", *TINY, *QUEUE, "--precision", "float64", "--epochs", 4, "--max-steps"]
-    assert swav_here(*shared, 12, "--out", tmp_path / "one") == 0
-    assert swav_ranks(2, *shared, 5, "--out", tmp_path / "both")[0] == 0
-    assert swav_here(*shared, 12, "--out", tmp_path / "both") == 0
-    np.testing.assert_allclose(losses(tmp_path / "both"), losses(tmp_path / "one"), rtol=1e-9)
-
-
-def test_a_stop_signal_saves_and_the_same_command_goes_on(tmp_path):
-    shared = ["--data", "shapes:64", *TINY, "--epochs", 500, "--out", tmp_path / "run", "--workers", 1]
-    stopped = start(*command(*shared), start_new_session=True)
-    for line in stopped.stdout:
-        if "step 3/" in line:
-            os.killpg(stopped.pid, signal.SIGTERM)  # the loader's workers get it too
-            break
-    rest = stopped.stdout.read()
-    assert stopped.wait(timeout=30) == 0 and "stopped by a signal" in rest
-    step = saved(tmp_path / "run")["step"]
-    assert swav_here(*shared[:-1], 0, "--max-steps", step + 2) == 0
-    assert [record["step"] for record in metrics(tmp_path / "run") if "loss" in record] == list(range(1, step + 3))
-
-
-def test_every_process_may_get_the_stop_signal_twice(tmp_path):
-    shared = ["--data", "shapes:64", *TINY, "--epochs", 5000, "--out", tmp_path, "--workers", 1]
-    stopped = start(*command(*shared, ranks=2), start_new_session=True)
-    for line in stopped.stdout:
-        if "step 3/" in line:
-            os.killpg(stopped.pid, signal.SIGINT)
-            time.sleep(0.02)
-            os.killpg(stopped.pid, signal.SIGINT)
-            break
-    out, err = stopped.communicate(timeout=60)
-    assert out.count("stopped by a signal") == 1, out + err
-    assert saved(tmp_path)["step"] == metrics(tmp_path)[-1]["step"] >= 3
-
-
-@pytest.mark.parametrize("damage", ["half", "tail", "empty", "html", "bit"])
-def test_a_damaged_checkpoint_is_seen_and_the_previous_one_taken(tmp_path, damage, capsys):
-    shared = ["--data", "shapes:64", *TINY, "--out", tmp_path, "--max-steps"]
-    assert swav_here(*shared, 2) == 0 and swav_here(*shared, 3) == 0
-    path = tmp_path / "checkpoint.pt"
-    content = path.read_bytes()
-    flipped = bytearray(content)
-    flipped[len(content) // 2] ^= 1
-    page = b"<html>not found</html>"
-    path.write_bytes(
-        {"half": content[: len(content) // 2], "tail": content[:-10], "empty": b"", "html": page, "bit": bytes(flipped)}[damage]
-    )
-    capsys.readouterr()
-    assert swav_here(*shared, 4) == 0
-    out = capsys.readouterr().out
-    assert "checkpoint.pt is damaged" in out and "resumed at step 2 of" in out
-    for name in ("checkpoint.pt", "previous_checkpoint.pt"):
-        (tmp_path / name).write_bytes(b"")
-    assert swav_here(*shared, 5) == 4 and "damaged" in capsys.readouterr().err  # and not silently from step 0
-    assert swav_here(*shared, 1, "--fresh") == 0
-
-
-def test_what_does_not_fit_the_checkpoint_is_named(tmp_path, capsys):
-    shared = ["--data", "shapes:64", *TINY, "--out", tmp_path]
-    assert swav_here(*shared, "--max-steps", 1) == 0
-    for change, words in {
-        ("--prototypes", 13): "--prototypes 13 (saved 12)",
-        ("--lr", 0.5): "--lr 0.5 (saved 2)",
-        ("--arch", "resnet18"): "--arch resnet18 (saved resnet10)",
-        ("--data", "shapes:80"): "has data 'shapes train 64', here it is 'shapes train 80'",
-    }.items():
-        assert swav_here(*shared, *change) == 4
-        error = capsys.readouterr().err
-        assert words in error and error.count("\n") == 1
-    assert swav_here(*shared, "--max-steps", 2, "--workers", 1, "--log-every", 7) == 0  # these may change
-    state = saved(tmp_path)
-    state["method"] = "odc"
-    checkpoint.save(tmp_path / "checkpoint.pt", state)
-    assert swav_here(*shared) == 4 and "has method 'odc', here it is 'swav'" in capsys.readouterr().err
-
-
 # ---- what the run tells
 
 
@@ -261,80 +111,6 @@ def test_run_directory_holds_what_it_promises(tmp_path, capsys):
     assert all(figures <= r.keys() for r in metrics(out) if "loss" in r)
     capsys.readouterr()
     assert swav_here(*small) == 0 and "resumed at step 4 of 4" in capsys.readouterr().out
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, capsys, monkeypatch):
-    run = ["--data", "shapes:64", *TINY, "--out", tmp_path]
-    assert swav_here(*run, "--max-steps", 2) == 0
-    monkeypatch.setattr(swav, "prediction_loss", lambda scores, codes, temperature: scores.sum() * float("nan"))
-    assert swav_here(*run, "--save-every", 0) == 5
-    error = capsys.readouterr().err
-    assert "not finite at step 3" in error and "the last good checkpoint is" in error and "checkpoint.pt" in error
-    assert saved(tmp_path)["step"] == 2 and all(w.isfinite().all() for w in saved(tmp_path)["model"].values())
-
-
-def test_weights_that_are_not_finite_are_not_saved(tmp_path, capsys, monkeypatch):
-    run = ["--data", "shapes:64", *TINY, "--out", tmp_path]
-    assert swav_here(*run, "--max-steps", 2) == 0
-    loss = swav.prediction_loss
-
-    def infinite_gradient(scores, codes, temperature):
-        scores.register_hook(lambda gradient: gradient * float("inf"))
-        return loss(scores, codes, temperature)
-
-    monkeypatch.setattr(swav, "prediction_loss", infinite_gradient)
-    assert swav_here(*run, "--max-steps", 3) == 5  # the loss of this step was finite
-    assert "not finite at step 4 or shortly before; the last good checkpoint is" in capsys.readouterr().err
-    assert saved(tmp_path)["step"] == 2
-
-
-def test_a_full_disk_is_said_and_survived(tmp_path, capsys):
-    run = ["--data", "shapes:64", *TINY, "--out", tmp_path]
-    assert swav_here(*run, "--max-steps", 2) == 0
-    before = [(tmp_path / name).read_bytes() for name in ("checkpoint.pt", "backbone.pt")]
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # a file that grows further fails like a full disk
-    try:
-        capsys.readouterr()
-        assert swav_here(*run, "--max-steps", 6, "--save-every", 0) == 4
-        out, err = capsys.readouterr()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert f"warning: cannot write to {tmp_path}: " in out and "the training goes on" in out and "step 6/" in out
-    assert err.count("\n") == 1 and "the end of the run is not saved" in err
-    assert [(tmp_path / name).read_bytes() for name in ("checkpoint.pt", "backbone.pt")] == before
-    assert not list(tmp_path.glob("*.partial")) and not (tmp_path / "previous_checkpoint.pt").exists()
-    assert swav_here(*run, "--max-steps", 6) == 0 and "resumed at step 2 of" in capsys.readouterr().out
-
-
-def test_log_lines_wait_for_room_on_the_disk(tmp_path, monkeypatch):
-    shared = ["--data", "shapes:64", *TINY, "--epochs", 3, "--out", tmp_path]
-    log, step = tmp_path / "metrics.jsonl", Run.log
-
-    def full_for_a_while(run, *arguments, **figures):
-        if run.step == 3:
-            log.rename(tmp_path / "aside")
-            log.symlink_to("/dev/full")
-        if run.step == 7:
-            log.unlink()
-            (tmp_path / "aside").rename(log)
-        step(run, *arguments, **figures)
-
-    monkeypatch.setattr(Run, "log", full_for_a_while)
-    assert swav_here(*shared) == 0
-    assert [record["step"] for record in metrics(tmp_path) if "loss" in record] == list(range(1, 13))
-
-
-def test_a_constant_encoder_is_called_collapsed_once(tmp_path, capsys, monkeypatch):
-    def constant(self, crops, autocast=None):
-        z = torch.nn.functional.normalize(self.prototypes.weight[:1] * 0 + 1)
-        z = z.expand(sum(len(group) for group in crops), -1)
-        return z + 0 * self.projection_head[3].bias.sum(), self.prototypes(z)
-
-    monkeypatch.setattr(swav.Model, "forward", constant)
-    assert swav_here("--data", "shapes:64", *TINY, "--max-steps", COLLAPSED_STEPS + 20, "--out", tmp_path, "--epochs", 100) == 0
-    out = capsys.readouterr().out
-    assert out.count("collapsed:") == 1 and "--epsilon 0.03" in out
 
 
 # ---- bad input: one line, the exit code, no hang
@@ -391,39 +167,11 @@ def test_unreadable_images_are_named_once_also_after_a_resume(tmp_path):
     assert (tmp_path / "run" / "bad_images.txt").read_text() == "n00/3.JPEG\nn01/7.JPEG\n"
 
 
-def test_a_loader_worker_that_is_killed_is_said_by_its_own_rank(tmp_path):
-    shared = ["--data", "shapes:64", *TINY, "--epochs", 5000, "--out", tmp_path, "--save-every", 0, "--workers", 1]
-    run = start(*command(*shared, ranks=2))
-    for line in run.stdout:
-        if "step 20/" in line:
-            break
-    ranks = children(run.pid)
-    os.kill(children(max(ranks))[-1], signal.SIGKILL)
-    _, err = run.communicate(timeout=120)
-    assert run.returncode == 1 and err.count("error: a loader worker died, out of memory? lower --workers") == 1, err
-    assert "[rank" not in err  # no traceback
-    assert saved(tmp_path)["step"] >= 19
-
-
 def test_torchrun_says_an_error_once_and_does_not_hang(tmp_path):
     started = time.monotonic()
     code, _, err = swav_ranks(2, "--batch-size", 15, "--out", tmp_path)
     assert code == 1 and err.count("error: --batch-size 15 is not divisible by the 2 processes") == 1
     assert time.monotonic() - started < 60
-
-
-def test_a_second_run_on_one_directory_is_refused(tmp_path):
-    shared = ["--data", "shapes:64", *TINY, "--epochs", 5000, "--out", tmp_path]
-    first = start(*command(*shared))
-    try:
-        for line in first.stdout:
-            if "step 1/" in line:
-                break
-        code, _, err = finish(start(*command(*shared)))
-        assert code == 2 and f"is in use by another run (process {first.pid} on" in err
-    finally:
-        first.kill()
-        first.wait()
 
 
 # ---- options and recipes

@@ -1,0 +1,55 @@
+"""What every benchmark shares: rounds that alternate, medians, and a result file that says where it was made."""
+
+import json
+import os
+import platform
+import statistics
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def medians(rounds, **contenders):
+    """{name: median of what contender() returns}. They take turns, so that a slow minute of the machine hits them all."""
+    values = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, contender in contenders.items():
+            values[name].append(contender())
+    return {name: statistics.median(found) for name, found in values.items()}
+
+
+def machine(device):
+    """The hardware, in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()}, {len(os.sched_getaffinity(0))} cores"
+
+
+def write(name, device, settings, figures):
+    """Prints the figures and writes them to results/NAME_DEVICE.json with versions, machine, command and settings."""
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "torchvision", "pillow", "lightly"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    record = {
+        "machine": machine(device),
+        "versions": versions,
+        "command": " ".join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]]),
+        "settings": settings,
+        "figures": {key: float(f"{value:.4g}") for key, value in figures.items()},
+    }
+    for key, value in record["figures"].items():
+        print(f"{key:44} {value:10g}")
+    slug = device.type if device.type == "cpu" else machine(device).lower().replace(" ", "_")
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}_{slug}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"written to {path}")
