@@ -44,12 +44,10 @@ WIDE = dict(BATCH_4096, epochs=400, crops=(2, 4), hidden=8192)
 W4 = dict(WIDE, width=4.0, scales=(0.08, 1.0, 0.08, 0.14), batch_size=2560, queue_length=2560, queue_start_epoch=0)
 W5 = dict(WIDE, width=5.0, hidden=10240, batch_size=1536, start_lr=0.1875, final_lr=0.0, queue_length=1536, queue_start_epoch=0)
 TWO_CROPS = dict(crops=(2,), sizes=(224,), scales=(0.08, 1.0))
-TINY = dict(arch="resnet10", width=0.5, stem="small", hidden=256, dim=64, crops=(4,), sizes=(24,), eval_size=32)
-TINY.update(scales=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), blur_p=0.0, prototypes=64, queue_length=0, freeze_prototypes_iters=100)
-TINY.update(epochs=20, batch_size=64, lr=0.8, final_lr=0.0008)
-SHAPES = dict(TINY, scales=(0.4, 1.0), jitter=(0.4, 0.4, 0.4, 0.2), prototypes=32, freeze_prototypes_iters=50, epochs=5, batch_size=32)
-CIFAR = dict(TINY, warmup_epochs=1, start_lr=0.08)
-SMALL = dict(TINY, sizes=(32,), eval_size=48, epochs=50)
+TINY = dict(arch="resnet10", width=0.5, stem="small", hidden=256, dim=64, crops=(4,), sizes=(32,), eval_size=48)
+TINY.update(scales=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), blur_p=0.0, prototypes=32, queue_length=0, freeze_prototypes_iters=100)
+TINY.update(batch_size=32, lr=0.8, final_lr=0.0008)
+SHAPES = dict(TINY, sizes=(24,), eval_size=32, scales=(0.4, 1.0), jitter=(0.4, 0.4, 0.4, 0.2), freeze_prototypes_iters=50, epochs=5)
 RECIPES = {  # name: (ImageNet linear top-1 reported by the authors, what differs from the defaults of Config)
     "swav_800ep": ("75.3, 64 GPUs", dict(BATCH_4096, epochs=800)),
     "swav_400ep": ("74.6, 64 GPUs", dict(BATCH_4096, epochs=400)),
@@ -63,8 +61,8 @@ RECIPES = {  # name: (ImageNet linear top-1 reported by the authors, what differ
     "swav_rn50w4": ("77.9, 64 GPUs", W4),
     "swav_rn50w5": ("78.5, 128 GPUs", W5),
     "shapes": ("20-NN 68.4 on held-out images, untrained 30.3: measured here", SHAPES),
-    "cifar": ("20-NN 51.7 from 10,000 images of CIFAR-10, untrained 34.4: measured here", CIFAR),
-    "small": ("20-NN 36.1 after 6 epochs on 5,000 images of CIFAR-10, untrained 34.1: measured here", SMALL),
+    "cifar": ("20-NN 51.7 from 10,000 images of CIFAR-10, untrained 34.4: measured here", dict(TINY, epochs=20)),
+    "small": ("20-NN 36.1 after 6 epochs on 5,000 images of CIFAR-10, untrained 34.1: measured here", dict(TINY, epochs=50)),
 }
 REMEDY = """  try in this order: fewer --prototypes (ten per class you expect, a tenth of the images, batch + queue at most);
   --epsilon 0.03; more --freeze-prototypes-iters; no or a later queue (--queue-length 0, --queue-start-epoch);

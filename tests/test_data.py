@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import resource
 import shutil
 import signal
 import struct
@@ -422,6 +423,14 @@ def test_decompression_bomb_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 64 // 2 - 1)
     with pytest.raises(Image.DecompressionBombError):
         decode(tmp_path / "a.png")
+
+
+def test_a_picture_of_400_million_pixels_costs_no_memory(tmp_path):
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "a.png")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(Image.DecompressionBombError):
+        decode(tmp_path / "a.png")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 10_000  # of the 1.2 million KB that it has as RGB
 
 
 def test_pixels_that_are_not_finite_are_refused(tmp_path):
