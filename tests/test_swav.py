@@ -57,6 +57,14 @@ def test_the_published_recipe_trains_under_torchrun(tmp_path):
     assert state["model"]["prototypes.weight"].shape == (3000, 128) and state["step"] == 2
 
 
+@pytest.mark.parametrize("name", ["small", "cifar"])
+def test_recipes_for_small_data_train_on_a_folder_of_photos(tmp_path, capsys, name):
+    photos = image_tree(tmp_path / "photos", classes=1, images=70, splits=("",)) / "n00"  # flat, no labels
+    assert swav_here("--data", photos, "--recipe", name, "--workers", 0, "--max-steps", 2, "--log-every", 1, "--out", tmp_path / "run") == 0
+    out = capsys.readouterr().out
+    assert "70 images of" in out and "no labels; crops 4x32 px" in out and len(losses(tmp_path / "run")) == 2
+
+
 def test_two_nodes_on_one_host(tmp_path):
     tree = image_tree(tmp_path / "imagenet")
     shared = ["--data", tree, "--recipe", "swav_400ep_8x32", "--batch-size", 4, "--max-steps", 1, "--log-every", 1, "--workers", 0,
