@@ -1,11 +1,11 @@
 """SwAV's training step against lightly's: same trunk, batch and crops, synthetic images, in one run.
 
-    python -m benchmarks.step                       # resnet50, 2x224 + 6x96: batch 8 on a CPU, 256 on a GPU
+    python -m benchmarks.step                       # the published recipe and the small one
 
 Ours is the loop of swav.py as it ships: uint8 crops come in, jitter, blur and normalisation are part of the step, bf16
-autocast and channels_last where the hardware has them. lightly's (`SwaVLoss`, `SwaVPrototypes`, `SwaVProjectionHead`, the
-trunk of torchvision) gets float crops that are ready and runs in float32 with plain SGD, a forward pass for each crop as in
-its example. On a GPU also: ours compiled, and with the batch norm that synchronises over processes, our own and torch's.
+autocast and channels_last where the hardware has them. lightly's (`SwaVLoss`, `SwaVPrototypes`, `SwaVProjectionHead`) gets
+float crops that are ready and runs in float32 with plain SGD, a forward pass for each crop as in its example. On a GPU also:
+ours compiled, and with the batch norm that synchronises over processes, our own and torch's.
 """
 
 import argparse
@@ -15,7 +15,6 @@ from dataclasses import replace
 
 import torch
 import torch.distributed as dist
-import torchvision
 from lightly.loss import SwaVLoss
 from lightly.models.modules import SwaVProjectionHead, SwaVPrototypes
 from torch import nn
@@ -26,15 +25,14 @@ from common import distributed
 from common.config import recipe
 from common.multicrop import Augmentation, to_device
 from common.optim import LARC
+from common.resnet import ARCHITECTURES
 from common.run import autocast_dtype
 
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", default="resnet50", choices=("resnet18", "resnet34", "resnet50"))
-    parser.add_argument("--crops", type=int, nargs="+", default=[2, 6])
-    parser.add_argument("--sizes", type=int, nargs="+", default=[224, 96])
-    parser.add_argument("--batch-size", type=int, default=0, help="default: 8 on a CPU, 256 on a GPU")
+    parser.add_argument("--recipes", nargs="+", default=["swav_400ep_8x32", "small"], help="of swav.py")
+    parser.add_argument("--batch-size", type=int, default=0, help="default: the recipe's; 8 for the published ones on a CPU")
     parser.add_argument("--steps", type=int, default=3, help="timed steps a round (default: 3)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds; medians are reported (default: 5)")
     return parser.parse_args()
@@ -91,10 +89,8 @@ def theirs(config, synthetic):
     """A function that makes `count` steps of lightly's SwAV."""
     torch.manual_seed(0)
     device = synthetic.device
-    trunk = getattr(torchvision.models, config.arch)()
-    features = trunk.fc.in_features
-    trunk.fc = nn.Identity()
-    head = SwaVProjectionHead(features, config.hidden, config.dim)
+    trunk = ARCHITECTURES[config.arch](config.width, config.stem)
+    head = SwaVProjectionHead(trunk.feature_dim, config.hidden, config.dim)
     prototypes = SwaVPrototypes(config.dim, config.prototypes)
     model = nn.Sequential(trunk, head).to(device)
     prototypes.to(device)
@@ -119,10 +115,18 @@ def theirs(config, synthetic):
 def main():
     args = arguments()
     device = distributed.start()
-    batch_size = args.batch_size or (256 if device.type == "cuda" else 8)
-    config = recipe(swav.Config, swav.RECIPES, "swav_400ep_8x32")
-    scales = (0.14, 1.0, 0.05, 0.14)[: 2 * len(args.crops)]
-    config = replace(config, arch=args.arch, crops=tuple(args.crops), sizes=tuple(args.sizes), scales=scales, batch_size=batch_size)
+    figures, settings = {}, {"precision of ours": str(autocast_dtype("auto", device))}
+    for name in args.recipes:
+        config = recipe(swav.Config, swav.RECIPES, name)
+        slow = device.type == "cpu" and config.arch == "resnet50"
+        config = replace(config, batch_size=args.batch_size or (8 if slow else config.batch_size))
+        settings[name] = {key: getattr(config, key) for key in ("arch", "width", "crops", "sizes", "batch_size", "prototypes")}
+        for what, value in measure(config, args, device).items():
+            figures[f"{name}: {what}"] = value
+    write("step", device, settings, figures)
+
+
+def measure(config, args, device):
     synthetic = Synthetic(config, device)
     contenders = {"ours": ours(config, synthetic), "lightly": theirs(config, synthetic)}
     if device.type == "cuda":
@@ -135,17 +139,15 @@ def main():
     taken = medians(args.rounds, **timed)
 
     figures = {f"{name}, ms a step": 1000 * value for name, value in taken.items()}
-    figures["ours, images/s"] = batch_size / taken["ours"]
-    figures["lightly, images/s"] = batch_size / taken["lightly"]
+    figures["ours, images/s"] = config.batch_size / taken["ours"]
+    figures["lightly, images/s"] = config.batch_size / taken["lightly"]
     figures["ours / lightly, images/s"] = taken["lightly"] / taken["ours"]
     figures["photometric, share of our step"] = taken["photometric alone"] / taken["ours"]
     if device.type == "cuda":
         figures["compiled / eager"] = taken["ours"] / taken["ours compiled"]
         figures.update(synced(config, synthetic, args, taken["ours"]))
         figures.update(memory(config, device))
-    settings = dict(arch=config.arch, crops=config.crops, sizes=config.sizes, batch_size=batch_size, prototypes=config.prototypes)
-    settings["precision of ours"] = str(autocast_dtype("auto", device))
-    write("step", device, settings, figures)
+    return figures
 
 
 def synced(config, synthetic, args, native):

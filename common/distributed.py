@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.rendezvous import rendezvous
 
 
 def start(device="auto"):
@@ -31,8 +32,12 @@ def start(device="auto"):
         torch.cuda.set_device(local_rank)
     if "RANK" in os.environ and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        # When torchrun restarts a failed job, the store still has the addresses of the dead processes: look elsewhere.
+        store, rank, world_size = next(rendezvous("env://"))
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         # Clustering a data set between two steps can take longer than the default 10 minutes.
-        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
+        timeout = datetime.timedelta(minutes=30)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     return torch.device(device, local_rank if device == "cuda" else None)
 
 

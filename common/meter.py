@@ -30,10 +30,11 @@ class Meter:
 
     @torch.no_grad()
     def count(self, loss, index, assignments):
-        """One step: loss, a scalar on the device; index (B,) of the images; assignments (B,) or (H, B) of one crop of each."""
+        """One step: loss, a scalar on the device; index (B,) of the images; assignments (B,) or (H, B) of one crop of each,
+        below 0 for none."""
         assignments = assignments.view(-1, len(index))  # (H, B)
         self.current[:, index.to(self.current.device, non_blocking=True)] = assignments.int()
-        self.histogram.scatter_add_(1, assignments, torch.ones_like(assignments, dtype=self.histogram.dtype))
+        self.histogram.scatter_add_(1, assignments.clamp(min=0), (assignments >= 0).to(self.histogram.dtype))
         finite = loss.isfinite()
         self.sums += torch.stack([torch.where(finite, loss, 0), finite, ~finite]).double()
 

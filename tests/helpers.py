@@ -1,8 +1,10 @@
 """What several test files share: the golden numbers, and functions run by several processes."""
 
+import gc
 import json
 import os
 import pickle
+import signal
 import socket
 import subprocess
 import sys
@@ -70,11 +72,16 @@ def _rank(rank, world_size, port, folder, function, args):
 
 def swav_here(*arguments):
     """Runs the command in this process; returns its exit code."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     try:
         launch(swav.main, parse(swav.Config, swav.RECIPES, "swav_400ep_8x32", swav.__doc__, [str(a) for a in arguments]))
+        return 0
     except SystemExit as stop:
         return stop.code
-    return 0
+    finally:  # the handlers hold the run, and the run holds its directory
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        gc.collect()
 
 
 def command(*arguments, ranks=0):
