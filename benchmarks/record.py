@@ -42,7 +42,7 @@ def write(name, device, settings, figures):
     record = {
         "machine": machine(device),
         "versions": versions,
-        "command": " ".join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", f"benchmarks.{name}", *(Path(a).name if os.path.isdir(a) else a for a in sys.argv[1:])]),
         "settings": settings,
         "figures": {key: float(f"{value:.4g}") for key, value in figures.items()},
     }
