@@ -50,14 +50,19 @@ def load(args):
     """The trunk, its info, and the images of the bank and the queries that the arguments name."""
     trunk, info = checkpoint.load_backbone(args.trunk)
     saved = Path(args.trunk) / "config.json"
-    run = json.loads(saved.read_text()) if saved.is_file() else {}
+    try:
+        run = json.loads(saved.read_text()) if saved.is_file() else {}
+    except ValueError:
+        raise checkpoint.CheckpointError(f"{saved} is damaged") from None
     spec = args.data or run.get("data") or ("shapes" if run else "")
     if not spec:
         raise ArgumentError("--data is needed: the labelled images that vote")
     # What the run was trained on comes with its own root and held-out images; other data does not.
     root, val = (args.root, args.val) if args.data else (args.root or run.get("root", ""), args.val or run.get("val", ""))
     bank = data.open_images(spec, "train", root)
-    queries = data.open_images(val, "train", root) if val else data.open_images(spec, "val", root)
+    queries = data.open_queries(spec, val, root)
+    if queries.fingerprint == bank.fingerprint:
+        raise data.DataError("--data and --val are the same images: each would find itself")
     for images, name in ((bank, "--data"), (queries, "--val")):
         if images.labels is None:
             raise data.DataError(f"{name} has no labels: class folders, or a list with labels, are needed")
@@ -67,8 +72,10 @@ def load(args):
 
 def main(args):
     device = distributed.start(args.device)
-    if min(args.k) < 1 or args.temperature <= 0 or args.batch_size < 1:
+    if min(args.k) < 1 or not args.temperature > 0 or args.batch_size < 1:
         raise ArgumentError(f"--k {args.k} --temperature {args.temperature} --batch-size {args.batch_size}: more than 0 is needed")
+    if args.resize < 0 or args.size < 0 or args.workers < -1:
+        raise ArgumentError(f"--resize {args.resize} --size {args.size} --workers {args.workers}: 0 or more is needed")
     trunk, info, bank, queries = distributed.from_main(load, args)
     if args.random_init:
         torch.manual_seed(0)

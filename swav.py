@@ -285,8 +285,6 @@ def main(config):
         say(f"warning: --queue-length {config.queue_length} is no multiple of --batch-size {config.batch_size}: {queue_length} is used")
 
     model = Model(config)
-    if config.init_from:
-        model.backbone.load_state_dict(checkpoint.load_trunk(config.init_from, config))
     model.to(device, torch.float64 if config.precision == "float64" else torch.float32, memory_format=torch.channels_last)
     if config.compile:
         model.backbone.compile()
@@ -310,6 +308,8 @@ def main(config):
     held = 2 * config.crops[0] * config.dim * queue_length * 2 + 8 * len(images)  # queue and assignments
     run.report(recipe(Config, RECIPES, config.recipe), parameters, config.batch_size + queue_length, held)
     run.resume()
+    if config.init_from and not run.resumed:
+        model.backbone.load_state_dict(checkpoint.load_trunk(config.init_from, config))
     for epoch in run.epochs():
         train_one_epoch(net, optimizer, memory, loader, run, config, epoch)
         run.end_epoch(epoch)

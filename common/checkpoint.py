@@ -40,20 +40,22 @@ class _HashingWriter:
 
 
 @contextlib.contextmanager
-def writing(path, text=False):
-    """A file to write. It takes the name `path` once it is whole and on disk; until then, and if anything goes wrong,
-    the file that was there stays as it is. text: a text file, in which undecodable paths may be written."""
+def writing(path, text=False, sync=False):
+    """A file to write. It takes the name `path` once it is whole; until then, and if anything goes wrong, the file that was
+    there stays as it is. text: a text file, in which undecodable paths may be written. sync: wait until it is on the disk."""
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     try:
         with open(partial, "w", newline="", errors="surrogateescape") if text else open(partial, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         os.replace(partial, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)  # the new name itself reaches the disk
-        os.close(folder)
+        if sync:
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)  # the new name itself reaches the disk
+            os.close(folder)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -61,14 +63,16 @@ def writing(path, text=False):
 def _torch_save(state, file):
     try:
         torch.save(state, file)
-    except RuntimeError as error:  # torch's writer reports a full disk so
-        raise OSError(str(error).splitlines()[0]) from None
+    except RuntimeError as error:
+        if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
+            raise
+        raise OSError(str(error).splitlines()[0]) from None  # torch's writer reports a full disk so
 
 
 def save(path, state):
     """Writes state (tensors, numbers, strings, lists, tuples and dicts) to path, keeping the file that was there as
     previous_path(path). The name never points at half a file. Raises OSError, with the old files intact."""
-    with writing(path) as file:
+    with writing(path, sync=True) as file:
         writer = _HashingWriter(file)
         _torch_save(state, writer)
         file.write(MARK + writer.digest.digest())
@@ -115,7 +119,7 @@ def export_backbone(path, backbone, info):
         name: tensor.detach().cpu().float() if tensor.is_floating_point() else tensor.cpu()
         for name, tensor in backbone.state_dict().items()
     }
-    with writing(path) as file:
+    with writing(path, sync=True) as file:
         _torch_save({"state_dict": state, "info": info}, file)
 
 
@@ -132,10 +136,15 @@ def load_backbone(path):
         raise CheckpointError(f"{path} does not exist") from None
     except Exception as error:
         raise CheckpointError(f"{path} cannot be loaded: {str(error).splitlines()[0] if str(error) else 'it is empty'}") from None
-    state = saved.get("state_dict", saved) if isinstance(saved, dict) else {}
-    info = dict(saved["info"]) if isinstance(saved, dict) and "info" in saved else _recognise(state, path)
-    state = {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}
-    trunk = build_backbone(info)
+    try:
+        state = saved.get("state_dict", saved) if isinstance(saved, dict) else {}
+        info = dict(saved["info"]) if isinstance(saved, dict) and "info" in saved else _recognise(state, path)
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}
+        trunk = build_backbone(info)
+    except CheckpointError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # anything may be in a file
+        raise CheckpointError(f"{path} is neither a backbone.pt nor a torchvision ResNet ({type(error).__name__}: {error})") from None
     missing = sorted(
         trunk.state_dict().keys() - state.keys() - {name for name in trunk.state_dict() if name.endswith("num_batches_tracked")}
     )

@@ -8,6 +8,7 @@ config = parse(Config, RECIPES, default="swav_400ep", description=__doc__)
 """
 
 import argparse
+import math
 import sys
 from dataclasses import asdict, field, fields, replace
 from typing import get_args, get_origin
@@ -84,7 +85,12 @@ def override(config, given):
 def check(config, world_size):
     """Raises ArgumentError if an option that all methods share cannot work."""
     c = config
-    if c.batch_size < 1 or c.batch_size % world_size:
+    for f in fields(config):
+        if f.type is float and not math.isfinite(getattr(c, f.name)):
+            raise ArgumentError(f"--{f.name.replace('_', '-')} {getattr(c, f.name)}: a number is needed")
+    if c.batch_size < 1:
+        raise ArgumentError(f"--batch-size {c.batch_size}: at least 1 is needed")
+    if c.batch_size % world_size:
         raise ArgumentError(f"--batch-size {c.batch_size} is not divisible by the {world_size} processes")
     if c.epochs < 1:
         raise ArgumentError(f"--epochs {c.epochs}: at least 1 is needed")
@@ -97,7 +103,16 @@ def check(config, world_size):
         raise ArgumentError(f"--scales {_words(c.scales)}: pairs 0 < smallest <= largest <= 1 are needed")
     if min(c.crops) < 1 or min(c.sizes) < 1 or c.sizes[0] != max(c.sizes):
         raise ArgumentError(f"{groups}: positive numbers are needed, the largest size first")
-    for name in ("seed", "queue_length", "queue_start_epoch", "sinkhorn_iterations", "weight_decay", "max_steps"):
+    for name in ("prototypes", "log_every", "hidden", "dim", "lr", "temperature", "epsilon"):
+        if getattr(c, name, 1) <= 0:
+            raise ArgumentError(f"--{name.replace('_', '-')} {getattr(c, name)}: more than 0 is needed")
+    for name in ("workers", "max_bad"):
+        if getattr(c, name) < -1:
+            raise ArgumentError(f"--{name.replace('_', '-')} {getattr(c, name)}: -1 or more is needed")
+    if c.seed >= 1 << 32:
+        raise ArgumentError(f"--seed {c.seed}: less than {1 << 32} is needed")
+    names = ("seed", "queue_length", "queue_start_epoch", "sinkhorn_iterations", "weight_decay", "max_steps", "eval_size")
+    for name in (*names, "final_lr", "start_lr", "save_every", "keep_every", "eval_every"):
         if getattr(c, name, 0) < 0:
             raise ArgumentError(f"--{name.replace('_', '-')} {getattr(c, name)}: 0 or more is needed")
     if not 0 <= c.momentum < 1 or not 0 <= c.blur_p <= 1:
@@ -106,9 +121,6 @@ def check(config, world_size):
         raise ArgumentError(f"--width {c.width}: 64 times the width must be a whole number")
     if len(c.jitter) != 4 or not all(j >= 0 for j in c.jitter) or c.jitter[3] > 0.5:
         raise ArgumentError(f"--jitter {_words(c.jitter)}: four strengths are needed, the hue's at most 0.5")
-    for name in ("prototypes", "log_every", "hidden", "dim", "lr", "temperature", "epsilon"):
-        if getattr(c, name, 1) <= 0:
-            raise ArgumentError(f"--{name.replace('_', '-')} {getattr(c, name)}: more than 0 is needed")
 
 
 def table(cls, recipes):

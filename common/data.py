@@ -40,7 +40,7 @@ def open_images(spec, split="train", root=""):
     a line (`path`, `path label` or `path,label`; relative paths start at root, or at the list's folder), "shapes",
     "shapes:N", or one of torchvision's "cifar10", "cifar100", "svhn", "stl10", each with ":/folder" to say where.
     split: "train" or "val". Only named sets and folders with a val/ have a "val" split.
-    Returns a set with len(), labels (N,) int64 or None, classes, paths, fingerprint, read(i) -> PIL RGB image.
+    Returns a set with len(), labels (N,) int64 (-1: none) or None, classes, paths, fingerprint, read(i) -> PIL RGB image.
     Raises DataError if there is nothing to read.
     """
     name, _, argument = str(spec).partition(":")
@@ -59,6 +59,11 @@ def open_images(spec, split="train", root=""):
             raise DataError(f"{path} is a list of images: name the list or folder to evaluate on with --val")
         return _read_list(path, root)
     raise DataError(f"{spec} does not exist (a folder, a list file, shapes, {', '.join(TORCHVISION)})")
+
+
+def open_queries(spec, val="", root=""):
+    """The images to judge by: those that `val` names (its "val" split, if it has one), else the "val" split of spec."""
+    return open_images(val or spec, "val" if not val or has_split(val, "val") else "train", root)
 
 
 def has_split(spec, split):
@@ -130,7 +135,7 @@ class Torchvision:
         except (OSError, RuntimeError) as error:
             raise DataError(f"{name}: not in {root}, and it cannot be downloaded ({error})") from None
         labels = torch.as_tensor(self.set.targets if hasattr(self.set, "targets") else self.set.labels).long()
-        self.labels = labels if int(labels.min()) >= 0 else None  # STL-10's unlabelled images
+        self.labels = labels  # -1 for STL-10's unlabelled images
         self.classes = list(getattr(self.set, "classes", map(str, range(10))))
         self.paths = [f"{name}/{split}/{i:06d}" for i in range(len(self.set))]
         self.fingerprint = f"{name} {split} {len(self.set)}"
@@ -286,7 +291,7 @@ class Loader:
             collate_fn=collate,
             pin_memory=pin_memory,
             persistent_workers=workers > 0,
-            prefetch_factor=4 if workers else None,
+            prefetch_factor=2 if workers else None,
             worker_init_fn=_ignore_signals,
             multiprocessing_context=start_method if workers else None,
         )
@@ -388,6 +393,9 @@ def _scan(root):
 def _read_list(path, root):
     """A list file: a path a line, with an integer label or a class name behind it on every line or on none."""
     try:
+        with open(path, "rb") as file:
+            if b"\0" in file.read(4096):  # an archive or an image, perhaps larger than the memory
+                raise DataError(f"{path} is not a list of images: a text file with one path a line is needed")
         text = path.read_text(encoding="utf-8", errors="surrogateescape").removeprefix("\ufeff")
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None

@@ -53,7 +53,7 @@ def classify(bank, labels, queries, k, temperature, classes, chunk=1 << 26):
 
     bank (N, D), labels (N,): this rank's rows; queries (M, D): this rank's rows. Rows of all ranks are searched.
     k: one number or several; those above the bank's size are left out. chunk: entries of the similarity block held.
-    Returns {k: votes (M, classes)} for this rank's queries; a class without a neighbour has exactly 0.
+    Returns {k: votes (M, classes) float64} for this rank's queries; a class without a neighbour has exactly 0.
     """
     ks = [k] if isinstance(k, int) else list(k)
     bank, queries = F.normalize(bank.float()), F.normalize(queries.float())
@@ -77,8 +77,8 @@ def classify(bank, labels, queries, k, temperature, classes, chunk=1 << 26):
     first = sum(m for _, m in sizes[: distributed.rank()])
     mine = slice(first, first + sizes[distributed.rank()][1])
     near, voters = near[mine], voters[mine]
-    weights = ((near - 1) / temperature).exp()
-    return {k: near.new_zeros(len(near), classes).scatter_add_(1, voters[:, :k], weights[:, :k]) for k in ks}
+    weights = ((near.double() - 1) / temperature).exp()  # float32 would underflow at small temperatures
+    return {k: weights.new_zeros(len(near), classes).scatter_add_(1, voters[:, :k], weights[:, :k]) for k in ks}
 
 
 def knn_accuracy(bank, labels, queries, query_labels, k, temperature=0.07):

@@ -53,9 +53,15 @@ def launch(main, config):
         if not hasattr(error, "exit_code"):
             raise
         distributed.fail(error, error.exit_code)
+    except KeyboardInterrupt:  # before the run has begun to listen
+        distributed.fail("interrupted", 130)
+    except torch.OutOfMemoryError as error:
+        distributed.fail(f"the GPU's memory is full: lower --batch-size or --sizes ({str(error).splitlines()[0]})", 1, speaks=True)
     except RuntimeError as error:
         cause = (str(error).splitlines() or [""])[0]
-        if "DataLoader worker" in cause:  # raised wherever this process was when its worker ended; no other rank knows
+        if "use_deterministic_algorithms" in str(error):
+            distributed.fail(f"--deterministic cannot be kept: {cause}", 2)
+        if "DataLoader worker (pid" in cause:  # raised wherever this process was when its worker ended; no other rank knows
             distributed.fail(f"a loader worker died, out of memory? lower --workers, or enlarge /dev/shm ({cause})", 3, speaks=True)
         if "Connection closed by peer" in cause or "Connection reset by peer" in cause:
             distributed.fail("another process of this run has ended: its own message says why", 1, speaks=True)
@@ -112,15 +118,21 @@ class Run:
         self.signals, self.posted = 0, None
         self.saved_at = self.started = time.monotonic()
         self.bar = self.board = self.problem = None
+        self.resumed = False
         self.unwritten = ""  # what metrics.jsonl could not take yet
-        distributed.from_main(self._open)
         self.queries = distributed.from_main(self._held_out) if config.eval_every else None
+        distributed.from_main(self._open)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._on_signal)
         self._restart_clock()
 
     def _open(self):
         """Makes the run directory this process's own, and shows that it can be written before the first step."""
+        if self.config.tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise options.ArgumentError("--tensorboard needs: pip install tensorboard") from None
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.out / "lock", "a+")
@@ -134,16 +146,20 @@ class Run:
             self.lock.flush()
             stale = ["*.partial"]
             if self.config.fresh:
-                stale += ["*checkpoint.pt", "backbone*.pt", "metrics.jsonl", "assignments.*", "done.json", "bad_images.txt"]
+                stale += [
+                    "checkpoint.pt",
+                    "previous_checkpoint.pt",
+                    "damaged_checkpoint.pt",
+                    "backbone.pt",
+                    "backbone_*.pt",
+                    "metrics.jsonl",
+                ]
+                stale += ["assignments.npz", "assignments.csv", "done.json", "bad_images.txt", "events.out.tfevents.*"]
             for path in [path for pattern in stale for path in self.out.glob(pattern)]:
                 path.unlink()
         except OSError as error:
             raise options.ArgumentError(f"--out {self.out} cannot be written: {error.strerror}") from None
         if self.config.tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise options.ArgumentError("--tensorboard needs: pip install tensorboard") from None
             self.board = SummaryWriter(self.out)
 
     def _held_out(self):
@@ -151,7 +167,7 @@ class Run:
         spec = c.val or c.data or "shapes"
         if not c.val and not data.has_split(spec, "val"):
             raise options.ArgumentError(f"--eval-every needs held-out images, and {spec} has no val split: name some with --val")
-        queries = data.open_images(spec, "train" if c.val else "val", c.root)
+        queries = data.open_queries(c.data or "shapes", c.val, c.root)
         if queries.labels is None or self.images.labels is None:
             raise options.ArgumentError("--eval-every needs labels: class folders, or lists with labels")
         data.match_classes(queries, self.images)
@@ -184,7 +200,7 @@ class Run:
 
     def epochs(self):
         """Epochs still to do, from the one that the run stands in."""
-        if self.step == 0:
+        if not self.resumed:
             self.evaluate(0)
             self._restart_clock()
         yield from range(self.step // self.steps_per_epoch, self.config.epochs)
@@ -209,6 +225,8 @@ class Run:
         if distributed.world_size() > 1:
             # Posted now, read before the next step: nobody waits for it.
             posted, self.posted = self.posted, (dist.all_reduce(flags, op=dist.ReduceOp.MAX, async_op=True), flags)
+            if due:
+                self.saved_at = time.monotonic()  # asked for: not once more in the next step
             flags = torch.zeros_like(flags)
             if posted is not None:
                 posted[0].wait()
@@ -227,7 +245,7 @@ class Run:
 
     def _on_signal(self, number, frame):
         if not self.signals:  # often it comes twice: to every process, and once more from torchrun
-            os.write(2, b"signal received: saving after this step (Ctrl-\\ quits at once)\n")
+            os.write(2, b"signal received: saving and stopping before the next step (Ctrl-\\ quits at once)\n")
         self.signals += 1
 
     def log(self, loss, lr, z, index, assignments, **figures):
@@ -314,6 +332,7 @@ class Run:
         if c.keep_every and (epoch + 1) % c.keep_every == 0:
             distributed.from_main(self._survive, self._export, self.out / f"backbone_{epoch + 1}.pt")
         if c.eval_every and ((epoch + 1) % c.eval_every == 0 or epoch + 1 == c.epochs):
+            self.save()  # a run that is stopped during a long evaluation may not live to its end
             self.evaluate(epoch + 1)
         self._restart_clock()
 
@@ -389,6 +408,8 @@ class Run:
         return self.problem
 
     def _write(self, state):
+        if self.unwritten:
+            self._append("")
         checkpoint.save(self.out / "checkpoint.pt", state)
         self._export(self.out / "backbone.pt")
 
@@ -425,7 +446,8 @@ class Run:
     def resume(self):
         """Loads the newest valid checkpoint of the run directory, if there is one."""
         state = distributed.from_main(self._read)
-        if state is None:
+        self.resumed = state is not None
+        if not self.resumed:
             return
         for name, thing in self.objects.items():
             thing.load_state_dict(state[name])
@@ -433,6 +455,12 @@ class Run:
         say(f"resumed at step {self.step} of {self.total}")
 
     def _read(self):
+        try:
+            return self._read_newest()
+        except OSError as error:
+            raise options.ArgumentError(f"--out {self.out} cannot be read or written: {error.strerror or error}") from None
+
+    def _read_newest(self):
         newest = self.out / "checkpoint.pt"
         state, damage = None, []
         for path in (newest, checkpoint.previous_path(newest)):
@@ -450,6 +478,7 @@ class Run:
         if state is not None:
             for error in damage:
                 say(f"warning: {error}; going on from {path}")
+                os.replace(newest, newest.with_name("damaged_checkpoint.pt"))  # or the next save would keep it as the previous one
             changed = options.differences(self.config, state["config"])
             if changed:
                 raise checkpoint.CheckpointError(f"{path} was made with other options: {', '.join(changed)}; --fresh starts over")
@@ -462,12 +491,13 @@ class Run:
         path = self.out / "metrics.jsonl"
         if not path.exists():
             return
-        kept = []
-        for line in path.read_text().splitlines(keepends=True):
+        kept, lines = [], path.read_text().splitlines(keepends=True)
+        for line in lines:
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line)
             except ValueError:  # the line that a kill cut short
                 continue
-        with checkpoint.writing(path, text=True) as file:
-            file.write("".join(kept))
+        if len(kept) < len(lines):
+            with checkpoint.writing(path, text=True) as file:
+                file.write("".join(kept))

@@ -1,6 +1,7 @@
 """eval_knn.py from the outside: what a user types, and what comes out."""
 
 import json
+import re
 import sys
 
 import numpy as np
@@ -139,12 +140,42 @@ def test_errors(tmp_path, images, backbone, capsys):
         ((backbone, "--data", images / "train"), 3, "has no val/ folder"),
         ((backbone, "--data", images / "train" / "red"), 3, "has no val/ folder"),
         ((backbone, "--data", images, "--val", tmp_path / "other" / "val"), 3, "class 'emu'"),
+        ((backbone, "--data", "shapes:50", "--val", images / "train"), 3, "is not among the 10 classes"),
+        ((backbone, "--data", images / "train", "--val", images / "train"), 3, "are the same images"),
         ((backbone, "--data", images, "--k", 0), 2, "more than 0 is needed"),
+        ((backbone, "--data", images, "--temperature", "nan"), 2, "more than 0 is needed"),
+        ((backbone, "--data", images, "--size", -4), 2, "0 or more is needed"),
         ((backbone, "--data", images, "--K", 5), 2, "unrecognized arguments"),
     ):
         assert knn_here(*arguments, "--workers", 0) == code, arguments
         error = capsys.readouterr().err
         assert error.startswith("error: ") and words in error and error.count("\n") == 1, error
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"state_dict": {}, "info": {"arch": "resnet10"}},
+        {"state_dict": {}, "info": {"arch": "vit", "width": 1, "stem": "small"}},
+        {"state_dict": {}, "info": "resnet10"},
+        {"state_dict": 5},
+        {"conv1.weight": torch.zeros(3), "layer4.0.conv1.weight": torch.zeros(3)},
+        {1: torch.zeros(3), "b": torch.zeros(3)},
+        [1, 2],
+    ],
+)
+def test_odd_files_are_refused_in_one_line(tmp_path, capsys, content):
+    torch.save(content, tmp_path / "odd.pt")
+    assert knn_here(tmp_path / "odd.pt", "--data", "shapes:50") == 4
+    error = capsys.readouterr().err
+    assert re.match("error: .*odd.pt(: only ResNet-10, 18, 34 and 50 are known| is neither a backbone.pt nor)", error), error
+    assert error.count("\n") == 1
+
+
+def test_the_val_split_of_a_set_named_by_val_is_taken(backbone, capsys):
+    assert knn_here(backbone, "--data", "shapes:50", "--val", "shapes:100", "--workers", 0, "--k", 5) == 0
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (record["bank"], record["queries"]) == (50, 20)
 
 
 def test_classify_is_part_of_the_module():

@@ -60,11 +60,19 @@ def test_a_bank_of_one_image_is_everybodys_neighbour():
     queries = torch.tensor([[2.0, 0.0], [-1.0, 0.0], [0.0, 3.0]])
     votes = classify(torch.tensor([[5.0, 0.0]]), torch.tensor([2]), queries, [1, 2], 0.5, 4)
     assert list(votes) == [1]
-    expected = torch.zeros(3, 4)
+    expected = torch.zeros(3, 4, dtype=torch.float64)
     expected[:, 2] = torch.tensor([1.0, np.exp(-4), np.exp(-2)])
     torch.testing.assert_close(votes[1], expected)
     accuracy = knn_accuracy(torch.tensor([[5.0, 0.0]]), torch.tensor([2]), queries, torch.tensor([2, 0, 2]), [1], 0.5)
     assert accuracy == {1: (pytest.approx(200 / 3), None)}
+
+
+@pytest.mark.parametrize("temperature", [0.07, 0.01, 0.003])
+def test_a_small_temperature_only_makes_the_nearest_count_more(temperature):
+    centres = torch.eye(8)[:4]
+    rows = centres.repeat_interleave(20, 0) + 0.15 * torch.randn(80, 8, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(4).repeat_interleave(20)
+    assert knn_accuracy(rows[::2], labels[::2], rows[1::2], labels[1::2], 10, temperature)[10][0] == 100
 
 
 @pytest.mark.parametrize("chunk", [1, 39, 40, 100, 281])

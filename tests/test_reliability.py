@@ -1,5 +1,6 @@
 """Faults, injected into runs of swav.py, and what becomes of the run. docs/reliability.md is the list."""
 
+import itertools
 import math
 import multiprocessing
 import os
@@ -269,6 +270,28 @@ def test_a_damaged_checkpoint_is_seen_and_the_previous_one_taken(tmp_path, damag
     assert swav_here(*shared, 1, "--fresh") == 0
 
 
+def test_a_damaged_checkpoint_never_becomes_the_previous_one(tmp_path):
+    shared = ["--data", "shapes:64", *TINY, "--out", tmp_path, "--max-steps"]
+    assert swav_here(*shared, 2) == 0 and swav_here(*shared, 3) == 0
+    (tmp_path / "checkpoint.pt").write_bytes(b"junk")
+    assert swav_here(*shared, 4) == 0
+    steps = [checkpoint.load(tmp_path / name)["step"] for name in ("previous_checkpoint.pt", "checkpoint.pt")]
+    assert steps == [2, 4] and (tmp_path / "damaged_checkpoint.pt").read_bytes() == b"junk"
+
+
+def count_saves(out):
+    saves, write = [], Run._write
+    Run._write = lambda run, state: (saves.append(state["step"]), write(run, state))
+    assert swav_here("--data", "shapes:64", *TINY, "--epochs", 25, "--save-every", 0.01, "--out", out) == 0
+    return saves
+
+
+def test_two_ranks_save_as_often_as_they_should(tmp_path):
+    saves, others = ranks(2, count_saves, tmp_path)
+    assert len(saves) > 2 and not others
+    assert all(later - earlier > 1 for earlier, later in itertools.pairwise(saves[:-1])), saves
+
+
 def test_what_does_not_fit_the_checkpoint_is_named(tmp_path, capsys):
     shared = ["--data", "shapes:64", *TINY, "--out", tmp_path]
     assert swav_here(*shared, "--max-steps", 1) == 0
@@ -368,6 +391,20 @@ def test_a_full_disk_is_said_and_survived(tmp_path, capsys):
     assert [(tmp_path / name).read_bytes() for name in ("checkpoint.pt", "backbone.pt")] == before
     assert not list(tmp_path.glob("*.partial")) and not (tmp_path / "previous_checkpoint.pt").exists()
     assert swav_here(*run, "--max-steps", 6) == 0 and "resumed at step 2 of" in capsys.readouterr().out
+
+
+def test_a_restart_on_a_full_disk_is_one_line(tmp_path, capsys):
+    run = ["--data", "shapes:64", *TINY, "--out", tmp_path, "--max-steps"]
+    assert swav_here(*run, 2) == 0
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        capsys.readouterr()
+        assert swav_here(*run, 6) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    error = capsys.readouterr().err
+    assert f"error: --out {tmp_path} cannot be" in error and error.count("\n") == 1
 
 
 def test_log_lines_wait_for_room_on_the_disk(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """swav.py from the outside: what a user types, and what comes out."""
 
+import importlib.util
 import json
 import os
 import re
@@ -10,7 +11,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
-from helpers import QUEUE, ROOT, TINY, finish, free_port, image_tree, losses, metrics, saved, start, swav_here, swav_ranks
+from helpers import QUEUE, ROOT, TINY, command, finish, free_port, image_tree, losses, metrics, saved, start, swav_here, swav_ranks
 
 import swav
 from common.config import parse, recipe
@@ -121,6 +122,44 @@ def test_run_directory_holds_what_it_promises(tmp_path, capsys):
     assert swav_here(*small) == 0 and "resumed at step 4 of 4" in capsys.readouterr().out
 
 
+def test_deterministic_runs_with_the_same_figures(tmp_path):
+    shared = ["--data", "shapes:64", *TINY, "--max-steps", 2]
+    assert swav_here(*shared, "--out", tmp_path / "usual") == 0
+    code, _, err = finish(start(*command(*shared, "--deterministic", "--out", tmp_path / "deterministic")))
+    assert code == 0 and losses(tmp_path / "deterministic") == losses(tmp_path / "usual"), err
+
+
+@pytest.mark.slow
+def test_a_compiled_trunk_computes_the_same(tmp_path):
+    shared = ["--data", "shapes:64", *TINY, "--max-steps", 3, "--precision", "float32"]
+    assert swav_here(*shared, "--out", tmp_path / "eager") == 0
+    code, _, err = finish(start(*command(*shared, "--compile", "--out", tmp_path / "compiled")))
+    assert code == 0, err
+    np.testing.assert_allclose(losses(tmp_path / "compiled"), losses(tmp_path / "eager"), rtol=1e-3)
+
+
+def test_tensorboard_events_or_what_to_install(tmp_path, capsys):
+    run = ["--data", "shapes:64", *TINY, "--max-steps", 2, "--tensorboard", "--out", tmp_path]
+    (tmp_path / "checkpoint.pt").write_text("kept")
+    if importlib.util.find_spec("tensorboard") is None:
+        assert swav_here(*run, "--fresh") == 2
+        assert "--tensorboard needs: pip install tensorboard" in capsys.readouterr().err
+        assert (tmp_path / "checkpoint.pt").read_text() == "kept"  # --fresh deletes nothing before all options are right
+    else:
+        assert swav_here(*run, "--fresh") == 0 and list(tmp_path.glob("events.out.tfevents.*"))
+
+
+def test_fresh_keeps_a_run_until_all_options_are_right(tmp_path, capsys):
+    run = ["--data", "shapes:64", *TINY, "--max-steps", 1, "--out", tmp_path]
+    assert swav_here(*run) == 0
+    before = sorted(path.name for path in tmp_path.iterdir())
+    assert swav_here(*run, "--fresh", "--eval-every", 1, "--val", tmp_path / "none") == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    (tmp_path / "my_checkpoint.pt").write_text("mine")
+    assert swav_here(*run, "--fresh") == 0 and "resumed" not in capsys.readouterr().out
+    assert (tmp_path / "my_checkpoint.pt").read_text() == "mine"
+
+
 # ---- bad input: one line, the exit code, no hang
 
 
@@ -130,7 +169,11 @@ def test_errors_of_arguments(tmp_path, capsys):
         ("--recipe", "nope"): "--recipe nope: choose one of swav_800ep",
         ("--no-such-option",): "unrecognized arguments: --no-such-option",
         ("--warmup-epochs", "70"): "--warmup-epochs 70 is longer than the run",
-        ("--batch-size", "0"): "--batch-size 0",
+        ("--batch-size", "0"): "--batch-size 0: at least 1",
+        ("--lr", "nan"): "--lr nan: a number is needed",
+        ("--eval-every", "-1"): "--eval-every -1: 0 or more",
+        ("--workers", "-2"): "--workers -2: -1 or more",
+        ("--seed", str(2**70)): "--seed 1180591620717411303424: less than",
         ("--crops", "2", "6"): "one number, one size and two scales",
         ("--scales", "0.5", "0.1"): "--scales 0.5 0.1",
         ("--lr", "-1"): "--lr -1",
