@@ -1,0 +1,187 @@
+"""k-means against faiss-cpu and scikit-learn: same rows, same first centroids, same number of iterations, in one run.
+
+    python -m benchmarks.kmeans                     # on a CPU 200,000 x 128, K 3,000 and 100,000 x 256, K 10,000: half an hour
+    python -m benchmarks.kmeans --problems 20000x128x3000 --iterations 3        # minutes
+
+Each contender averages `iterations` times and then assigns once more. The objective is recomputed from the centroids that
+each returns, in the same way for all. Rates count the products alone, 2 (iterations + 1) N K D operations, and are compared
+with what torch.mm reaches on square matrices in the same rounds. On a GPU ours runs alone, with larger problems.
+"""
+
+import argparse
+import multiprocessing
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from benchmarks.record import medians, write
+from common import distributed
+from common.kmeans import fit_whitening, held_scores, kmeans, nearest
+
+IMAGENET = 1_281_167
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--problems", nargs="+", help="NxDxK each (default: see above; on a GPU ImageNet's 1,281,167 rows)")
+    parser.add_argument("--iterations", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=3, help="rounds; medians are reported (default: 3)")
+    parser.add_argument("--threads", type=int, default=2, help="threads of every contender on a CPU (default: 2)")
+    parser.add_argument("--without", nargs="+", default=[], choices=("faiss", "scikit-learn"), help="contenders to leave out")
+    parser.add_argument("--pca", action="store_true", help="also time the whitening of 4,096 features streamed in chunks, and extrapolate")
+    return parser.parse_args()
+
+
+def rows(N, D, seed=0, device="cpu"):
+    """Unit rows around 1,000 centres, about as compact as features of a trained network."""
+    generator = torch.Generator(device).manual_seed(seed)
+    centres = torch.randn(1000, D, generator=generator, device=device)
+    x = torch.randn(N, D, generator=generator, device=device)
+    x += centres[torch.randint(0, 1000, (N,), generator=generator, device=device)]
+    return torch.nn.functional.normalize(x)
+
+
+def seconds(function, device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def ours(x, init, iterations):
+    return kmeans(x, len(init), iterations, init=init)[0]
+
+
+def spherical(x, init, iterations):
+    return kmeans(x, len(init), iterations, init=init, spherical=True)[0]
+
+
+def with_faiss(x, init, iterations):
+    import faiss
+
+    clustering = faiss.Kmeans(x.shape[1], len(init), niter=iterations, max_points_per_centroid=len(x), min_points_per_centroid=1)
+    clustering.train(x.numpy(), init_centroids=init.numpy())
+    clustering.index.search(x.numpy(), 1)
+    return torch.from_numpy(clustering.centroids)
+
+
+def with_sklearn(x, init, iterations):
+    from sklearn.cluster import KMeans
+
+    return torch.from_numpy(KMeans(len(init), init=init.numpy(), n_init=1, max_iter=iterations, tol=0).fit(x.numpy()).cluster_centers_)
+
+
+def square_product(device):
+    """A function that makes a product of square matrices, and its operations."""
+    n = 16384 if device.type == "cuda" else 4096
+    a, b, c = (torch.randn(n, n, device=device) for _ in range(3))
+    return lambda: torch.mm(a, b, out=c), 2 * n**3
+
+
+def race(problem, args, device):
+    N, D, K = problem
+    x = rows(N, D, device=device)
+    init = x[torch.randperm(N, generator=torch.Generator().manual_seed(1))[:K].to(device)]
+    contenders = {"ours": ours, "ours, spherical": spherical}
+    if device.type == "cpu":
+        contenders.update({name: f for name, f in {"faiss": with_faiss, "scikit-learn": with_sklearn}.items() if name not in args.without})
+    centroids = {}
+
+    def timed(name, function):
+        def run():
+            centroids[name] = function(x, init, args.iterations)
+
+        return lambda: seconds(run, device)
+
+    product, operations = square_product(device)
+    product()
+    for function in contenders.values():  # libraries take their memory and start their threads
+        function(x[: 2 * K], init[: K // 2], 1)
+    turns = {name: timed(name, function) for name, function in contenders.items()}
+    taken = medians(args.rounds, **turns, product=lambda: seconds(product, device))
+    rate = operations / taken["product"]
+    objectives = {name: nearest(x, c.to(device))[1].double().mean() for name, c in centroids.items()}
+    label = f"{N} x {D}, K {K}: "
+    figures = {f"{label}torch.mm, GFLOP/s": rate / 1e9}
+    for name in contenders:
+        figures[f"{label}{name}, s"] = taken[name]
+        figures[f"{label}{name}, share of torch.mm"] = 2 * (args.iterations + 1) * N * K * D / taken[name] / rate
+    for name in contenders.keys() - {"ours", "ours, spherical"}:
+        figures[f"{label}ours / {name}, time"] = taken["ours"] / taken[name]
+        figures[f"{label}ours / {name} - 1, objective"] = float(objectives["ours"] / objectives[name] - 1)
+    figures[f"{label}{IMAGENET} rows, s (extrapolated)"] = taken["ours"] * IMAGENET / N
+    with multiprocessing.get_context("spawn").Pool(1) as fresh:
+        figures[f"{label}memory beyond x, MiB"] = fresh.apply(peak, (problem, args.threads, device)) / 2**20
+    figures[f"{label}memory by the formula, MiB"] = (24 * N + 28 * K * D + 12 * held_scores(device)) / 2**20
+    return figures
+
+
+def peak(problem, threads, device):
+    """Bytes that k-means adds to the size of this process, or to what the GPU holds."""
+    torch.set_num_threads(threads)
+    N, D, K = problem
+    x = rows(N, D, device=device)
+    kmeans(x[:2000], 10, 1)  # libraries take their own memory
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        kmeans(x, K, 1)
+        return torch.cuda.max_memory_allocated() - before
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the largest size so far
+    before = resident()
+    kmeans(x, K, 1)
+    return resident() - before
+
+
+def resident():
+    """The largest size of this process so far, in bytes."""
+    return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+
+
+def whitening(device):
+    """Seconds of fitting to 4,096 features: what each row costs, and what the axes cost once."""
+    chunk = rows(4096, 4096, device=device)
+    fit_whitening([chunk[:512, :512]], 256)
+    one, three = (seconds(lambda n=n: fit_whitening([chunk] * n, 256), device) for n in (1, 3))
+    each = (three - one) / 2 / len(chunk)
+    figures = {"PCA of 4096 features, us a row": 1e6 * each, "PCA of 4096 features, s once": one - each * len(chunk)}
+    figures[f"PCA of {IMAGENET} x 4096, s (extrapolated)"] = figures["PCA of 4096 features, s once"] + each * IMAGENET
+    return figures
+
+
+def main():
+    args = arguments()
+    device = distributed.start()
+    torch.set_num_threads(args.threads)
+    settings = dict(iterations=args.iterations, rounds=args.rounds)
+    if device.type == "cpu":
+        settings["threads"] = args.threads
+        settings.update(
+            {
+                name: version(package)
+                for name, package in {"faiss": "faiss-cpu", "scikit-learn": "scikit-learn"}.items()
+                if name not in args.without
+            }
+        )
+        if "faiss" not in args.without:
+            import faiss
+
+            faiss.omp_set_num_threads(args.threads)
+        defaults = ["200000x128x3000", "100000x256x10000"]
+    else:
+        defaults = [f"{IMAGENET}x128x3000", f"{IMAGENET}x256x10000"]
+    figures = {}
+    for problem in args.problems or defaults:
+        figures.update(race(tuple(map(int, problem.split("x"))), args, device))
+    if args.pca:
+        figures.update(whitening(device))
+    write("kmeans", device, settings, figures)
+
+
+if __name__ == "__main__":
+    main()
