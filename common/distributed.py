@@ -81,10 +81,17 @@ def all_max(x):
     return x
 
 
-def gather_rows(x):
-    """Rows of x of all ranks, concatenated in rank order; ranks may hold unequal numbers of rows, also none."""
+def gather_rows(x, equal=False):
+    """Rows of x of all ranks, concatenated in rank order; ranks may hold unequal numbers of rows, also none.
+
+    equal: all ranks hold as many rows, so their numbers are not exchanged and nothing waits for a GPU.
+    """
     if world_size() == 1:
         return x.detach().clone()
+    if equal:
+        blocks = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world_size())]
+        dist.all_gather(blocks, x.detach().contiguous())
+        return torch.cat(blocks)
     counts = torch.zeros(world_size(), dtype=torch.int64, device=x.device)
     counts[rank()] = len(x)
     counts = all_sum(counts).tolist()

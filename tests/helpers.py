@@ -67,14 +67,19 @@ def _rank(rank, world_size, port, folder, function, args):
     distributed.stop()
 
 
-# ---- swav.py as a user starts it
+# ---- a method as a user starts it
 
 
 def swav_here(*arguments):
-    """Runs the command in this process; returns its exit code."""
+    return run_here(swav, *arguments)
+
+
+def run_here(method, *arguments):
+    """Runs a method's script, a module, in this process; returns its exit code."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     try:
-        launch(swav.main, parse(swav.Config, swav.RECIPES, "swav_400ep_8x32", swav.__doc__, [str(a) for a in arguments]))
+        default = method.Config().recipe
+        launch(method.main, parse(method.Config, method.RECIPES, default, method.__doc__, [str(a) for a in arguments]))
         return 0
     except SystemExit as stop:
         return stop.code
@@ -84,9 +89,9 @@ def swav_here(*arguments):
         gc.collect()
 
 
-def command(*arguments, ranks=0):
+def command(*arguments, ranks=0, script="swav.py"):
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
-    return [sys.executable, *torchrun, str(ROOT / "swav.py"), *map(str, arguments)]
+    return [sys.executable, *torchrun, str(ROOT / script), *map(str, arguments)]
 
 
 def start(*arguments, **options):

@@ -21,6 +21,7 @@ def collectives():
     r = rank()
     x = torch.tensor([r + 1.0, -10.0 * r], requires_grad=True)
     rows = torch.arange(2.0 * r).view(r, 2) + 100 * r  # 0, 1 and 2 rows
+    equal = torch.arange(4.0).view(2, 2).T + 100 * r
     written, ran = torch.full((2,), r), []
     distributed.from_main(ran.append, r)
     returned = distributed.broadcast(written)
@@ -36,6 +37,7 @@ def collectives():
         "rows": distributed.gather_rows(rows.requires_grad_()),
         "reversed": distributed.gather_rows(torch.full((2 - r, 1), r)),  # 2, 1 and 0 rows
         "empty": distributed.gather_rows(torch.zeros(0, 5)),
+        "equal": distributed.gather_rows(equal, equal=True),
         "flags": distributed.gather_rows(torch.tensor([r == 1])),
         "broadcast": written,
         "in place": returned is written,
@@ -65,6 +67,7 @@ def test_gathered_rows_are_in_rank_order_whoever_has_none(of_ranks):
         assert result["reversed"].tolist() == [[0], [0], [1]] and result["reversed"].dtype == torch.int64
         assert result["empty"].shape == (0, 5)
         assert result["flags"].tolist() == [False, True, False]
+        assert result["equal"].tolist() == [[0, 2], [1, 3], [100, 102], [101, 103], [200, 202], [201, 203]]
 
 
 def test_broadcast_writes_the_tensor_of_rank_0(of_ranks):
