@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import checkpoint, data, distributed
+from common import data, distributed
 from common.config import ArgumentError, option, parse, recipe
 from common.features import rows_of
 from common.kmeans import kmeans
@@ -299,8 +299,6 @@ def main(config):
     held = len(images) * (4 * config.crops[0] * config.dim + 16 * config.heads)  # memory; targets and assignments
     run.report(recipe(Config, RECIPES, config.recipe), parameters, clustered, held)
     run.resume()
-    if config.init_from and not run.resumed:
-        model.backbone.load_state_dict(checkpoint.load_trunk(config.init_from, config))
     for epoch in run.epochs():
         if memory.epoch < 0:
             fill(model, memory, loader, run, config)
@@ -313,4 +311,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    launch(main, parse(Config, RECIPES, "deepclusterv2_400ep_bs1024", __doc__))
+    launch(main, parse(Config, RECIPES, __doc__))

@@ -96,14 +96,15 @@ def main(args):
 
     say(f"{args.trunk}: {info['arch']} x{info['width']:g}, {info['method']}, {trunk.feature_dim} features of {size} px")
     say(f"{len(bank)} images vote on {len(queries)}, {len(bank.classes)} classes, temperature {args.temperature:g}")
-    unreadable = [int(distributed.all_sum((labels < 0).sum())) for _, labels in (bank_rows, query_rows)]
-    for count, name in zip(unreadable, ("--data", "--val")):
-        if count:
-            say(f"warning: {count} images of {name} cannot be read and are left out")
+    voters = int(distributed.all_sum((bank_rows[1] >= 0).sum()))
+    for images, (_, labels), name in ((bank, bank_rows, "--data"), (queries, query_rows, "--val")):
+        unreadable = int(distributed.all_sum((labels < 0).sum())) - int((images.labels < 0).sum())  # STL-10 has images without a label
+        if unreadable:
+            say(f"warning: {unreadable} images of {name} cannot be read and are left out")
     say("    k    top-1    top-5")
     for k in args.k:
         if k not in accuracy:
-            say(f"{k:5}    skipped: only {len(bank) - unreadable[0]} images can vote")
+            say(f"{k:5}    skipped: only {voters} images can vote")
             continue
         top1, top5 = accuracy[k]
         say(f"{k:5}  {top1:7.2f}  " + (f"{top5:7.2f}" if top5 is not None else "      -"))

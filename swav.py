@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import checkpoint, data, distributed
+from common import data, distributed
 from common.config import ArgumentError, option, parse, recipe
 from common.meter import Meter
 from common.multicrop import MEAN, STD, Augmentation, MultiCrop, to_device
@@ -294,9 +294,8 @@ def main(config):
 
     scales = list(zip(config.scales[::2], config.scales[1::2]))
     augmentation = Augmentation(jitter=config.jitter, blur_p=config.blur_p)
-    loader = data.Loader(
-        MultiCrop(images, config.crops, config.sizes, scales, augmentation, config.seed), config.workers, device.type == "cuda"
-    )
+    crops = MultiCrop(images, config.crops, config.sizes, scales, augmentation, config.seed)
+    loader = data.Loader(crops, config.workers, device.type == "cuda")
 
     size = config.eval_size or config.sizes[0]
     info = dict(arch=config.arch, width=config.width, stem=config.stem, channels=3, mean=MEAN, std=STD, method="swav")
@@ -308,8 +307,6 @@ def main(config):
     held = 2 * config.crops[0] * config.dim * queue_length * 2 + 8 * len(images)  # queue and assignments
     run.report(recipe(Config, RECIPES, config.recipe), parameters, config.batch_size + queue_length, held)
     run.resume()
-    if config.init_from and not run.resumed:
-        model.backbone.load_state_dict(checkpoint.load_trunk(config.init_from, config))
     for epoch in run.epochs():
         train_one_epoch(net, optimizer, memory, loader, run, config, epoch)
         run.end_epoch(epoch)
@@ -317,4 +314,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    launch(main, parse(Config, RECIPES, "swav_400ep_8x32", __doc__))
+    launch(main, parse(Config, RECIPES, __doc__))

@@ -40,9 +40,10 @@ class _HashingWriter:
 
 
 @contextlib.contextmanager
-def writing(path, text=False, sync=False):
+def writing(path, text=False, sync=False, keep=None):
     """A file to write. It takes the name `path` once it is whole; until then, and if anything goes wrong, the file that was
-    there stays as it is. text: a text file, in which undecodable paths may be written. sync: wait until it is on the disk."""
+    there stays as it is. text: a text file, in which undecodable paths may be written. sync: wait until it is on the disk.
+    keep: the name that the file that was there gets."""
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     try:
@@ -51,10 +52,12 @@ def writing(path, text=False, sync=False):
             file.flush()
             if sync:
                 os.fsync(file.fileno())
+        if keep and path.exists():
+            os.replace(path, keep)
         os.replace(partial, path)
         if sync:
             folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)  # the new name itself reaches the disk
+            os.fsync(folder)  # the new names themselves reach the disk
             os.close(folder)
     finally:
         partial.unlink(missing_ok=True)
@@ -72,14 +75,10 @@ def _torch_save(state, file):
 def save(path, state):
     """Writes state (tensors, numbers, strings, lists, tuples and dicts) to path, keeping the file that was there as
     previous_path(path). The name never points at half a file. Raises OSError, with the old files intact."""
-    with writing(path, sync=True) as file:
+    with writing(path, sync=True, keep=previous_path(path)) as file:
         writer = _HashingWriter(file)
         _torch_save(state, writer)
         file.write(MARK + writer.digest.digest())
-        file.flush()
-        os.fsync(file.fileno())
-        if Path(path).exists():
-            os.replace(path, previous_path(path))
 
 
 def previous_path(path):

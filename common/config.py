@@ -4,7 +4,7 @@
 class Config:
     epochs: int = option(400, "passes over the data", group="optimisation")
 
-config = parse(Config, RECIPES, default="swav_400ep", description=__doc__)
+config = parse(Config, RECIPES, __doc__)
 """
 
 import argparse
@@ -38,11 +38,11 @@ class Parser(argparse.ArgumentParser):
         distributed.fail(f"{message} (python {self.prog} --help lists the options)", 2)
 
 
-def parse(cls, recipes, default, description, argv=None):
+def parse(cls, recipes, description, argv=None):
     """Config from the command line: options given win over the recipe, the recipe wins over the class's defaults.
 
-    recipes: {name: (result, {option: value})}. Without --recipe it is "shapes" for the embedded images, and
-    `default` for any others, which on a CPU exits with code 2. --batch-size without --lr scales the recipe's learning rates linearly.
+    recipes: {name: (result, {option: value})}. Without --recipe it is "shapes" for the embedded images, and the class's
+    default for any others, which on a CPU exits with code 2. --batch-size without --lr scales the recipe's learning rates linearly.
     """
     parser = Parser(
         usage="%(prog)s [options]", description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -57,6 +57,7 @@ def parse(cls, recipes, default, description, argv=None):
     if given.pop("list_recipes"):
         print(table(cls, recipes))
         sys.exit(0)
+    default = cls().recipe
     embedded = given.get("data", "shapes").partition(":")[0] == "shapes"
     name = given.get("recipe", "shapes" if embedded else default)
     if name not in recipes:
@@ -103,7 +104,7 @@ def check(config, world_size):
         raise ArgumentError(f"--scales {_words(c.scales)}: pairs 0 < smallest <= largest <= 1 are needed")
     if min(c.crops) < 1 or min(c.sizes) < 1 or c.sizes[0] != max(c.sizes):
         raise ArgumentError(f"{groups}: positive numbers are needed, the largest size first")
-    for name in ("prototypes", "log_every", "hidden", "dim", "lr", "temperature", "epsilon"):
+    for name in ("prototypes", "heads", "kmeans_iterations", "log_every", "hidden", "dim", "lr", "temperature", "epsilon"):
         if getattr(c, name, 1) <= 0:
             raise ArgumentError(f"--{name.replace('_', '-')} {getattr(c, name)}: more than 0 is needed")
     for name in ("workers", "max_bad"):

@@ -121,7 +121,9 @@ class Run:
         self.resumed = False
         self.unwritten = ""  # what metrics.jsonl could not take yet
         self.queries = distributed.from_main(self._held_out) if config.eval_every else None
-        distributed.from_main(self._open)
+        starts = config.fresh or not (self.out / "checkpoint.pt").exists()
+        self.trunk = checkpoint.load_trunk(config.init_from, config) if config.init_from and starts else None
+        distributed.from_main(self._open)  # last: with --fresh it deletes
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._on_signal)
         self._restart_clock()
@@ -444,10 +446,12 @@ class Run:
             writer.writerows([path, *column] for path, column in zip(self.images.paths, table.T.tolist()))
 
     def resume(self):
-        """Loads the newest valid checkpoint of the run directory, if there is one."""
+        """Loads the newest valid checkpoint of the run directory if there is one, else the trunk that --init-from names."""
         state = distributed.from_main(self._read)
         self.resumed = state is not None
         if not self.resumed:
+            if self.trunk:
+                self.backbone.load_state_dict(self.trunk)
             return
         for name, thing in self.objects.items():
             thing.load_state_dict(state[name])

@@ -78,8 +78,7 @@ def run_here(method, *arguments):
     """Runs a method's script, a module, in this process; returns its exit code."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     try:
-        default = method.Config().recipe
-        launch(method.main, parse(method.Config, method.RECIPES, default, method.__doc__, [str(a) for a in arguments]))
+        launch(method.main, parse(method.Config, method.RECIPES, method.__doc__, [str(a) for a in arguments]))
         return 0
     except SystemExit as stop:
         return stop.code

@@ -134,7 +134,7 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path, when):
     if when == "while clustering":  # the third epoch's k-means never returns
         code = "import sys, time, deepclusterv2 as m; k, n = m.kmeans, []; sys.argv = sys.argv[1:]\n"
         code += "def kmeans(*a, **o):\n n.append(0)\n if len(n) == 8: print('clustering', flush=True); time.sleep(99)\n return k(*a, **o)\n"
-        code += "m.kmeans = kmeans; m.launch(m.main, m.parse(m.Config, m.RECIPES, m.Config().recipe, m.__doc__))"
+        code += "m.kmeans = kmeans; m.launch(m.main, m.parse(m.Config, m.RECIPES, m.__doc__))"
         line = [line[0], "-c", code, *line[1:]]
     killed = start(*line, cwd=ROOT)
     for text in killed.stdout:
@@ -178,6 +178,11 @@ def test_more_prototypes_than_images_are_refused(tmp_path, capsys):
     assert here(*SHARED, "--prototypes", 81, "--out", tmp_path) == 2
     error = capsys.readouterr().err
     assert "--prototypes 81: more than the 80 images" in error and error.count("\n") == 1
+
+
+def test_heads_and_iterations_are_checked(tmp_path, capsys):
+    for option in ("--heads", "--kmeans-iterations"):
+        assert here(*SHARED, option, 0, "--out", tmp_path) == 2 and f"{option} 0: more than 0" in capsys.readouterr().err
 
 
 def test_published_recipes():

@@ -124,9 +124,13 @@ def test_run_directory_holds_what_it_promises(tmp_path, capsys):
 
 def test_deterministic_runs_with_the_same_figures(tmp_path):
     shared = ["--data", "shapes:64", *TINY, "--max-steps", 2]
-    assert swav_here(*shared, "--out", tmp_path / "usual") == 0
-    code, _, err = finish(start(*command(*shared, "--deterministic", "--out", tmp_path / "deterministic")))
-    assert code == 0 and losses(tmp_path / "deterministic") == losses(tmp_path / "usual"), err
+    assert swav_here(*shared, "--out", tmp_path / "usual") == 0 and not torch.are_deterministic_algorithms_enabled()
+    try:
+        assert swav_here(*shared, "--deterministic", "--out", tmp_path / "deterministic") == 0
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert losses(tmp_path / "deterministic") == losses(tmp_path / "usual")
 
 
 @pytest.mark.slow
@@ -154,10 +158,25 @@ def test_fresh_keeps_a_run_until_all_options_are_right(tmp_path, capsys):
     assert swav_here(*run) == 0
     before = sorted(path.name for path in tmp_path.iterdir())
     assert swav_here(*run, "--fresh", "--eval-every", 1, "--val", tmp_path / "none") == 3
+    assert swav_here(*run, "--fresh", "--init-from", tmp_path / "none.pt") == 4
     assert sorted(path.name for path in tmp_path.iterdir()) == before
     (tmp_path / "my_checkpoint.pt").write_text("mine")
     assert swav_here(*run, "--fresh") == 0 and "resumed" not in capsys.readouterr().out
     assert (tmp_path / "my_checkpoint.pt").read_text() == "mine"
+
+
+def test_a_run_starts_from_another_ones_trunk(tmp_path):
+    shared = ["--data", "shapes:64", *TINY, "--lr", 1e-9]
+    assert swav_here(*shared, "--seed", 1, "--max-steps", 1, "--out", tmp_path / "first") == 0
+    trunk = tmp_path / "first" / "backbone.pt"
+    second = [*shared, "--init-from", trunk, "--out", tmp_path / "second"]
+    weights = torch.load(trunk, weights_only=True)["state_dict"]
+    assert swav_here(*second, "--max-steps", 1) == 0
+    for name, weight in weights.items():
+        if name.endswith("weight"):  # the step moved it by nothing that counts
+            torch.testing.assert_close(saved(tmp_path / "second")["model"][f"backbone.{name}"], weight, rtol=0, atol=1e-6)
+    trunk.unlink()
+    assert swav_here(*second, "--max-steps", 2) == 0  # a run that goes on does not need the file any more
 
 
 # ---- bad input: one line, the exit code, no hang
@@ -262,7 +281,7 @@ def test_published_recipes():
 
 def test_learning_rates_follow_the_batch_size_unless_given():
     def get(*arguments):
-        return parse(swav.Config, swav.RECIPES, "swav_400ep_8x32", "", ["--recipe", "swav_100ep", *arguments])
+        return parse(swav.Config, swav.RECIPES, "", ["--recipe", "swav_100ep", *arguments])
 
     half = get("--batch-size", "2048")
     assert (half.lr, half.final_lr, half.start_lr) == pytest.approx((2.4, 0.0024, 0.15))
