@@ -28,11 +28,13 @@ test-all: .venv/dev lint  ## the sweeps too
 	$(BIN)/python -m pytest -n 2 -m "not gpu"
 
 .venv/bench: .venv/run
-	$(BIN)/pip install --quiet --disable-pip-version-check lightly==1.6.0
+	$(BIN)/pip install --quiet --disable-pip-version-check lightly==1.6.0 faiss-cpu scikit-learn
 	@touch $@
 
-bench: .venv/bench  ## training step and input pipeline against lightly's: PHOTOS=folder (results in benchmarks/results)
+bench: .venv/bench  ## against lightly, faiss, scikit-learn: PHOTOS=folder for the input pipeline (results in benchmarks/results)
 	$(BIN)/python -m benchmarks.step
+	$(BIN)/python -m benchmarks.kmeans
+	$(BIN)/python -m benchmarks.pca
 	$(if $(PHOTOS),$(BIN)/python -m benchmarks.pipeline --data $(PHOTOS),@echo "make bench PHOTOS=folder also measures the input pipeline")
 
 lint: .venv/dev

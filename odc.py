@@ -30,7 +30,7 @@ from torch import nn
 
 from common import data, distributed
 from common.config import ArgumentError, option, parse, recipe
-from common.features import extract, rows_of
+from common.features import rows_of
 from common.kmeans import fit_whitening, kmeans
 from common.meter import Meter
 from common.multicrop import MEAN, STD, Augmentation, MultiCrop, to_device
@@ -73,7 +73,7 @@ class Config:
     crops: tuple[int, ...] = option((1,), "crops of each size", group="multi-crop")
     sizes: tuple[int, ...] = option((224,), "sides of the crops in pixels")
     scales: tuple[float, ...] = option((0.08, 1.0), "smallest and largest share of the image's area, for each size")
-    eval_size: int = option(0, "side of the images that evaluations see; 0: that of the large crops", free=True)
+    eval_size: int = option(0, "side of the images that are clustered and evaluated; 0: that of the large crops")
     jitter: tuple[float, ...] = option((0.4, 0.4, 1.0, 0.5), "brightness, contrast, saturation, hue")
     jitter_p: float = option(1.0, "probability of jitter")
     grey_p: float = option(0.2, "probability of grey")
@@ -287,13 +287,18 @@ class Memory:
 
 
 @torch.no_grad()
-def assign(memory, features, iterations, generator):
-    """The memory's first embeddings and clusters: k-means of all images' features (n, D), of which these are this rank's."""
-    seen = ~features[:, 0].isnan()
-    x = F.normalize(features[seen].to(memory.bank.dtype))
-    mine = torch.full((len(features),), -100, device=features.device)
-    _, mine[seen], _, _ = kmeans(x, len(memory.centroids), iterations, generator=generator)
-    memory.start(features.nan_to_num(0.0).to(memory.bank.dtype), distributed.gather_rows(mine))
+def assign(memory, z, iterations, generator):
+    """The memory's first embeddings and clusters: k-means of all images' embeddings z (n, D), of which these are this rank's.
+
+    Raises DataError if fewer images than clusters can be read.
+    """
+    K, seen = len(memory.centroids), ~z[:, 0].isnan()
+    readable = int(distributed.all_sum(seen.sum()))
+    if readable < K:
+        raise data.DataError(f"--prototypes {K}: more than the {readable} images that can be read")
+    mine = torch.full((len(z),), -100, device=z.device)
+    _, mine[seen], _, _ = kmeans(F.normalize(z[seen].to(memory.bank.dtype)), K, iterations, generator=generator)
+    memory.start(z.nan_to_num(0.0).to(memory.bank.dtype), distributed.gather_rows(mine))
 
 
 def prediction_loss(scores, targets, weight, temperature):
@@ -391,11 +396,10 @@ def main(config):
     run.resume()
     for epoch in run.epochs():
         if not memory.ready:
-            how = dict(workers=config.workers, precision=autocast_dtype(config.precision, device), bad=loader.bad, agree=run.agree)
-            embed = nn.Sequential(model.backbone, model.projection_head)
-            features, _ = extract(embed, images, info["resize"], size, device, **how)
-            assign(memory, features, config.kmeans_iterations, torch.Generator().manual_seed(config.seed << 32))
-            del features
+            z = run.look(nn.Sequential(model.backbone, model.projection_head), loader)
+            with run.phase("clusters"):
+                assign(memory, z, config.kmeans_iterations, torch.Generator().manual_seed(config.seed << 32))
+            del z
         train_one_epoch(net, optimizer, memory, loader, run, config, epoch)
         run.end_epoch(epoch)
     run.finish()

@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.record import medians, write
 from common import distributed
-from common.kmeans import fit_whitening, held_scores, kmeans, nearest
+from common.kmeans import held_scores, kmeans, nearest
 
 IMAGENET = 1_281_167
 
@@ -30,7 +30,6 @@ def arguments():
     parser.add_argument("--rounds", type=int, default=3, help="rounds; medians are reported (default: 3)")
     parser.add_argument("--threads", type=int, default=2, help="threads of every contender on a CPU (default: 2)")
     parser.add_argument("--without", nargs="+", default=[], choices=("faiss", "scikit-learn"), help="contenders to leave out")
-    parser.add_argument("--pca", action="store_true", help="also time the whitening of 4,096 features streamed in chunks, and extrapolate")
     return parser.parse_args()
 
 
@@ -143,17 +142,6 @@ def resident():
     return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 
 
-def whitening(device):
-    """Seconds of fitting to 4,096 features: what each row costs, and what the axes cost once."""
-    chunk = rows(4096, 4096, device=device)
-    fit_whitening([chunk[:512, :512]], 256)
-    one, three = (seconds(lambda n=n: fit_whitening([chunk] * n, 256), device) for n in (1, 3))
-    each = (three - one) / 2 / len(chunk)
-    figures = {"PCA of 4096 features, us a row": 1e6 * each, "PCA of 4096 features, s once": one - each * len(chunk)}
-    figures[f"PCA of {IMAGENET} x 4096, s (extrapolated)"] = figures["PCA of 4096 features, s once"] + each * IMAGENET
-    return figures
-
-
 def main():
     args = arguments()
     device = distributed.start()
@@ -178,8 +166,6 @@ def main():
     figures = {}
     for problem in args.problems or defaults:
         figures.update(race(tuple(map(int, problem.split("x"))), args, device))
-    if args.pca:
-        figures.update(whitening(device))
     write("kmeans", device, settings, figures)
 
 

@@ -21,7 +21,8 @@ class Sobel(nn.Module):
         self.register_buffer("kernels", kernels[:, None], persistent=False)
 
     def forward(self, x):
-        return F.conv2d(x.mean(1, keepdim=True), self.kernels, padding=1)
+        with torch.autocast(x.device.type, enabled=False):  # differences of neighbours would drown in bfloat16's roundings
+            return F.conv2d(x.mean(1, keepdim=True), self.kernels, padding=1)
 
 
 class AlexNet(nn.Module):

@@ -12,6 +12,7 @@
 Every decision (save, stop, give up) is taken by all ranks at the same step.
 """
 
+import contextlib
 import csv
 import fcntl
 import json
@@ -221,6 +222,30 @@ class Run:
             torch.manual_seed(self.config.seed << 32 | self.step)  # what a step draws (dropout) depends on its number alone
             yield self.step, batch
             self.step += 1
+
+    @contextlib.contextmanager
+    def phase(self, name):
+        """Says how long the block took."""
+        began = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        say(f"{name} in {time.perf_counter() - began:.1f} s")
+
+    def look(self, model, loader):
+        """What model, in eval mode, makes of the centre crops of this rank's rows of the data set: (n, D), as it gives them.
+
+        A row of NaN is an image that cannot be read; too many of them, or weights that are not finite, end the run.
+        """
+        self._stop_unless_finite(list(model.parameters()))
+        self.loader = loader
+        how = dict(workers=self.config.workers, precision=autocast_dtype(self.config.precision, self.device))
+        with self.phase(f"features of {len(self.images)} images"):
+            rows, _ = features.extract(
+                model, self.images, self.info["resize"], self.info["size"], self.device, bad=loader.bad, agree=self.agree, **how
+            )
+        self._collect_bad()
+        return rows
 
     def agree(self, keep=True):
         """Between two steps, or two batches of a pass over the data: whether it is time to save, or to save and stop.

@@ -166,9 +166,10 @@ def assign_on_a_rank(K):
     x = torch.randn(40, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     x[[3, 25]] = float("nan")  # images that cannot be read
     memory, head = deepcluster.Memory(40), nn.Linear(12, K).double()
-    first, last = deepcluster.distributed.rank() * 40 // distributed.world_size(), (distributed.rank() + 1) * 40 // distributed.world_size()
+    first, last = distributed.rank() * 40 // distributed.world_size(), (distributed.rank() + 1) * 40 // distributed.world_size()
     for epoch in range(2):
-        deepcluster.assign(memory, head, x[first:last].clone(), 6, 20, torch.Generator().manual_seed(epoch))
+        whitened = deepcluster.whiten(x[first:last].clone(), 6)
+        deepcluster.assign(memory, head, whitened, 20, torch.Generator().manual_seed(epoch))
     return memory.targets, memory.figures, head.weight.detach(), head.bias.detach()
 
 
@@ -280,6 +281,8 @@ def test_assignments_and_figures_are_of_all_images(tmp_path):
     sizes = np.bincount(assignments[0], minlength=8)
     last = [r for r in metrics(tmp_path) if "loss" in r][-1]
     assert (last["empty_clusters"], last["largest_cluster"]) == ((sizes == 0).sum(), sizes.max()) and 0 < last["nmi_to_previous"] < 1
+    share = sizes[sizes > 0] / 80
+    assert last["cluster_entropy"] == pytest.approx(-(share * np.log(share)).sum() / np.log(8), abs=1e-6)
 
 
 def test_images_that_cannot_be_read_are_left_out_and_named(tmp_path):
@@ -293,15 +296,81 @@ def test_images_that_cannot_be_read_are_left_out_and_named(tmp_path):
     assert (targets < 0).sum() == 2 and len(targets) == 40
 
 
-def test_a_signal_during_the_feature_pass_stops_politely(tmp_path):
-    code = "import sys, os, signal, deepcluster as m; e = m.extract; sys.argv = sys.argv[1:]\n"
-    code += "def extract(*a, **o):\n os.kill(os.getpid(), signal.SIGTERM)\n return e(*a, **o)\n"
-    code += "m.extract = extract; m.launch(m.main, m.parse(m.Config, m.RECIPES, m.__doc__))"
-    line = command("--data", "shapes:300", *TINY, "--epochs", 1, "--out", tmp_path, script=SCRIPT)
-    stopped, out, err = finish(start(line[0], "-c", code, *line[1:], cwd=ROOT))
-    assert stopped == 0 and "stopped by a signal, after step 0" in out and "features in" not in out, out + err
-    assert here("--data", "shapes:300", *TINY, "--epochs", 1, "--out", tmp_path) == 0
-    assert len(losses(tmp_path)) == 18
+def stopping_in_the_pass(folder, epoch):
+    """A script that gets a signal in the feature pass before this epoch, on its last rank."""
+    script = folder / "stopping.py"
+    script.write_text(f"""import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import deepcluster as m
+look, passes = m.Run.look, []
+def looked(*arguments):
+    passes.append(1)
+    if len(passes) == {epoch + 1} and m.distributed.rank() == m.distributed.world_size() - 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return look(*arguments)
+m.Run.look = looked
+m.launch(m.main, m.parse(m.Config, m.RECIPES, m.__doc__))
+""")
+    return script
+
+
+@pytest.mark.parametrize(("ranks", "images"), [(1, 300), (2, 1025)])  # two ranks: 512 and 513 images, two batches and three
+def test_a_signal_in_a_feature_pass_stops_all_ranks_and_changes_no_bit(tmp_path, ranks, images):
+    shared = ["--data", f"shapes:{images}", *TINY, "--batch-size", 128, "--epochs", 2]
+    processes = 2 if ranks == 2 else 0
+    for out in ("stopped", "straight"):
+        script = stopping_in_the_pass(tmp_path, 1) if out == "stopped" else SCRIPT
+        code, text, err = finish(start(*command(*shared, "--out", tmp_path / out, ranks=processes, script=script)))
+        if out == "stopped":
+            steps = images // 128
+            assert code == 0 and f"stopped by a signal, after step {steps}" in text, text + err
+            code, text, err = finish(start(*command(*shared, "--out", tmp_path / out, ranks=processes, script=SCRIPT)))
+            assert f"resumed at step {steps}" in text
+        assert code == 0, err
+    a, b = saved(tmp_path / "straight"), saved(tmp_path / "stopped")
+    for part in ("model", "optimizer", "memory"):
+        assert same(a[part], b[part]), part
+    assert losses(tmp_path / "straight") == losses(tmp_path / "stopped")
+
+
+def test_two_ranks_drop_the_same_units_as_one(tmp_path):
+    script = tmp_path / "dropping.py"
+    script.write_text(f"""import sys
+sys.path.insert(0, {str(ROOT)!r})
+import deepcluster as m
+def dropping(build):
+    def built(**options):
+        trunk = build(**options)
+        trunk.layer4 = m.nn.Sequential(trunk.layer4, m.nn.Dropout(0.5))
+        return trunk
+    return built
+m.ARCHITECTURES["resnet10"] = dropping(m.ARCHITECTURES["resnet10"])
+m.launch(m.main, m.parse(m.Config, m.RECIPES, m.__doc__))
+""")
+    shared = [*SHARED, "--precision", "float64", "--max-steps", 7]
+    for out, processes in (("one", 0), ("two", 2)):
+        code, _, err = finish(start(*command(*shared, "--out", tmp_path / out, ranks=processes, script=script)))
+        assert code == 0, err
+    assert here(*shared, "--out", tmp_path / "none") == 0
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-9)
+    assert abs(losses(tmp_path / "none")[0] / losses(tmp_path / "one")[0] - 1) > 1e-4  # something is dropped
+
+
+def test_weights_that_diverge_unseen_end_the_run_before_they_are_clustered(tmp_path, capsys):
+    assert here("--data", "shapes:80", *TINY, "--lr", 1e30, "--log-every", 20, "--epochs", 2, "--out", tmp_path) == 5
+    assert "not finite" in capsys.readouterr().err
+
+
+def test_fewer_readable_images_than_clusters_are_refused(tmp_path, capsys):
+    images = image_tree(tmp_path / "images", images=9, splits=("train",))
+    (images / "train" / "n00" / "3.JPEG").write_bytes(b"no picture")
+    assert here("--data", images, *TINY, "--prototypes", 18, "--out", tmp_path / "run") == 3
+    assert "--prototypes 18: more than the 17 images that can be read" in capsys.readouterr().err
+
+
+def test_other_pixels_to_cluster_are_another_run(tmp_path, capsys):
+    assert here(*SHARED, "--max-steps", 1, "--out", tmp_path) == 0
+    assert here(*SHARED, "--eval-size", 24, "--out", tmp_path) == 4 and "--eval-size 24" in capsys.readouterr().err
 
 
 # ---- options
@@ -314,7 +383,8 @@ def test_options_that_cannot_work(tmp_path, capsys):
         ("--pca-dim", 0): "--pca-dim 0: more than 0",
         ("--grey-p", 1.5): "between 0 and 1",
         ("--rotate", -3): "--rotate -3.0: 0 or more",
-        ("--arch", "alexnet"): "--arch alexnet takes crops of 224 pixels",
+        ("--arch", "alexnet"): "--arch alexnet takes images of 224 pixels",
+        ("--arch", "alexnet", "--sizes", 224, "--eval-size", 256): "--arch alexnet takes images of 224 pixels",
     }.items():
         assert here(*SHARED, *options, "--out", tmp_path) == 2
         error = capsys.readouterr().err
