@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test test-all bench lint loc
+.PHONY: help demo test test-all bench lint diff loc
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -37,6 +37,10 @@ bench: .venv/bench  ## training step and input pipeline against lightly's: PHOTO
 
 lint: .venv/dev
 	$(BIN)/ruff check .
+
+diff:  ## changed lines between neighbouring methods, after `diff --ignore-all-space`
+	@set -- swav.py deepclusterv2.py deepcluster.py; while [ $$# -gt 1 ]; do \
+	  printf '%s -> %s: ' $$1 $$2; diff -w $$1 $$2 | grep -c '^[<>]'; shift; done
 
 loc:  ## lines of code
 	@wc -l *.py common/*.py | sort -n

@@ -225,6 +225,7 @@ def fill(model, memory, loader, run, config):
     own_number = config.epochs  # crops that no training epoch draws
     batches = data.batches(len(run.images), config.batch_size, own_number, config.seed, distributed.rank(), distributed.world_size())
     for index, crops, params in loader.epoch(own_number, batches):
+        run.agree(keep=False)  # this pass moves the running statistics
         crops = to_device(crops[:1], params[: config.crops[0]], run.device, model.prototypes[0].weight.dtype)[0]  # (U B, 3, s, s)
         memory.update(index, torch.stack([model([crop], dtype)[0] for crop in crops.split(len(index))]))
 

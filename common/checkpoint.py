@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
+from . import alexnet, resnet
 from .multicrop import MEAN, STD
-from .resnet import ARCHITECTURES
 
 MARK = b"SHA-256:"
 
@@ -112,7 +112,7 @@ def load(path, expect=None):
 def export_backbone(path, backbone, info):
     """Writes a trunk as {"state_dict", "info"}: torchvision's parameter names, and what is needed to rebuild it.
 
-    info: dict with arch, width, stem, channels, mean, std, resize, size, method, recipe, epoch.
+    info: dict with arch, width, stem, channels, sobel, mean, std, resize, size, method, recipe, epoch.
     """
     state = {
         name: tensor.detach().cpu().float() if tensor.is_floating_point() else tensor.cpu()
@@ -158,17 +158,21 @@ def load_backbone(path):
 
 
 def load_trunk(path, config):
-    """State dict of the trunk at path (see load_backbone), which must be of config's arch, width and stem."""
+    """State dict of the trunk at path (see load_backbone), which must be of config's arch, width, stem and input."""
     trunk, info = load_backbone(path)
-    for name in ("arch", "width", "stem"):
-        if info[name] != getattr(config, name):
-            raise CheckpointError(f"--init-from {path} has {name} {info[name]}, this run has --{name} {getattr(config, name)}")
+    for name in ("arch", "width", "stem", "sobel"):
+        there, here = info.get(name, False), getattr(config, name, False)
+        if there != here:
+            raise CheckpointError(f"--init-from {path} has {name} {there}, this run has --{name} {here}")
     return trunk.state_dict()
 
 
 def build_backbone(info):
     """A trunk with random weights, of the architecture that info names."""
-    return ARCHITECTURES[info["arch"]](info["width"], info["stem"], info.get("channels", 3))
+    arch, sobel = info["arch"], info.get("sobel", False)
+    if arch in alexnet.ARCHITECTURES:
+        return alexnet.alexnet(alexnet.ARCHITECTURES[arch], sobel)
+    return resnet.ARCHITECTURES[arch](info["width"], info["stem"], info.get("channels", 3), sobel)
 
 
 def _recognise(state, path):
@@ -186,6 +190,7 @@ def _recognise(state, path):
         "width": outputs / 64,
         "stem": "small" if side == 3 else "imagenet",
         "channels": channels,
+        "sobel": channels == 2,
         "resize": 256,
         "size": 224,
         "mean": MEAN,

@@ -104,7 +104,7 @@ def check(config, world_size):
         raise ArgumentError(f"--scales {_words(c.scales)}: pairs 0 < smallest <= largest <= 1 are needed")
     if min(c.crops) < 1 or min(c.sizes) < 1 or c.sizes[0] != max(c.sizes):
         raise ArgumentError(f"{groups}: positive numbers are needed, the largest size first")
-    for name in ("prototypes", "heads", "kmeans_iterations", "log_every", "hidden", "dim", "lr", "temperature", "epsilon"):
+    for name in ("prototypes", "heads", "pca_dim", "kmeans_iterations", "log_every", "hidden", "dim", "lr", "temperature", "epsilon"):
         if getattr(c, name, 1) <= 0:
             raise ArgumentError(f"--{name.replace('_', '-')} {getattr(c, name)}: more than 0 is needed")
     for name in ("workers", "max_bad"):
@@ -113,11 +113,12 @@ def check(config, world_size):
     if c.seed >= 1 << 32:
         raise ArgumentError(f"--seed {c.seed}: less than {1 << 32} is needed")
     names = ("seed", "queue_length", "queue_start_epoch", "sinkhorn_iterations", "weight_decay", "max_steps", "eval_size")
-    for name in (*names, "final_lr", "start_lr", "save_every", "keep_every", "eval_every"):
+    for name in (*names, "final_lr", "start_lr", "rotate", "save_every", "keep_every", "eval_every"):
         if getattr(c, name, 0) < 0:
             raise ArgumentError(f"--{name.replace('_', '-')} {getattr(c, name)}: 0 or more is needed")
-    if not 0 <= c.momentum < 1 or not 0 <= c.blur_p <= 1:
-        raise ArgumentError(f"--momentum {c.momentum} --blur-p {c.blur_p}: between 0 and 1 is needed")
+    for name in ("momentum", "jitter_p", "grey_p", "blur_p"):
+        if not 0 <= getattr(c, name, 0) <= 1 or c.momentum == 1:
+            raise ArgumentError(f"--{name.replace('_', '-')} {getattr(c, name)}: between 0 and 1 is needed")
     if c.width <= 0 or 64 * c.width % 1:
         raise ArgumentError(f"--width {c.width}: 64 times the width must be a whole number")
     if len(c.jitter) != 4 or not all(j >= 0 for j in c.jitter) or c.jitter[3] > 0.5:

@@ -200,8 +200,31 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         return module
 
 
+class Dropout(nn.Dropout):
+    """Dropout with a mask drawn for the rows of all ranks, of which this rank takes its own: as in one process.
+
+    Every rank's generator must be in the same state, and rows of all ranks concatenated must be the batch of one process:
+    one crop an image.
+    """
+
+    def forward(self, x):
+        if not self.training or self.p == 0:
+            return x
+        draws = torch.rand(world_size() * len(x), *x.shape[1:], device=x.device)
+        return x * (draws[rank() * len(x) :][: len(x)] >= self.p) / (1 - self.p)
+
+
+def share_dropout(module):
+    """Replaces every nn.Dropout inside module by Dropout; returns module."""
+    for name, child in module.named_children():
+        setattr(module, name, Dropout(child.p) if isinstance(child, nn.Dropout) else share_dropout(child))
+    return module
+
+
 def parallel(model):
-    """The model to train: itself in one process, else with synced batch norm inside DistributedDataParallel."""
+    """The model to train: in one process itself, with dropout masks as on many ranks; else with synced batch norm inside
+    DistributedDataParallel."""
+    model = share_dropout(model)
     if world_size() == 1:
         return model
     model = SyncBatchNorm.convert(model)

@@ -1,5 +1,7 @@
 """Features of a whole data set by index, sharded over ranks, and the weighted k-NN classifier that judges them."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -13,12 +15,15 @@ def rows_of(n, rank, world_size):
 
 
 @torch.inference_mode()
-def extract(model, images, resize, size, device, mean=MEAN, std=STD, batch_size=256, workers=0, precision=torch.float32):
+def extract(
+    model, images, resize, size, device, mean=MEAN, std=STD, batch_size=256, workers=0, precision=torch.float32, bad=None, agree=None
+):
     """Features of this rank's rows of a set, by data-set index, from its centre crops with the model in eval mode.
 
-    model: (B, 3, size, size) -> (B, D). precision: torch.bfloat16 for autocast.
-    Returns features (n, D) float32 and labels (n,) int64 or None: of the rows [rN/W, (r+1)N/W). A row whose image
-    cannot be read is zero and has label -1.
+    model: (B, 3, size, size) -> (B, D). precision: torch.bfloat16 for autocast. bad: a set that takes the indices of images
+    that cannot be read. agree: called now and then, on all ranks equally often.
+    Returns features (n, D), as the model gives them, and labels (n,) int64 or None: of the rows [rN/W, (r+1)N/W). A row
+    whose image cannot be read is NaN and has label -1.
     """
     first, last = rows_of(len(images), distributed.rank(), distributed.world_size())
     loader = data.Loader(CenterCrop(images, resize, size), workers, pin_memory=device.type == "cuda")
@@ -28,17 +33,27 @@ def extract(model, images, resize, size, device, mean=MEAN, std=STD, batch_size=
     dtype = next(model.parameters()).dtype
     training = model.training
     model.eval()
-    blocks, unreadable = [], []
-    for wanted, (index, crops, params) in zip(batches, loader.epoch(0, batches)):
-        x = photometric(crops[0][0].to(device, non_blocking=True), params[0], mean, std, dtype)
+    every_rank = len(images) // distributed.world_size() // batch_size  # batches that all ranks have
+
+    def look(x):
         with torch.autocast(device.type, dtype=precision, enabled=precision == torch.bfloat16):
-            blocks.append(model(x).float())  # (B, D)
+            return model(x)
+
+    features, unreadable = None, []
+    for step, (wanted, (index, crops, params)) in enumerate(zip(batches, loader.epoch(0, batches))):
+        if agree and step < every_rank:
+            agree()
+        block = look(photometric(crops[0][0].to(device, non_blocking=True), params[0], mean, std, dtype))  # (B, D)
+        features = block.new_empty(last - first, block.shape[1]) if features is None else features
+        features[step * batch_size :][: len(block)] = block
         unreadable += [position for (position, i), got in zip(wanted, index.tolist()) if got != i]
+    if features is None:  # a rank without rows: of the others' width and type
+        features = look(torch.zeros(1, 3, size, size, device=device, dtype=dtype))[:0]
+    if bad is not None:
+        bad.update(loader.bad)
     loader.close()
     model.train(training)
-    dim = int(distributed.all_max(torch.tensor(blocks[0].shape[1] if blocks else 0)))
-    features = torch.cat(blocks) if blocks else torch.zeros(0, dim, device=device)
-    features[unreadable] = 0
+    features[unreadable] = math.nan
     if labels is not None:
         labels[unreadable] = -1
     return features, labels

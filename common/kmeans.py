@@ -19,7 +19,8 @@ GROUP = 64  # G; measured: 32 and 128 are slower
 
 @torch.no_grad()
 def kmeans(x, k, iterations=10, *, spherical=False, init=None, generator=None):
-    """Lloyd's algorithm: `iterations` times assign and average, then one more assignment to the centroids returned.
+    """Lloyd's algorithm: `iterations` times assign and average, then one more assignment to the centroids returned. It ends
+    earlier once the assignments stay as they are, with the same result.
 
     Plain: nearest by Euclidean distance; centroid = mean of its rows. Spherical (DeepCluster-v2): largest inner product;
     centroid = mean scaled to unit length; x should have unit rows.
@@ -36,7 +37,7 @@ def kmeans(x, k, iterations=10, *, spherical=False, init=None, generator=None):
     Raises ValueError, on every rank, if there are fewer rows than clusters or a row is not finite.
 
     Memory beyond x, in bytes for float32: 24 N + 28 K D + 12 C, where C scores are held at a time (`held_scores`). No N x K
-    matrix exists. Time is that of the products, 2 (iterations + 1) N K D operations.
+    matrix exists. Time is that of the products, at most 2 (iterations + 1) N K D operations.
     Checked against main_deepclusterv2.py of facebookresearch/swav (spherical); same objective as faiss (plain).
     """
     if k < 1 or (init is not None and init.shape != (k, x.shape[1])):
@@ -56,14 +57,20 @@ def kmeans(x, k, iterations=10, *, spherical=False, init=None, generator=None):
             centroids = init.to(x.device, dtype, copy=True)
         if spherical:
             centroids = F.normalize(centroids)
+        assignments, settled = None, False
         for _ in range(iterations):
-            assignments = _assign(x, centroids, spherical)  # (N,)
+            before, assignments = assignments, _assign(x, centroids, spherical)  # (N,)
+            if settled and _same(before, assignments):
+                break  # all further iterations would find these centroids again
             centroids, counts = _average(x, assignments, centroids, spherical)  # (K, D) (K,)
-            if not spherical:
+            settled = spherical or bool((counts > 0).all())
+            if not settled:
                 _reseed(centroids, counts, generator)
+        else:
+            assignments = _assign(x, centroids, spherical)
         best = math.inf
         while True:
-            assignments, values = nearest(x, centroids, spherical=spherical)  # (N,) (N,)
+            values = _values(x, centroids, assignments, spherical)  # (N,)
             counts = _counts(assignments, k)
             objective = _over_ranks(values.sum(dtype=torch.float64)) / total
             # Each round of filling lowers the objective, unless the rows are all at a centroid: too few are distinct.
@@ -71,6 +78,7 @@ def kmeans(x, k, iterations=10, *, spherical=False, init=None, generator=None):
                 return centroids, assignments, counts, objective.to(dtype)
             best = objective
             _fill(x, centroids, assignments, values, counts, start, total)
+            assignments = _assign(x, centroids, spherical)
 
 
 @torch.no_grad()
@@ -84,11 +92,16 @@ def nearest(x, centroids, *, spherical=False):
     with torch.autocast(x.device.type, enabled=False):
         centroids = centroids.to(torch.promote_types(x.dtype, torch.float32))
         assignments = _assign(x, centroids, spherical)
-        values = centroids.new_empty(len(x))
-        for rows in _chunks(x):
-            own = centroids[assignments[rows]]  # (B, D)
-            values[rows] = (own * x[rows]).sum(1) if spherical else (own - x[rows]).square_().sum(1)
-        return assignments, values
+        return assignments, _values(x, centroids, assignments, spherical)
+
+
+def _values(x, centroids, assignments, spherical):
+    """Squared distance of each row to its centroid, or inner product with it: (N,)."""
+    values = centroids.new_empty(len(x))
+    for rows in _chunks(x):
+        own = centroids[assignments[rows]]  # (B, D)
+        values[rows] = (own * x[rows]).sum(1) if spherical else (own - x[rows]).square_().sum(1)
+    return values
 
 
 def _assign(x, centroids, spherical):
@@ -255,6 +268,11 @@ def _over_ranks(x, op="SUM"):
     if _world_size() > 1:
         dist.all_reduce(x, op=getattr(dist.ReduceOp, op))
     return x
+
+
+def _same(a, b):
+    """Whether a and b agree on every rank."""
+    return not _over_ranks((a != b).any().int(), "MAX")
 
 
 def _counts(assignments, k):

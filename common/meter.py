@@ -38,6 +38,10 @@ class Meter:
         finite = loss.isfinite()
         self.sums += torch.stack([torch.where(finite, loss, 0), finite, ~finite]).double()
 
+    def take(self, assignments):
+        """Clusters (H, n) of the whole data set, below 0 for none, in place of those that the steps of this epoch report."""
+        self.current.copy_(assignments.clamp(min=-1))
+
     def mean_loss(self):
         """Mean loss over steps and ranks since the last log step, or None if any of them was not finite."""
         total, finite, broken = distributed.all_sum(self.sums).tolist()

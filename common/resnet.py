@@ -2,9 +2,11 @@
 
 `width` multiplies the channels of every layer, the stem included (RN50w2 of the SwAV paper is resnet50(width=2)).
 `stem="small"` is for images of 32 to 64 pixels: a 3x3 convolution without stride and no max-pool.
+`sobel=True` puts two fixed filters, the image's gradients, in front: DeepCluster's input.
 At width 1 with the "imagenet" stem, the state dict is torchvision's without `fc`.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -47,16 +49,30 @@ class Bottleneck(nn.Module):
         return self.relu(self.bn3(self.conv3(x)) + shortcut)
 
 
+class Sobel(nn.Module):
+    """Horizontal and vertical gradients of the mean of the channels: (B, 3, H, W) -> (B, 2, H, W), zeros beyond the borders."""
+
+    def __init__(self):
+        super().__init__()
+        kernels = torch.tensor([[[1.0, 0, -1], [2, 0, -2], [1, 0, -1]], [[1, 2, 1], [0, 0, 0], [-1, -2, -1]]])
+        self.register_buffer("kernels", kernels[:, None], persistent=False)
+
+    def forward(self, x):
+        return F.conv2d(x.mean(1, keepdim=True), self.kernels, padding=1)
+
+
 class ResNet(nn.Module):
     """Trunk: (B, in_channels, H, W) -> (B, feature_dim), globally average-pooled."""
 
-    def __init__(self, block, depths, width, stem, in_channels):
+    def __init__(self, block, depths, width, stem, in_channels, sobel):
         super().__init__()
         if stem not in ("imagenet", "small"):
             raise ValueError(f'stem is "imagenet" or "small", got {stem!r}')
         if width <= 0 or int(64 * width) != 64 * width:
             raise ValueError(f"width must give whole channels (64 x width), got {width}")
         channels = int(64 * width)
+        self.sobel = Sobel() if sobel else nn.Identity()
+        in_channels = 2 if sobel else in_channels
         self.conv1 = conv(in_channels, channels, 7, 2) if stem == "imagenet" else conv(in_channels, channels, 3)
         self.bn1 = nn.BatchNorm2d(channels)
         self.relu = nn.ReLU(inplace=True)
@@ -82,7 +98,7 @@ class ResNet(nn.Module):
 
     def stages(self, x):
         """Maps by name: "conv1" (after batch norm and ReLU, before the max-pool), "layer1" .. "layer4"."""
-        maps = {"conv1": self.relu(self.bn1(self.conv1(x)))}
+        maps = {"conv1": self.relu(self.bn1(self.conv1(self.sobel(x))))}
         x = self.maxpool(maps["conv1"])
         for name in ("layer1", "layer2", "layer3", "layer4"):
             x = maps[name] = getattr(self, name)(x)
@@ -92,20 +108,20 @@ class ResNet(nn.Module):
         return F.adaptive_avg_pool2d(self.stages(x)["layer4"], 1).flatten(1)  # (B, feature_dim)
 
 
-def resnet10(width=1, stem="imagenet", in_channels=3):
-    return ResNet(BasicBlock, (1, 1, 1, 1), width, stem, in_channels)
+def resnet10(width=1, stem="imagenet", in_channels=3, sobel=False):
+    return ResNet(BasicBlock, (1, 1, 1, 1), width, stem, in_channels, sobel)
 
 
-def resnet18(width=1, stem="imagenet", in_channels=3):
-    return ResNet(BasicBlock, (2, 2, 2, 2), width, stem, in_channels)
+def resnet18(width=1, stem="imagenet", in_channels=3, sobel=False):
+    return ResNet(BasicBlock, (2, 2, 2, 2), width, stem, in_channels, sobel)
 
 
-def resnet34(width=1, stem="imagenet", in_channels=3):
-    return ResNet(BasicBlock, (3, 4, 6, 3), width, stem, in_channels)
+def resnet34(width=1, stem="imagenet", in_channels=3, sobel=False):
+    return ResNet(BasicBlock, (3, 4, 6, 3), width, stem, in_channels, sobel)
 
 
-def resnet50(width=1, stem="imagenet", in_channels=3):
-    return ResNet(Bottleneck, (3, 4, 6, 3), width, stem, in_channels)
+def resnet50(width=1, stem="imagenet", in_channels=3, sobel=False):
+    return ResNet(Bottleneck, (3, 4, 6, 3), width, stem, in_channels, sobel)
 
 
 ARCHITECTURES = {"resnet10": resnet10, "resnet18": resnet18, "resnet34": resnet34, "resnet50": resnet50}

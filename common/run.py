@@ -117,7 +117,7 @@ class Run:
         self.bad = set()  # unreadable images that any rank has met
         self.signals, self.posted = 0, None
         self.saved_at = self.started = time.monotonic()
-        self.bar = self.board = self.problem = None
+        self.bar = self.board = self.problem = self.loader = None
         self.resumed = False
         self.unwritten = ""  # what metrics.jsonl could not take yet
         self.queries = distributed.from_main(self._held_out) if config.eval_every else None
@@ -217,13 +217,18 @@ class Run:
             self.waited += time.perf_counter() - asked
             if batch is None:
                 return
-            self._agree()
+            self.agree()
+            torch.manual_seed(self.config.seed << 32 | self.step)  # what a step draws (dropout) depends on its number alone
             yield self.step, batch
             self.step += 1
 
-    def _agree(self):
+    def agree(self, keep=True):
+        """Between two steps, or two batches of a pass over the data: whether it is time to save, or to save and stop.
+
+        keep: False where the objects are not what they were after the last step, so that a stop saves nothing.
+        """
         due = distributed.rank() == 0 and self.step > 0 and time.monotonic() - self.saved_at >= 60 * self.config.save_every
-        flags = torch.tensor([self.signals > 0, self.loader.lost, due], dtype=torch.int32)
+        flags = torch.tensor([self.signals > 0, self.loader is not None and self.loader.lost, due], dtype=torch.int32)
         if distributed.world_size() > 1:
             # Posted now, read before the next step: nobody waits for it.
             posted, self.posted = self.posted, (dist.all_reduce(flags, op=dist.ReduceOp.MAX, async_op=True), flags)
@@ -239,10 +244,12 @@ class Run:
             raise data.DataError(f"{data.TRIES} images in a row cannot be read: {self._examples()}")
         ended = 0 < self.config.max_steps <= self.step
         if stop or ended:
+            if not keep:
+                raise Stopped(f"stopped by a signal before the first step: nothing to save yet in {self.out}")
             self.save(final=True)
             why = f"at --max-steps {self.config.max_steps}" if ended else f"by a signal, after step {self.step}"
             raise Stopped(f"stopped {why}: saved in {self.out}, the same command {'with more ' if ended else ''}goes on from there")
-        if due:
+        if due and keep:
             self.save()
 
     def _on_signal(self, number, frame):

@@ -154,6 +154,18 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path, when):
     assert [r["step"] for r in metrics(tmp_path / "killed") if "loss" in r] == list(range(1, 21))
 
 
+def test_a_signal_while_the_memory_is_filled_stops_at_once(tmp_path):
+    code = "import sys, os, signal, deepclusterv2 as m; f = m.fill; sys.argv = sys.argv[1:]\n"
+    code += "def fill(*a):\n os.kill(os.getpid(), signal.SIGTERM)\n f(*a)\n"
+    code += "m.fill = fill; m.launch(m.main, m.parse(m.Config, m.RECIPES, m.__doc__))"
+    line = command(*SHARED, "--out", tmp_path / "run", script=SCRIPT)
+    stopped, out, err = finish(start(line[0], "-c", code, *line[1:], cwd=ROOT))
+    assert stopped == 0 and "stopped by a signal before the first step" in out, out + err
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+    assert here(*SHARED, "--out", tmp_path / "run") == 0 and here(*SHARED, "--out", tmp_path / "straight") == 0
+    assert same(saved(tmp_path / "run")["model"], saved(tmp_path / "straight")["model"])
+
+
 def test_prototypes_are_the_centroids_and_never_trained(tmp_path):
     assert here(*SHARED, "--max-steps", 5, "--out", tmp_path) == 0
     before = saved(tmp_path)["model"]

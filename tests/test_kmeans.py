@@ -83,6 +83,29 @@ def test_preprocessing_of_deepcluster(name, dtype):
     close(whitening.eigenvalues[: len(eigenvalues)], eigenvalues, 0, rtol)
 
 
+def settling(spherical, W=1):
+    """Rows of which this rank holds a part: the result of up to 50 iterations, passes made, results of as many and of 60."""
+    x = normal(300, 4) + normal(6, 4, 1)[torch.arange(300) % 6]
+    init, mine, passes, assign = x[:6] + x[6:12], x.chunk(W)[rank()], [], module._assign
+    module._assign = lambda *arguments: (passes.append(1), assign(*arguments))[1]
+    try:
+        result = kmeans(mine, 6, 50, init=init, spherical=spherical)
+    finally:
+        module._assign = assign
+    return result, len(passes), [kmeans(mine, 6, t, init=init, spherical=spherical) for t in (len(passes) - 1, 60)]
+
+
+@SPHERICAL
+def test_it_ends_once_nothing_changes_with_the_same_result(spherical):
+    (centroids, assignments, _, objective), calls, (just, long) = settling(spherical)
+    assert 3 < calls < 40  # of 51
+    for other in (just, long):
+        assert torch.equal(other[0], centroids) and torch.equal(other[1], assignments) and other[3] == objective
+    both = ranks(2, settling, spherical, 2)
+    assert [c for _, c, _ in both] == [calls, calls]  # not while any rank's assignments change
+    assert torch.equal(torch.cat([result[1] for result, _, _ in both]), assignments)
+
+
 # ---- against numpy
 
 

@@ -1,0 +1,78 @@
+"""The AlexNet of DeepCluster and SeLa, with batch norm. Imports torch alone: one file to lift.
+
+Parameter names are those of the released models (features.N, classifier.N), without their top layers. Images have 224 pixels.
+Written after models/alexnet.py of facebookresearch/deepcluster and of yukimasano/self-label: channels and layers, not code.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+CONVOLUTIONS = ((11, 4, 2), (5, 1, 2), (3, 1, 1), (3, 1, 1), (3, 1, 1))  # size, stride, padding
+POOLED = (0, 1, 4)  # convolutions followed by a max-pool
+
+
+class Sobel(nn.Module):
+    """Horizontal and vertical gradients of the mean of the channels: (B, 3, H, W) -> (B, 2, H, W), zeros beyond the borders."""
+
+    def __init__(self):
+        super().__init__()
+        kernels = torch.tensor([[[1.0, 0, -1], [2, 0, -2], [1, 0, -1]], [[1, 2, 1], [0, 0, 0], [-1, -2, -1]]])
+        self.register_buffer("kernels", kernels[:, None], persistent=False)
+
+    def forward(self, x):
+        return F.conv2d(x.mean(1, keepdim=True), self.kernels, padding=1)
+
+
+class AlexNet(nn.Module):
+    """Trunk: (B, 3, 224, 224) -> (B, 4096), the second fully connected layer, before or after its ReLU."""
+
+    feature_dim = 4096
+
+    def __init__(self, channels, sobel, last_relu):
+        super().__init__()
+        self.sobel = Sobel() if sobel else nn.Identity()
+        layers, inputs = [], 2 if sobel else 3
+        for i, (outputs, (size, stride, padding)) in enumerate(zip(channels, CONVOLUTIONS)):
+            layers += [nn.Conv2d(inputs, outputs, size, stride, padding), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+            layers += [nn.MaxPool2d(3, 2)] if i in POOLED else []
+            inputs = outputs
+        self.features = nn.Sequential(*layers)
+        layers = [nn.Dropout(0.5), nn.Linear(inputs * 6 * 6, 4096), nn.ReLU(inplace=True), nn.Dropout(0.5), nn.Linear(4096, 4096)]
+        self.classifier = nn.Sequential(*layers, *([nn.ReLU(inplace=True)] if last_relu else []))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.01)
+                nn.init.zeros_(module.bias)
+
+    def stages(self, x):
+        """Maps after each ReLU, before the max-pool: "conv1" (55x55), "conv2" (27x27), "conv3" .. "conv5" (13x13)."""
+        maps, x = {}, self.sobel(x)
+        for layer in self.features:
+            x = layer(x)
+            if isinstance(layer, nn.ReLU):
+                maps[f"conv{len(maps) + 1}"] = x
+        return maps
+
+    def forward(self, x):
+        maps = self.features(self.sobel(x))  # (B, C, 6, 6)
+        if maps.shape[2:] != (6, 6):
+            raise ValueError(f"AlexNet takes images of 224x224 pixels, got {x.shape[2]}x{x.shape[3]}")
+        return self.classifier(maps.flatten(1))  # (B, 4096)
+
+
+def alexnet(kind="deepcluster", sobel=False):
+    """kind: "deepcluster" (features before the last ReLU: what is clustered), "sela" (after it) or "sela_small" (fewer channels).
+
+    sobel: the two image gradients in place of the three colours.
+    """
+    if kind not in ("deepcluster", "sela", "sela_small"):
+        raise ValueError(f'kind is "deepcluster", "sela" or "sela_small", got {kind!r}')
+    channels = (64, 192, 384, 256, 256) if kind == "sela_small" else (96, 256, 384, 384, 256)
+    return AlexNet(channels, sobel, last_relu=kind != "deepcluster")
+
+
+ARCHITECTURES = {"alexnet": "deepcluster", "alexnet_sela": "sela", "alexnet_sela_small": "sela_small"}  # name of the trunk: kind

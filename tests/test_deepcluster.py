@@ -1,0 +1,340 @@
+"""deepcluster.py: uniform sampling, AlexNet, one process or many, and what becomes of a run that is killed."""
+
+import os
+import re
+import signal
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import ROOT, command, finish, golden, image_tree, losses, metrics, ranks, run_here, same, saved, start, tree
+from test_parity import PRECISIONS, close, drawn, of, weight_by_rule
+from torch import nn
+
+import deepcluster
+from common import distributed
+from common.alexnet import alexnet
+from common.checkpoint import load_backbone
+from common.config import recipe
+from common.resnet import resnet18
+
+SCRIPT = "deepcluster.py"
+TINY = (
+    "--recipe shapes --arch resnet10 --width 0.125 --sizes 16 --prototypes 8 --pca-dim 16 --batch-size 16 --workers 0 --log-every 1".split()
+)
+SHARED = ["--data", "shapes:80", *TINY, "--epochs", 4]
+
+
+def here(*arguments):
+    return run_here(deepcluster, *arguments)
+
+
+# ---- uniform sampling
+
+
+@pytest.mark.parametrize("case", range(4))
+def test_clusters_are_drawn_as_often_as_the_official_sampler_means_to(case):
+    numbers = golden(f"dc_unif_sampler_{case}")
+    assignments, length = numbers["pseudo_labels"], int(numbers["N"])
+    sizes, per = numbers["cluster_sizes"], int(numbers["size_per_pseudolabel"])
+    used = sizes > 0
+    counts = []
+    for seed in range(24):
+        order = deepcluster.uniform_order(assignments, length, torch.Generator().manual_seed(seed))
+        assert order.shape == (length,) and order.dtype == torch.int64
+        counts.append(torch.bincount(assignments[order], minlength=len(sizes)))
+        unique = torch.bincount(assignments[order.unique()], minlength=len(sizes))
+        large = sizes > per
+        assert torch.equal(unique[large], counts[-1][large])  # without replacement
+    counts = torch.stack(counts)
+    assert (counts[:, ~used] == 0).all() and (counts <= per).all()
+    assert (counts[:, used] >= per - (per * int(used.sum()) - length)).all()
+    error = (counts.double().mean(0) - numbers["expected_count"]).abs()
+    assert (error <= 5 * numbers["expected_std"] / 24**0.5 + 1e-12).all()
+
+
+def test_the_batches_that_are_trained_on_are_balanced(tmp_path, monkeypatch):
+    """In the official code the sampler's indices meet a data set in another order, so large clusters stay large."""
+    seen = []
+    assign = deepcluster.assign
+
+    def uneven(memory, *arguments):
+        assign(memory, *arguments)
+        memory.targets[:] = torch.arange(len(memory.targets)).mul(7).remainder(64).sqrt().long()  # sizes 1 to 15 eights
+
+    monkeypatch.setattr(deepcluster, "assign", uneven)
+    monkeypatch.setattr(deepcluster, "prediction_loss", lambda scores, targets, T: (seen.append(targets), scores.mean())[1])
+    assert here("--data", "shapes:640", *TINY, "--epochs", 1, "--out", tmp_path) == 0
+    counts = torch.bincount(torch.cat(seen), minlength=8)
+    assert counts.sum() == 640 and counts.min() >= 73 and counts.max() <= 81
+
+
+def test_images_without_a_cluster_are_never_drawn():
+    order = deepcluster.uniform_order(torch.tensor([2, -100, 0, -100, 2]), 50, torch.Generator().manual_seed(0))
+    assert set(order.tolist()) == {0, 2, 4} and torch.bincount(order)[2] == pytest.approx(25, abs=1)
+
+
+# ---- AlexNet and Sobel
+
+
+@PRECISIONS
+def test_alexnet_of_the_official_code(dtype):
+    numbers = golden("alexnet_deepcluster_sobel")
+    salt = "".join(map(chr, numbers["salt_codes"].tolist()))
+    with torch.device("meta"):
+        trunk = alexnet("deepcluster", sobel=True)
+    trunk.load_state_dict({name: weight_by_rule(salt, name, t.shape) for name, t in trunk.state_dict().items()}, assign=True)
+    trunk.sobel = type(trunk.sobel)()  # its filters are not in the state
+    top = {name: weight_by_rule(salt, f"top_layer.{name}", shape) for name, shape in {"weight": (50, 4096), "bias": (50,)}.items()}
+    x = torch.from_numpy(drawn(salt, "input:alexnet", tuple(numbers["input_shape"].tolist()))).float()
+    assert torch.equal(x.flatten()[:16], numbers["input_head"])
+    wide = [t for t in (*trunk.state_dict().values(), top["weight"]) if t.dim() > 1]
+    assert torch.equal(torch.stack([t.flatten()[:4] for t in wide]), numbers["param_probe"])
+    trunk, x, tolerance = trunk.to(dtype).eval(), x.to(dtype), (2e-5, 1e-7)  # the float64 numbers have a Sobel of float32(1/3)
+
+    def compare(ours, name, stored=dtype):
+        expected = of(numbers, name, stored)
+        close((ours / expected.abs().max()).to(stored), expected / expected.abs().max(), stored, *tolerance)
+
+    with torch.no_grad():
+        z = trunk(x)
+        compare(z, "cluster_features")
+        compare(F.linear(F.relu(z), top["weight"].to(dtype), top["bias"].to(dtype)), "logits")
+        compare(trunk.features(trunk.sobel(x)).flatten(1), "features", torch.float32)
+        compare(trunk.sobel(x)[:, :, :12, :12], "sobel_patch", torch.float32)
+        maps = trunk.stages(x)
+        assert [(m.shape[1], m.shape[2]) for m in maps.values()] == [(96, 55), (256, 27), (384, 13), (384, 13), (256, 13)]
+        assert all((m >= 0).all() for m in maps.values())
+        trunk.features.train()
+        compare(trunk.features(trunk.sobel(x)).mean((2, 3)), "features_train_pooled")
+
+
+@pytest.mark.parametrize(
+    ("kind", "sobel", "parameters"), [("deepcluster", True, 58_272_480), ("sela", False, 58_284_096), ("sela_small", False, 57_006_144)]
+)
+def test_alexnets_have_the_published_sizes(kind, sobel, parameters):
+    with torch.device("meta"):
+        trunk = alexnet(kind, sobel)
+    assert sum(p.numel() for p in trunk.parameters()) == parameters
+    assert isinstance(trunk.classifier[-1], nn.ReLU) == (kind != "deepcluster")
+
+
+def test_alexnet_names_the_size_it_takes():
+    with pytest.raises(ValueError, match="224x224 pixels, got 96x64"):
+        alexnet()(torch.zeros(1, 3, 96, 64))
+
+
+def test_sobel_sees_gradients_of_the_grey_image():
+    trunk = resnet18(sobel=True)
+    flat = trunk.sobel(torch.full((1, 3, 8, 8), 5.0))
+    assert flat.shape == (1, 2, 8, 8) and not flat[:, :, 1:-1, 1:-1].any() and flat[:, :, 0].any()
+    ramp = torch.arange(8.0).expand(1, 3, 8, 8)
+    assert (trunk.sobel(ramp)[0, 0, 1:-1, 1:-1] == -8).all() and not trunk.sobel(ramp)[0, 1, 1:-1, 1:-1].any()
+    assert trunk.conv1.in_channels == 2 and not any("sobel" in name for name in trunk.state_dict())
+    assert trunk(torch.randn(1, 3, 64, 64)).shape == (1, 512)
+
+
+def dropped_on_a_rank():
+    torch.manual_seed(3)
+    weights = torch.randn(10, 10, dtype=torch.float64)
+    model = nn.Sequential(nn.Linear(10, 10, bias=False), nn.Sequential(nn.Dropout(0.5), nn.Linear(10, 1))).double()
+    model[0].weight.data = weights
+    net = distributed.parallel(model)
+    x = torch.randn(12, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    mine = x.chunk(distributed.world_size())[distributed.rank()]
+    torch.manual_seed(7)
+    y = net(mine)
+    y.mean().backward()
+    kept = (net.eval()(mine) - y).abs().max().item()
+    return y.detach(), model[0].weight.grad, kept
+
+
+def test_dropout_masks_are_those_of_one_process():
+    one, grad, difference = dropped_on_a_rank()
+    assert difference > 0.1  # something is dropped
+    results = ranks(2, dropped_on_a_rank)
+    torch.testing.assert_close(torch.cat([y for y, _, _ in results]), one, rtol=0, atol=1e-12)
+    for _, theirs, _ in results:
+        torch.testing.assert_close(theirs, grad, rtol=0, atol=1e-12)
+
+
+# ---- parts
+
+
+def assign_on_a_rank(K):
+    x = torch.randn(40, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    x[[3, 25]] = float("nan")  # images that cannot be read
+    memory, head = deepcluster.Memory(40), nn.Linear(12, K).double()
+    first, last = deepcluster.distributed.rank() * 40 // distributed.world_size(), (distributed.rank() + 1) * 40 // distributed.world_size()
+    for epoch in range(2):
+        deepcluster.assign(memory, head, x[first:last].clone(), 6, 20, torch.Generator().manual_seed(epoch))
+    return memory.targets, memory.figures, head.weight.detach(), head.bias.detach()
+
+
+def test_assignments_do_not_depend_on_the_number_of_ranks():
+    one = assign_on_a_rank(5)
+    targets, figures, weight, bias = one
+    assert (targets == -100).nonzero().flatten().tolist() == [3, 25] and set(targets.tolist()) == {-100, *range(5)}
+    assert figures["empty_clusters"] == 0 and figures["largest_cluster"] == torch.bincount(targets[targets >= 0]).max()
+    assert 0 < figures["nmi_to_previous"] <= 1
+    assert not bias.any() and weight.std() == pytest.approx(0.01, rel=0.4)
+    for other in ranks(3, assign_on_a_rank, 5):
+        assert torch.equal(other[0], targets) and other[1] == pytest.approx(figures) and torch.equal(other[2], weight)
+
+
+def loss_of_a_rank():
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(2, 6, 5, generator=generator, dtype=torch.float64)
+    targets = torch.randint(5, (6,), generator=generator)
+    targets[1:3] = -100
+    mine = slice(3 * distributed.rank(), 3 * distributed.rank() + 3)
+    one = F.cross_entropy(scores.flatten(0, 1) / 0.5, targets.repeat(2))
+    return deepcluster.prediction_loss(scores[:, mine], targets[mine], 0.5).item(), one.item()
+
+
+def test_the_mean_over_ranks_is_the_mean_over_all_targets():
+    results = ranks(2, loss_of_a_rank)
+    assert np.mean([ours for ours, _ in results]) == pytest.approx(results[0][1], rel=1e-12)
+
+
+# ---- runs
+
+
+def test_two_ranks_follow_the_trajectory_of_one(tmp_path):
+    shared = [*SHARED, "--precision", "float64", "--rotate", 5, "--sobel"]
+    assert here(*shared, "--out", tmp_path / "one") == 0
+    code, _, err = finish(start(*command(*shared, "--out", tmp_path / "two", ranks=2, script=SCRIPT)))
+    assert code == 0, err
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert len(one) == 20 == len(set(one))
+    np.testing.assert_allclose(two, one, rtol=1e-9)
+    a, b = saved(tmp_path / "one"), saved(tmp_path / "two")
+    for name, weight in a["model"].items():
+        torch.testing.assert_close(b["model"][name], weight, rtol=0, atol=1e-8, msg=name)
+    assert torch.equal(a["memory"]["targets"], b["memory"]["targets"]) and a["memory"]["figures"] == b["memory"]["figures"]
+    assert torch.equal(a["meter"]["assignments"], b["meter"]["assignments"])
+
+
+@pytest.mark.slow
+def test_two_ranks_train_alexnet_as_one(tmp_path):
+    image_tree(tmp_path / "images", images=5, splits=("train",))
+    shared = ["--data", tmp_path / "images", "--recipe", "alexnet_sobel_500ep", "--prototypes", 4, "--pca-dim", 8, "--batch-size", 4]
+    shared += ["--lr", 0.05, "--workers", 0, "--log-every", 1, "--precision", "float64", "--max-steps", 5]
+    assert here(*shared, "--out", tmp_path / "one") == 0
+    code, _, err = finish(start(*command(*shared, "--out", tmp_path / "two", ranks=2, script=SCRIPT)))
+    assert code == 0, err
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-9)
+    trunk, info = load_backbone(tmp_path / "two")
+    assert (info["arch"], info["sobel"], info["size"], trunk.feature_dim) == ("alexnet", True, 224, 4096)
+    fresh = torch.load(tmp_path / "one" / "backbone.pt", weights_only=True)["state_dict"]
+    torch.testing.assert_close(trunk.state_dict()["classifier.1.weight"], fresh["classifier.1.weight"], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("when", ["in mid-epoch", "while clustering"])
+def test_a_killed_run_ends_with_the_same_bits(tmp_path, when):
+    shared = [*SHARED, "--save-every", 0, "--workers", 1]
+    straight = start(*command(*shared, "--out", tmp_path / "straight", script=SCRIPT))
+    line = command(*shared, "--out", tmp_path / "killed", script=SCRIPT)
+    if when == "while clustering":  # the third epoch's k-means never returns
+        code = "import sys, time, deepcluster as m; k, n = m.kmeans, []; sys.argv = sys.argv[1:]\n"
+        code += "def kmeans(*a, **o):\n n.append(0)\n if len(n) == 3: print('clustering', flush=True); time.sleep(99)\n return k(*a, **o)\n"
+        code += "m.kmeans = kmeans; m.launch(m.main, m.parse(m.Config, m.RECIPES, m.__doc__))"
+        line = [line[0], "-c", code, *line[1:]]
+    killed = start(*line, cwd=ROOT)
+    for text in killed.stdout:
+        if ("clustering" in text) if when == "while clustering" else ("step 8/20" in text):
+            for process in tree(killed.pid):
+                os.kill(process, signal.SIGKILL)
+            break
+    _, err = killed.communicate()
+    assert killed.returncode == -signal.SIGKILL, err
+    code, out, err = finish(start(*command(*shared, "--out", tmp_path / "killed", script=SCRIPT)))
+    assert code == 0 and re.search(r"resumed at step ([6-9]|10) of 20", out), out + err
+    assert finish(straight)[0] == 0
+    a, b = saved(tmp_path / "straight"), saved(tmp_path / "killed")
+    for part in ("model", "optimizer", "memory"):
+        assert same(a[part], b[part]), part
+    assert losses(tmp_path / "straight") == losses(tmp_path / "killed")
+    assert [r["step"] for r in metrics(tmp_path / "killed") if "loss" in r] == list(range(1, 21))
+
+
+def test_the_classifier_starts_anew_each_epoch_without_momentum(tmp_path):
+    assert here(*SHARED, "--max-steps", 4, "--lr", 1e-6, "--out", tmp_path) == 0
+    before = saved(tmp_path)
+    assert here(*SHARED, "--max-steps", 6, "--lr", 1e-6, "--out", tmp_path) == 0
+    after = saved(tmp_path)
+    a, b = before["model"]["prototypes.weight"], after["model"]["prototypes.weight"]
+    assert torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1].abs() < 0.2
+    assert b.std() == pytest.approx(0.01, rel=0.15) and after["model"]["prototypes.bias"].abs().max() < 1e-4
+    trunk, head = after["optimizer"]["param_groups"]
+    assert (trunk["momentum"], head["momentum"]) == (0.9, 0.0)
+    assert all(after["optimizer"]["state"][i].get("momentum_buffer") is None for i in head["params"] if i in after["optimizer"]["state"])
+
+
+def test_assignments_and_figures_are_of_all_images(tmp_path):
+    assert here(*SHARED, "--epochs", 2, "--out", tmp_path) == 0
+    assignments = np.load(tmp_path / "assignments.npz")["assignments"]
+    memory = saved(tmp_path)["memory"]
+    assert assignments.shape == (1, 80) and (assignments[0] == memory["targets"].numpy()).all()  # drawn or not
+    sizes = np.bincount(assignments[0], minlength=8)
+    last = [r for r in metrics(tmp_path) if "loss" in r][-1]
+    assert (last["empty_clusters"], last["largest_cluster"]) == ((sizes == 0).sum(), sizes.max()) and 0 < last["nmi_to_previous"] < 1
+
+
+def test_images_that_cannot_be_read_are_left_out_and_named(tmp_path):
+    images = image_tree(tmp_path / "images", images=20, splits=("train",))
+    broken = [images / "train" / "n00" / "3.JPEG", images / "train" / "n01" / "7.JPEG"]
+    for path in broken:
+        path.write_bytes(path.read_bytes()[:100])
+    assert here("--data", images, *TINY, "--epochs", 1, "--out", tmp_path / "run") == 0
+    assert (tmp_path / "run" / "bad_images.txt").read_text().split() == ["n00/3.JPEG", "n01/7.JPEG"]
+    targets = saved(tmp_path / "run")["memory"]["targets"]
+    assert (targets < 0).sum() == 2 and len(targets) == 40
+
+
+def test_a_signal_during_the_feature_pass_stops_politely(tmp_path):
+    code = "import sys, os, signal, deepcluster as m; e = m.extract; sys.argv = sys.argv[1:]\n"
+    code += "def extract(*a, **o):\n os.kill(os.getpid(), signal.SIGTERM)\n return e(*a, **o)\n"
+    code += "m.extract = extract; m.launch(m.main, m.parse(m.Config, m.RECIPES, m.__doc__))"
+    line = command("--data", "shapes:300", *TINY, "--epochs", 1, "--out", tmp_path, script=SCRIPT)
+    stopped, out, err = finish(start(line[0], "-c", code, *line[1:], cwd=ROOT))
+    assert stopped == 0 and "stopped by a signal, after step 0" in out and "features in" not in out, out + err
+    assert here("--data", "shapes:300", *TINY, "--epochs", 1, "--out", tmp_path) == 0
+    assert len(losses(tmp_path)) == 18
+
+
+# ---- options
+
+
+def test_options_that_cannot_work(tmp_path, capsys):
+    for options, message in {
+        ("--prototypes", 81): "--prototypes 81: more than the 80 images",
+        ("--pca-dim", 100): "--pca-dim 100: the trunk has only 64 features",
+        ("--pca-dim", 0): "--pca-dim 0: more than 0",
+        ("--grey-p", 1.5): "between 0 and 1",
+        ("--rotate", -3): "--rotate -3.0: 0 or more",
+        ("--arch", "alexnet"): "--arch alexnet takes crops of 224 pixels",
+    }.items():
+        assert here(*SHARED, *options, "--out", tmp_path) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1, error
+
+
+def test_published_recipes():
+    def get(name):
+        return recipe(deepcluster.Config, deepcluster.RECIPES, name)
+
+    sobel, rgb, paper = get("resnet50_sobel_200ep"), get("resnet50_200ep"), get("alexnet_sobel_500ep")
+    for c in (sobel, rgb, paper):
+        assert (c.prototypes, c.pca_dim, c.kmeans_iterations, c.temperature) == (10_000, 256, 20, 1)
+        assert (c.momentum, c.weight_decay, c.warmup_epochs, c.final_lr) == (0.9, 1e-5, 0, c.lr)
+        assert (c.crops, c.sizes, c.scales, c.blur_p) == ((1,), (224,), (0.08, 1.0), 0)
+    for c, lr in ((sobel, 0.1), (rgb, 0.3)):
+        assert (c.arch, c.epochs, c.batch_size, c.lr) == ("resnet50", 200, 512, lr)
+        assert (c.jitter, c.jitter_p, c.grey_p, c.rotate) == ((0.4, 0.4, 1.0, 0.5), 1, 0.2, 2)
+    assert (sobel.sobel, rgb.sobel) == (True, False) and sobel.recipe == deepcluster.Config().recipe
+    assert (paper.arch, paper.sobel, paper.epochs, paper.batch_size, paper.lr) == ("alexnet", True, 500, 256, 0.05)
+    assert not any(paper.jitter) and (paper.jitter_p, paper.grey_p, paper.rotate) == (0, 0, 0)
+    for name, value in {"resnet50_sobel_200ep": 46.9, "resnet50_200ep": 50.4, "alexnet_sobel_500ep": 37.9}.items():
+        assert deepcluster.RECIPES[name][0].startswith(str(value))
