@@ -1,0 +1,109 @@
+"""What the evaluations share: the trunk and the labelled images that their arguments name, and accuracies counted over all ranks."""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from . import checkpoint, data, distributed
+from .config import ArgumentError, Parser
+from .multicrop import MEAN, STD
+from .run import autocast_dtype, say
+
+
+def parser(description, data_help, val_help):
+    """A parser of the options that have one name and meaning in every evaluation."""
+    p = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p.add_argument("trunk", help="a run directory, a backbone.pt or a torchvision ResNet file")
+    p.add_argument("--data", default="", help=data_help)
+    if val_help:
+        p.add_argument("--val", default="", help=val_help)
+        p.add_argument("--root", default="", help="folder that relative paths of list files start from")
+    p.add_argument(
+        "--resize", type=int, default=0, help="short side before the centre crop (default: as trained, 256 for a torchvision file)"
+    )
+    p.add_argument("--size", type=int, default=0, help="side of the images in pixels (default: as trained, 224 for a torchvision file)")
+    p.add_argument("--random-init", action="store_true", help="replace the weights by random ones")
+    p.add_argument("--workers", type=int, default=-1, help="loader processes per rank (default: its share of the CPU cores, at most 8)")
+    p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    return p
+
+
+def check(args):
+    """Raises ArgumentError if an option of `parser` cannot work."""
+    if args.resize < 0 or args.size < 0 or args.workers < -1:
+        raise ArgumentError(f"--resize {args.resize} --size {args.size} --workers {args.workers}: 0 or more is needed")
+
+
+def open_trunk(args):
+    """(trunk, info) that the arguments name, on every rank; with --random-init one of its architecture with random weights."""
+    trunk, info = distributed.from_main(checkpoint.load_backbone, args.trunk)
+    if args.random_init:
+        torch.manual_seed(0)
+        trunk, info = checkpoint.build_backbone(info), {**info, "method": "random weights"}
+    return trunk, {**info, "resize": args.resize or info["resize"], "size": args.size or info["size"]}
+
+
+def open_labelled(args):
+    """(training images, images to judge by), both with labels numbered alike; read by rank 0.
+
+    Without --data they are those of the run that the trunk belongs to.
+    """
+    return distributed.from_main(_open_labelled, args)
+
+
+def _open_labelled(args):
+    saved = Path(args.trunk) / "config.json"
+    try:
+        run = json.loads(saved.read_text()) if saved.is_file() else {}
+    except ValueError:
+        raise checkpoint.CheckpointError(f"{saved} is damaged") from None
+    spec = args.data or run.get("data") or ("shapes" if run else "")
+    if not spec:
+        raise ArgumentError("--data is needed: labelled images")
+    # What the run was trained on comes with its own root and held-out images; other data does not.
+    root, val = (args.root, args.val) if args.data else (args.root or run.get("root", ""), args.val or run.get("val", ""))
+    images = data.open_images(spec, "train", root)
+    queries = data.open_queries(spec, val, root)
+    if queries.fingerprint == images.fingerprint:
+        raise data.DataError("--data and --val are the same images: each would find itself")
+    for part, name in ((images, "--data"), (queries, "--val")):
+        if part.labels is None:
+            raise data.DataError(f"{name} has no labels: class folders, or a list with labels, are needed")
+    data.match_classes(queries, images)
+    return images, queries
+
+
+def extraction(args, info, device):
+    """The keywords of features.extract that the arguments and the trunk's info set."""
+    return dict(
+        device=device,
+        mean=info.get("mean", MEAN),
+        std=info.get("std", STD),
+        batch_size=args.batch_size,
+        workers=args.workers,
+        precision=autocast_dtype(args.precision, device),
+    )
+
+
+def warn_of_unreadable(images, labels, name):
+    """Says how many images of a set were left out, from this rank's labels as features.extract returned them."""
+    unreadable = int(distributed.all_sum((labels < 0).sum())) - int((images.labels < 0).sum())  # STL-10 has images without a label
+    if unreadable:
+        say(f"warning: {unreadable} images of {name} cannot be read and are left out")
+
+
+def accuracy(scores, labels):
+    """(top-1, top-5) in percent of the rows of all ranks; top-5 is None below five classes.
+
+    scores (n, C) and labels (n,): this rank's rows; those with label -1 are left out. An image counts once, on one rank,
+    and counts are summed, so the result does not depend on the number of ranks. A row with a score that is not finite is wrong.
+    """
+    asked = (labels >= 0).to(scores.device)
+    scores, truth = scores[asked], labels.to(scores.device)[asked][:, None]
+    ranking = scores.topk(min(5, scores.shape[1])).indices
+    hits = (ranking == truth) & scores.isfinite().all(dim=1, keepdim=True)
+    counts = distributed.all_sum(torch.tensor([len(truth), hits[:, :1].sum(), hits.sum()], device=scores.device)).tolist()
+    top1, top5 = (100 * count / max(1, counts[0]) for count in counts[1:])
+    return top1, top5 if scores.shape[1] >= 5 else None
