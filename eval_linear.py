@@ -250,7 +250,7 @@ class Probe(nn.Module):
     @torch.no_grad()
     def descend(self, lr, nesterov, momentum=0.9):
         """A step of SGD, torch.optim's, with a learning rate for each setting, (G,). Batch norm's parameters do not decay."""
-        decay = torch.tensor([weight_decay for _, weight_decay in self.settings]).to(lr)
+        decay = lr.new_tensor([weight_decay for _, weight_decay in self.settings])
         for name, p in self.named_parameters():
             shape = (-1,) + (1,) * (p.dim() - 1)
             grad = distributed.all_sum(p.grad)
@@ -273,7 +273,7 @@ def train_one_epoch(probes, batches, preset, epoch, steps):
         loss.backward()
         for probe in probes:
             rates = [preset.schedule(preset, epoch, step, *setting) for setting in probe.settings]
-            probe.descend(torch.tensor(rates).to(probe.weight), preset.nesterov)
+            probe.descend(probe.weight.new_tensor(rates), preset.nesterov)
 
 
 @torch.no_grad()
@@ -305,9 +305,10 @@ class Cached:
     """Training and judging on kept features: this rank's rows of both sets, (features (n, D), labels (n,))."""
 
     def __init__(self, train, val, device):
+        exact = torch.promote_types(train[0].dtype, torch.float32)
         labelled = train[1] >= 0  # the others are unreadable or have no label
-        self.x, self.labels = train[0].float()[labelled.to(train[0].device)].to(device), train[1][labelled].to(device)
-        self.val, self.val_labels = val[0].float().to(device), val[1]
+        self.x, self.labels = train[0].to(exact)[labelled.to(train[0].device)].to(device), train[1][labelled].to(device)
+        self.val, self.val_labels = val[0].to(device, exact), val[1]
         counts = distributed.gather_rows(torch.tensor([len(self.x)])).tolist()
         self.n, self.first = sum(counts), sum(counts[: distributed.rank()])
         self.shapes = {"avgpool": (self.x.shape[1], 1, 1)}
