@@ -269,6 +269,54 @@ def test_ranks_train_as_one_process_on_kept_features(world_size):
                 torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
+def drawn(root, path):
+    """What feeds the probes in two epochs: maps, labels and the size of the batch of all ranks."""
+    args = eval_linear.arguments([str(path), "--preset", "mhead_90e", "--layers", "feature5", "--workers", "0", "--precision", "float32"])
+    trunk, info = checkpoint.load_backbone(path)
+    images = data.open_images(root)
+    images.labels[4] = -1  # has no label: never shown
+    source = eval_linear.Drawn(trunk, info, images, None, eval_linear.choose(args), args, torch.device("cpu"))
+    return source.n, [list(source.batches(epoch, 11, 0, False)) for epoch in (0, 1)]
+
+
+def test_crops_and_colour_noise_do_not_depend_on_the_number_of_ranks(images, imagenet_stem):
+    n, epochs = drawn(images, imagenet_stem)
+    assert n == 28 and all([total for *_, total in batches] == [11, 11, 6] for batches in epochs)
+    assert not torch.equal(epochs[0][0][0]["feature5"], epochs[1][0][0]["feature5"])
+    for batches in epochs:
+        counts = torch.cat([labels for _, labels, _ in batches]).bincount().tolist()
+        assert counts == [7, 10, 11]  # blue lacks one: every image once an epoch
+    results = ranks(2, drawn, images, imagenet_stem)
+    for epoch, batches in enumerate(epochs):
+        for step, (maps, labels, total) in enumerate(batches):
+            found = [result[1][epoch][step] for result in results]
+            assert [len(part[1]) for part in found] == [total // 2, total - total // 2] and all(part[2] == total for part in found)
+            assert torch.equal(torch.cat([part[1] for part in found]), labels)
+            torch.testing.assert_close(torch.cat([part[0]["feature5"] for part in found]), maps["feature5"], rtol=1e-4, atol=1e-5)
+
+
+def test_colour_noise(images, imagenet_stem, monkeypatch):
+    """What --preset mhead_90e adds to an image is the same in all pixels, and spread as ImageNet's colours are."""
+    seen = []
+    monkeypatch.setattr(eval_linear, "photometric", lambda crops, *a: torch.zeros(crops.shape))
+    monkeypatch.setattr(eval_linear.Reading, "forward", lambda self, x: seen.append(x) or {})
+    args = eval_linear.arguments([str(imagenet_stem), "--preset", "mhead_90e", "--workers", "0"])
+    trunk, info = checkpoint.load_backbone(imagenet_stem)
+    source = eval_linear.Drawn(trunk, info, data.open_images("shapes:1000"), None, eval_linear.choose(args), args, torch.device("cpu"))
+    source.loader.epoch = lambda epoch, batches: [
+        (torch.zeros(len(b), dtype=torch.int64), [torch.zeros(1, len(b), 3, 4, 4)], torch.zeros(1, len(b), 8)) for b in batches
+    ]
+    for epoch in range(20):
+        list(source.batches(epoch, 256, 0, False))
+    x = torch.cat(seen)
+    assert len(x) == 20_000 and (x == x[:, :, :1, :1]).all()
+    noise = x[:, :, 0, 0].double() * torch.tensor(STD).double()
+    # 0.1 of the eigenvalues of ImageNet's colour covariance, as AlexNet's authors gave them for pixels in [0, 1].
+    values = torch.linalg.eigvalsh(noise.T @ noise / len(noise)).sqrt()
+    torch.testing.assert_close(values, torch.tensor([0.00045, 0.00188, 0.02175]).double(), rtol=0.02, atol=0)
+    assert noise.mean(0).abs().max() < 5e-4
+
+
 def linear_main(*arguments):
     eval_linear.main(eval_linear.arguments([str(a) for a in arguments]))
 
