@@ -225,7 +225,7 @@ class Probe(nn.Module):
 
     def __init__(self, name, shape, classes, settings, start, seed):
         super().__init__()
-        self.name, self.settings = name, settings
+        self.name, self.settings, self.velocity = name, settings, {}
         self.layer, _, norm = name.partition("+")
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
         weight = torch.empty(classes, *shape)
@@ -257,10 +257,10 @@ class Probe(nn.Module):
             grad = distributed.all_sum(p.grad)
             if name in ("weight", "bias"):
                 grad.addcmul_(decay.view(shape), p)
-            if not hasattr(p, "momentum"):
-                p.momentum = torch.zeros_like(p)
-            p.momentum.mul_(momentum).add_(grad)
-            p.sub_(lr.view(shape) * (grad.add_(p.momentum, alpha=momentum) if nesterov else p.momentum))
+            if name not in self.velocity:
+                self.velocity[name] = torch.zeros_like(p)
+            velocity = self.velocity[name].mul_(momentum).add_(grad)
+            p.sub_(lr.view(shape) * (grad.add_(velocity, alpha=momentum) if nesterov else velocity))
             p.grad = None
 
 

@@ -372,6 +372,9 @@ def test_kept_features(images, run, tmp_path, capsys):
     assert linear_here(run, "--data", images, "--save-features", path, *options) == 0
     direct = record(capsys)
     assert direct["cached"] and (run / "eval_linear_small_cached.json").is_file()
+    vissl = ("--preset", "vissl_28e", "--layers", "avgpool", "--epochs", 1, "--cache", "--size", 20, "--resize", 24, *options)
+    assert linear_here(run, "--data", images, *vissl) == 0
+    assert [r["probe"] for r in record(capsys)["results"]] == ["avgpool+affine", "avgpool"]
     assert linear_here(path) == 0
     kept = record(capsys)
     assert kept["results"] == direct["results"] and (kept["method"], kept["size"], kept["classes"]) == ("swav", 20, 3)
