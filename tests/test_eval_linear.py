@@ -221,9 +221,10 @@ def test_several_views_are_averaged_as_logits_or_as_probabilities():
     with torch.no_grad():
         probe.weight.copy_(torch.eye(2)[:, None])
     # Views of one image: one sure of class 0, two that lean to class 1. The sum of logits is for 0, that of probabilities for 1.
-    x = torch.tensor([[9.0, 0.0], [0.0, 2.0], [0.0, 2.0]])[:, :, None, None]
-    assert judge([probe], {"l": x}, views=3).tolist() == [[[0, 1]]]
-    assert judge([probe], {"l": x}, views=3, probabilities=True).tolist() == [[[1, 0]]]
+    views = torch.tensor([[9.0, 0.0], [0.0, 2.0], [0.0, 2.0]])
+    x = torch.stack([views, views.flip(1), views], dim=1).flatten(0, 1)[:, :, None, None]  # three images, crop-major
+    assert judge([probe], {"l": x}, views=3).tolist() == [[[0, 1]], [[1, 0]], [[0, 1]]]
+    assert judge([probe], {"l": x}, views=3, probabilities=True).tolist() == [[[1, 0]], [[0, 1]], [[1, 0]]]
 
 
 # ---- several ranks
