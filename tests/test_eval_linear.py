@@ -227,6 +227,23 @@ def test_several_views_are_averaged_as_logits_or_as_probabilities():
     assert judge([probe], {"l": x}, views=3, probabilities=True).tolist() == [[[1, 0]], [[0, 1]], [[1, 0]]]
 
 
+def test_last_and_best_epoch_of_every_setting(capsys):
+    probes = [Probe(name, SHAPE, CLASSES, GRID[:2], eval_linear.gaussian, 0) for name in ("a", "b")]
+    history = {
+        3: [(50, 90), (40, 80), (10, 60), (11, 60)],
+        4: [(52, 91), (60, 85), (9, 50), (12, 62)],
+        5: [(52, 89), (55, 84), (8, 40), (7, 30)],
+    }
+    found = eval_linear.results(probes, history)
+    rows = [(r["probe"], r["lr"], r["top1"], r["top5"], r["best_top1"], r["best_epoch"]) for r in found["results"]]
+    assert rows == [("a", 0.5, 52, 89, 52, 4), ("a", 0.05, 55, 84, 60, 4), ("b", 0.5, 8, 40, 10, 3), ("b", 0.05, 7, 30, 12, 4)]
+    assert {name: r["lr"] for name, r in found["chosen"].items()} == {"a": 0.05, "b": 0.5}  # by the last epoch
+    assert (
+        "after epoch 5" in found["selection"] and "the best epochs and the rates are chosen on the validation images" in found["selection"]
+    )
+    assert "a: 55.00 in the last epoch at lr 0.05, weight decay 0" in capsys.readouterr().out
+
+
 # ---- several ranks
 
 
