@@ -14,7 +14,7 @@ def draw(n=23, classes=7):
     g = torch.Generator().manual_seed(0)
     scores, labels = torch.randn(n, 2, classes, generator=g), torch.randint(classes, (n,), generator=g)
     labels[5] = -1
-    scores[7, 0, 2] = math.nan
+    scores[7, 0, 2], labels[7] = math.nan, 2  # topk would take it for the best
     return scores, labels
 
 
