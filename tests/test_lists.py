@@ -204,3 +204,10 @@ def test_a_long_list_holds_its_bytes_and_no_objects(tmp_path, monkeypatch):
     assert len(looked) <= 10_005  # not every file of the list
     held = sum(value.nbytes for value in vars(images).values() if isinstance(value, torch.Tensor))
     assert held < len(lines) + 16 * count and not any(isinstance(v, list) and len(v) > 205 for v in vars(images).values())
+
+
+def test_names_are_never_matched_by_their_place(tmp_path):
+    folders(tmp_path, "train", {"cat": ["1.png"], "dog": ["2.png"]})
+    folders(tmp_path, "val", {"cow": ["3.png"], "hen": ["4.png"]})
+    with pytest.raises(DataError, match=r"class 'cow' .* not among the 2 classes of the training images \(cat, dog, ...\)"):
+        match_classes(open_images(tmp_path, "val"), open_images(tmp_path))
