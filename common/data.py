@@ -9,6 +9,7 @@ of ranks and workers sees the same global batches.
 
 import atexit
 import hashlib
+import json
 import os
 import signal
 import time
@@ -36,9 +37,11 @@ class DataError(ValueError):
 def open_images(spec, split="train", root=""):
     """The images that `spec` names, as a map-style set.
 
-    spec: a folder (class folders, flat or nested; its train/ or val/ is used when present), a text file with one path
-    a line (`path`, `path label` or `path,label`; relative paths start at root, or at the list's folder), "shapes",
+    spec: a folder (class folders, flat or nested; its train/ or val/ is used when present), a list of files, "shapes",
     "shapes:N", or one of torchvision's "cifar10", "cifar100", "svhn", "stl10", each with ":/folder" to say where.
+    A list is a text file with one path a line: `path`, `path label`, `path,label` (numbers from 0, or names), or SimCLR's
+    bare file names, whose class is what stands before "_"; or a .json file of iNaturalist's annotations. Its paths start
+    at root (default: the list's folder), or at train/ or val/ in it.
     split: "train" or "val". Only named sets and folders with a val/ have a "val" split.
     Returns a set with len(), labels (N,) int64 (-1: none) or None, classes, paths, fingerprint, read(i) -> PIL RGB image.
     Raises DataError if there is nothing to read.
@@ -57,12 +60,14 @@ def open_images(spec, split="train", root=""):
     if path.is_file():
         if split == "val":
             raise DataError(f"{path} is a list of images: name the list or folder to evaluate on with --val")
-        return _read_list(path, root)
+        return _open_list(path, root, split)
     raise DataError(f"{spec} does not exist (a folder, a list file, shapes, {', '.join(TORCHVISION)})")
 
 
 def open_queries(spec, val="", root=""):
     """The images to judge by: those that `val` names (its "val" split, if it has one), else the "val" split of spec."""
+    if val and Path(val).is_file():
+        return _open_list(Path(val), root, "val")
     return open_images(val or spec, "val" if not val or has_split(val, "val") else "train", root)
 
 
@@ -72,24 +77,43 @@ def has_split(spec, split):
 
 
 def match_classes(queries, bank):
-    """Numbers the labels of `queries` as those of `bank`, by class name. Raises DataError for a class that bank lacks."""
+    """Numbers the labels of `queries` as those of `bank`, so that both have one table of classes.
+
+    Classes are matched by name. Where one of the two is a list with numbers and the other has names, number i is the i-th
+    name in the order of its bytes, as everywhere for ImageNet. Raises DataError for a class that bank lacks.
+    """
     number = {name: i for i, name in enumerate(bank.classes)}
-    unknown = [name for name in queries.classes if name not in number]
+    asked = [queries.classes[i] for i in queries.labels.unique().tolist() if i >= 0]
+    if _numbered(queries) != _numbered(bank) and any(name not in number for name in asked):
+        if _numbered(queries):
+            number = {str(i): i for i in range(len(bank.classes))}
+        elif len(queries.classes) == len(bank.classes):
+            number = {name: i for i, name in enumerate(queries.classes)}
+    votes = set(bank.labels.unique().tolist())  # the numbers of a list may have gaps
+    unknown = [name for name in asked if number.get(name) not in votes]
     if unknown:
-        raise DataError(f"class {unknown[0]!r} of the images to classify is not among the {len(number)} classes that vote")
-    queries.labels = torch.tensor([number[name] for name in queries.classes])[queries.labels]
+        example = f" ({', '.join(bank.classes[:2])}, ...)"
+        raise DataError(
+            f"class {unknown[0]!r} of the images to classify is not among the {len(votes - {-1})} classes of the training images{example}"
+        )
+    numbers = torch.tensor([number.get(name, -1) for name in queries.classes])
+    queries.labels = torch.where(queries.labels >= 0, numbers[queries.labels], queries.labels)
     queries.classes = bank.classes
+
+
+def _numbered(images):
+    return getattr(images, "numbered", False)
 
 
 class Files:
     """Image files. Paths are packed into one array, so a million of them cost a worker nothing."""
 
-    def __init__(self, root, paths, labels=None, classes=()):
+    def __init__(self, root, paths, labels=None, classes=(), numbered=False):
         encoded = [os.fsencode(path) for path in paths]
         # Tensors live in shared memory when a worker is spawned, and hold no Python objects that a fork would copy.
         self._bytes = torch.frombuffer(bytearray(b"".join(encoded)), dtype=torch.uint8)
         self._ends = torch.from_numpy(np.cumsum([len(e) for e in encoded], dtype=np.int64))
-        self.root, self.classes = str(root), list(classes)
+        self.root, self.classes, self.numbered = str(root), list(classes), numbered  # numbered: the classes have no names
         self.labels = None if labels is None else torch.tensor(labels, dtype=torch.int64)
         digest = hashlib.sha256(b"\0".join(encoded)).hexdigest()
         self.fingerprint = f"{len(encoded)} files {digest[:16]}"
@@ -390,7 +414,24 @@ def _scan(root):
     return Files(root, paths, [number[path.split(os.sep, 1)[0]] for path in paths], classes)
 
 
-def _read_list(path, root):
+def _open_list(path, root, split):
+    return _read_annotations(path, root, split) if path.suffix.lower() == ".json" else _read_list(path, root, split)
+
+
+def _start(path, root, split, first):
+    """The folder that the paths of a list start from, judged by the first of them: root, or train/ or val/ in it."""
+    root = Path(root or path.parent)
+    return next((base for base in (root, root / split) if os.path.isfile(base / first)), root)
+
+
+def _check_some(path, root, names, place):
+    """Looking at every file of a long list takes minutes on a network: these catch a wrong root or a wrong list."""
+    for i in range(0, len(names), max(1, len(names) // 10_000)):
+        if not os.path.isfile(root / names[i]):
+            raise DataError(f"{path} {place(i)}: {os.fspath(root / names[i])[:200]} does not exist")
+
+
+def _read_list(path, root, split):
     """A list file: a path a line, with an integer label or a class name behind it on every line or on none."""
     try:
         with open(path, "rb") as file:
@@ -399,32 +440,75 @@ def _read_list(path, root):
         text = path.read_text(encoding="utf-8", errors="surrogateescape").removeprefix("\ufeff")
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    lines = [line for line in text.split("\n") if line.strip()]
     if not lines or "\0" in text:
         raise DataError(f"{path} is not a list of images: a text file with one path a line is needed")
-    root = Path(root or path.parent)
 
-    def split(line):
+    endings = tuple(EXTENSIONS)
+
+    def cut(line):
         for separator in (",", "\t", " "):
             head, found, label = line.rpartition(separator)
-            if found and label.strip() and os.path.splitext(head.strip())[1].lower() in EXTENSIONS:
+            if found and label.strip() and head.rstrip().lower().endswith(endings):
                 return head.strip(), label.strip()
         return line.strip(), None
 
-    numbers, pairs = [number for number, _ in lines], [split(line) for _, line in lines]
-    # Looking at every file of a long list takes minutes on a network: these catch a wrong root or a wrong list.
-    for i in range(0, len(pairs), max(1, len(pairs) // 10_000)):
-        if not os.path.isfile(root / pairs[i][0]):
-            raise DataError(f"{path} line {numbers[i]}: {os.fspath(root / pairs[i][0])[:200]} does not exist")
-    labels = [label for _, label in pairs]
+    def place(i):
+        return f"line {[number for number, line in enumerate(text.split(chr(10)), 1) if line.strip()][i]}"
+
+    pairs = [cut(line) for line in lines]
+    names, labels = [name for name, _ in pairs], [label for _, label in pairs]
+    del lines, pairs  # hundreds of megabytes for Places205
     if None in labels:
         if any(label is not None for label in labels):
-            raise DataError(f"{path} line {numbers[labels.index(None)]} has no label, but other lines have one")
-        return Files(root, [name for name, _ in pairs])
+            raise DataError(f"{path} {place(labels.index(None))} has no label, but other lines have one")
+        first = names[0]
+        root, bare = _start(path, root, split, first), not any("/" in name for name in names)
+        base = _start(path, root, split, os.path.join(first.partition("_")[0], first))
+        if bare and not os.path.isfile(root / first) and os.path.isfile(base / first.partition("_")[0] / first):
+            labels = [name.partition("_")[0] for name in names]  # SimCLR's lists: n01440764_10026.JPEG is in n01440764
+            names, root = [os.path.join(label, name) for label, name in zip(labels, names)], base
+    else:
+        root = _start(path, root, split, names[0])
+    _check_some(path, root, names, place)
+    if labels[0] is None:
+        return Files(root, names)
     numeric = all(label.isdecimal() and len(label) < 7 for label in labels)  # longer ones are names: times, bar codes
-    classes = [str(i) for i in range(max(map(int, labels)) + 1)] if numeric else sorted(set(labels))
+    classes = [str(i) for i in range(max(map(int, labels)) + 1)] if numeric else sorted(set(labels), key=os.fsencode)
     number = {name: i for i, name in enumerate(classes)}
-    return Files(root, [name for name, _ in pairs], [int(label) if numeric else number[label] for label in labels], classes)
+    return Files(root, names, [int(label) if numeric else number[label] for label in labels], classes, numeric)
+
+
+def _read_annotations(path, root, split):
+    """A .json file of iNaturalist's competitions: images with id and file_name, annotations with image_id and category_id.
+
+    Classes are the ids of its categories, as text; iNaturalist's class folders have these names.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+        images = {image["id"]: image["file_name"] for image in content["images"]}
+        pairs = [(annotation["image_id"], annotation["category_id"]) for annotation in content.get("annotations") or []]
+        ids = {category["id"] for category in content.get("categories") or []} | {category for _, category in pairs}
+        ids = sorted(ids)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        needed = "images with id and file_name, and annotations with image_id and category_id, are needed"
+        raise DataError(f"{path} is not a list of images in iNaturalist's format: {needed} ({type(error).__name__})") from None
+    if not images:
+        raise DataError(f"{path} lists no images")
+    names, category = list(images.values()), dict(pairs)
+    root = _start(path, root, split, names[0])
+    _check_some(path, root, names, lambda i: f"image {i + 1}")
+    if not pairs:
+        return Files(root, names)
+    if len(category) < len(pairs):
+        raise DataError(f"{path} has {len(pairs)} annotations for {len(category)} images: one each is needed")
+    missing = [image for image in images if image not in category]
+    if missing:
+        raise DataError(f"{path}: image {missing[0]!r} has no annotation, but other images have one")
+    number = {category: i for i, category in enumerate(ids)}
+    return Files(root, names, [number[category[image]] for image in images], map(str, ids))
 
 
 def _count(text):

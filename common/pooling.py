@@ -1,0 +1,69 @@
+"""The pooled maps that linear probes and SVMs look at, for one pass through the trunk. Imports torch alone: one file to lift.
+
+    rows = pooled(trunk, x, ["feature1", "feature5", "avgpool"])  # {"feature1": (B, 9216), "feature5": (B, 8192), "avgpool": (B, 2048)}
+
+Feature1 .. Feature5 are the maps of Goyal et al. 2019 (arXiv 1905.01235), pooled to about 9,000 numbers by windows that
+belong to an input of 224 pixels and a stem of stride 4; conv1 .. conv5 are those of AlexNet, averaged as in DeepCluster's
+evaluation, or their maxima (conv1_max .. conv5_max) as in SeLa's.
+"""
+
+import torch
+import torch.nn.functional as F
+
+# Layer: the map that stages(x) gives, its side for 224 pixels, and kernel, stride and padding of the pooling (zeros count).
+LAYERS = {
+    "feature1": ("conv1", 112, (10, 10, 4)),  # before the max-pool
+    "feature2": ("layer1", 56, (16, 8, 0)),
+    "feature3": ("layer2", 28, (13, 5, 0)),
+    "feature4": ("layer3", 14, (8, 3, 0)),
+    "feature5": ("layer4", 7, (6, 1, 0)),
+    "avgpool": ("layer4", None, None),  # the mean of a map of any size
+    "conv1": ("conv1", 55, (6, 6, 3)),
+    "conv2": ("conv2", 27, (4, 4, 0)),
+    "conv3": ("conv3", 13, (3, 3, 1)),
+    "conv4": ("conv4", 13, (3, 3, 1)),
+    "conv5": ("conv5", 13, (2, 2, 0)),
+}
+LAYERS |= {f"conv{i}_max": LAYERS[f"conv{i}"] for i in range(1, 6)}
+FEATURES = ("feature1", "feature2", "feature3", "feature4", "feature5")
+
+
+def pooled_maps(trunk, x, layers):
+    """{layer: (B, C, h, w)} in float32 (float64 for float64 maps) of the named layers, see LAYERS.
+
+    Raises ValueError for a layer that the trunk does not have, or whose map is not the one its windows are for.
+    """
+    maps, result = trunk.stages(x), {}
+    for layer in layers:
+        if layer not in LAYERS:
+            raise ValueError(f"{layer!r} is no layer: choose from {', '.join(LAYERS)}")
+        if LAYERS[layer][0] not in maps:
+            raise ValueError(f"{layer} needs a trunk with a map {LAYERS[layer][0]!r}, this one has {', '.join(maps)}")
+    for layer in layers:
+        stage, side, window = LAYERS[layer]
+        y = maps[stage]
+        if side is not None and tuple(y.shape[2:]) != (side, side):
+            got = f"{y.shape[2]}x{y.shape[3]}, from {x.shape[2]}x{x.shape[3]} pixels"
+            raise ValueError(f"{layer} is defined on a map of {side}x{side} ({stage}, 224 pixels), this one is {got}")
+        y = y.to(torch.promote_types(y.dtype, torch.float32))
+        if window is None:
+            result[layer] = F.adaptive_avg_pool2d(y, 1)
+        else:
+            result[layer] = (F.max_pool2d if layer.endswith("_max") else F.avg_pool2d)(y, *window)
+    return result
+
+
+def pooled(trunk, x, layers):
+    """{layer: (B, F)} of the named layers: pooled_maps, flattened channel-major as nn.Flatten does."""
+    return {layer: y.flatten(1) for layer, y in pooled_maps(trunk, x, layers).items()}
+
+
+@torch.inference_mode()
+def shapes(trunk, size, layers):
+    """{layer: (C, h, w)} of what `pooled_maps` gives for images of `size` pixels, from a black one. Raises as it does."""
+    parameter, training = next(trunk.parameters()), trunk.training
+    try:
+        x = torch.zeros(1, 3, size, size, dtype=parameter.dtype, device=parameter.device)
+        return {layer: tuple(y.shape[1:]) for layer, y in pooled_maps(trunk.eval(), x, layers).items()}
+    finally:
+        trunk.train(training)
