@@ -102,10 +102,10 @@ def gather_rows(x, equal=False):
     return torch.cat([block[:count] for block, count in zip(blocks, counts)])
 
 
-def broadcast(x):
-    """Rank 0's tensor on every rank, written into x; returns x. Shapes must agree."""
+def broadcast(x, source=0):
+    """The tensor of rank `source` on every rank, written into x; returns x. Shapes must agree."""
     if world_size() > 1:
-        dist.broadcast(x, src=0)
+        dist.broadcast(x, src=source)
     return x
 
 
@@ -137,7 +137,7 @@ class _SyncedBatchNorm(torch.autograd.Function):
     def forward(ctx, x, weight, bias, eps):
         dims = [d for d in range(x.dim()) if d != 1]
         exact = torch.promote_types(x.dtype, torch.float32)  # statistics of a bf16 map are float32
-        var, mean = torch.var_mean(x.to(exact), dims, correction=0)  # (C,) (C,)
+        var, mean = torch.var_mean(x.to(exact), dims, correction=0) if x.numel() else x.new_zeros(2, x.shape[1], dtype=exact)  # (C,) (C,)
         count = mean.new_full((1,), x.numel() // x.shape[1], dtype=torch.float64)
         # Moments about zero add up over ranks; float64 keeps the difference below exact.
         mean, var = mean.double(), var.double()

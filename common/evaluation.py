@@ -105,10 +105,19 @@ def accuracy(scores, labels):
     scores (n, C) and labels (n,): this rank's rows; those with label -1 are left out. An image counts once, on one rank,
     and counts are summed, so the result does not depend on the number of ranks. A row with a score that is not finite is wrong.
     """
-    asked = (labels >= 0).to(scores.device)
-    scores, truth = scores[asked], labels.to(scores.device)[asked][:, None]
-    ranking = scores.topk(min(5, scores.shape[1])).indices
-    hits = (ranking == truth) & scores.isfinite().all(dim=1, keepdim=True)
-    counts = distributed.all_sum(torch.tensor([len(truth), hits[:, :1].sum(), hits.sum()], device=scores.device)).tolist()
-    top1, top5 = (100 * count / max(1, counts[0]) for count in counts[1:])
-    return top1, top5 if scores.shape[1] >= 5 else None
+    return ranked_accuracy(ranked(scores)[:, None], labels)[0]
+
+
+def ranked(scores):
+    """(..., C) scores to the up to five best classes (..., 5), best first; -1 in a row with a score that is not finite."""
+    ranking = scores.topk(min(5, scores.shape[-1])).indices
+    return torch.where(scores.isfinite().all(dim=-1, keepdim=True), ranking, -1)
+
+
+def ranked_accuracy(ranking, labels):
+    """[(top-1, top-5)] of several classifiers, counted as `accuracy` does from their best classes, ranking (n, H, up to 5)."""
+    asked = (labels >= 0).to(ranking.device)
+    hits = ranking[asked] == labels.to(ranking.device)[asked][:, None, None]  # (n, H, 5)
+    counts = torch.stack([hits[..., 0].sum(0), hits.sum((0, 2)), torch.full_like(hits[..., 0].sum(0), len(hits))])  # (3, H)
+    first, five, total = distributed.all_sum(counts).tolist()
+    return [(100 * a / max(1, n), 100 * b / max(1, n) if ranking.shape[-1] == 5 else None) for a, b, n in zip(first, five, total)]

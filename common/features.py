@@ -1,11 +1,16 @@
 """Features of a whole data set by index, sharded over ranks, and the weighted k-NN classifier that judges them."""
 
+import json
 import math
+import os
+import zipfile
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from . import data, distributed
+from . import checkpoint, data, distributed
 from .multicrop import MEAN, STD, CenterCrop, photometric
 
 
@@ -16,17 +21,30 @@ def rows_of(n, rank, world_size):
 
 @torch.inference_mode()
 def extract(
-    model, images, resize, size, device, mean=MEAN, std=STD, batch_size=256, workers=0, precision=torch.float32, bad=None, agree=None
+    model,
+    images,
+    resize,
+    size,
+    device,
+    mean=MEAN,
+    std=STD,
+    batch_size=256,
+    workers=0,
+    precision=torch.float32,
+    bad=None,
+    agree=None,
+    view=CenterCrop,
 ):
     """Features of this rank's rows of a set, by data-set index, from its centre crops with the model in eval mode.
 
     model: (B, 3, size, size) -> (B, D). precision: torch.bfloat16 for autocast. bad: a set that takes the indices of images
-    that cannot be read. agree: called now and then, on all ranks equally often.
+    that cannot be read. agree: called now and then, on all ranks equally often. view: TenCrop shows the model ten crops an
+    image, (10 B, 3, size, size) crop-major, of which it makes B rows.
     Returns features (n, D), as the model gives them, and labels (n,) int64 or None: of the rows [rN/W, (r+1)N/W). A row
     whose image cannot be read is NaN and has label -1.
     """
     first, last = rows_of(len(images), distributed.rank(), distributed.world_size())
-    loader = data.Loader(CenterCrop(images, resize, size), workers, pin_memory=device.type == "cuda")
+    loader = data.Loader(view(images, resize, size), workers, pin_memory=device.type == "cuda")
     order = range(first, last)
     batches = data.batches(len(images), batch_size, 0, 0, 0, 1, order=order, drop_last=False)
     labels = None if images.labels is None else images.labels[first:last].clone()
@@ -43,12 +61,12 @@ def extract(
     for step, (wanted, (index, crops, params)) in enumerate(zip(batches, loader.epoch(0, batches))):
         if agree and step < every_rank:
             agree()
-        block = look(photometric(crops[0][0].to(device, non_blocking=True), params[0], mean, std, dtype))  # (B, D)
+        block = look(photometric(crops[0].flatten(0, 1).to(device, non_blocking=True), params.flatten(0, 1), mean, std, dtype))  # (B, D)
         features = block.new_empty(last - first, block.shape[1]) if features is None else features
         features[step * batch_size :][: len(block)] = block
         unreadable += [position for (position, i), got in zip(wanted, index.tolist()) if got != i]
     if features is None:  # a rank without rows: of the others' width and type
-        features = look(torch.zeros(1, 3, size, size, device=device, dtype=dtype))[:0]
+        features = look(torch.zeros(view.views, 3, size, size, device=device, dtype=dtype))[:0]
     if bad is not None:
         bad.update(loader.bad)
     loader.close()
@@ -57,6 +75,91 @@ def extract(
     if labels is not None:
         labels[unreadable] = -1
     return features, labels
+
+
+def save(path, train, val, info):
+    """Writes features and labels of all ranks to one .npz file, which `load` and NumPy read: train_features (N, D) float32,
+    train_labels (N,), val_features, val_labels, and info, a dict, as JSON. train, val: this rank's (features, labels)."""
+    arrays = {"train_features": train[0].float(), "train_labels": train[1], "val_features": val[0].float(), "val_labels": val[1]}
+    blocks = _blocks(arrays)
+    problem = None
+    if distributed.rank() == 0:
+        try:
+            with checkpoint.writing(Path(path)) as file, zipfile.ZipFile(file, "w") as archive:
+                for name in arrays:
+                    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                        np.lib.format.write_array_header_1_0(member, next(blocks))
+                        while (block := next(blocks)) is not None:
+                            member.write(block.data)
+                with archive.open("info.npy", "w") as member:
+                    np.save(member, np.array(json.dumps(info)), allow_pickle=False)
+        except OSError as error:
+            problem = data.DataError(f"{path} cannot be written: {error.strerror or error}")
+    for _ in blocks:  # the others send what rank 0 has not taken
+        pass
+    distributed.from_main(_raise, problem)
+
+
+def _blocks(arrays, size=1 << 24):
+    """On every rank alike: of each array its header, then its rows of all ranks in blocks, then None."""
+    for x in arrays.values():
+        counts = distributed.gather_rows(torch.tensor([len(x)])).tolist()
+        dtype = np.dtype(str(x.dtype).removeprefix("torch."))
+        yield {"descr": dtype.str, "fortran_order": False, "shape": (sum(counts), *x.shape[1:])}
+        rows = max(1, size // max(1, math.prod(x.shape[1:])))
+        for source, count in enumerate(counts):
+            for first in range(0, count, rows):
+                block = torch.empty(min(rows, count - first), *x.shape[1:], dtype=x.dtype)
+                if source == distributed.rank():
+                    block = x[first : first + rows].cpu().contiguous()
+                yield distributed.broadcast(block, source).numpy()
+        yield None
+
+
+def _raise(problem):
+    if problem is not None:
+        raise problem
+
+
+def load(path):
+    """((features, labels) to train on, those to judge by, info) of a file that `save` or numpy.savez wrote: this rank's rows.
+
+    Raises DataError if it is no such file, or if a label to judge by is not among those to train on.
+    """
+    place = distributed.rank(), distributed.world_size()
+    try:
+        with zipfile.ZipFile(path) as archive:
+            shapes, rows = zip(*(_read(archive, f"{split}_features", *place) for split in ("train", "val")))
+            labels = [_read(archive, f"{split}_labels", 0, 1)[1].long() for split in ("train", "val")]
+        with np.load(path, allow_pickle=False) as arrays:
+            info = json.loads(str(arrays["info"])) if "info" in arrays else {}
+    except OSError as error:
+        raise data.DataError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (IndexError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
+        needed = "train_features (N, D), train_labels (N,), val_features and val_labels are needed"
+        raise data.DataError(f"{path} is no file of features: {needed} ({error})") from None
+    if [(n, *d) for n, *d in shapes] != [(*y.shape, shapes[0][-1]) for y in labels] or not all(len(y) for y in labels):
+        found = ", ".join(str(tuple(shape)) for shape in (*shapes, *(y.shape for y in labels)))
+        raise data.DataError(f"{path}: features (N, D) with labels (N,) are needed, of one D for train and val: found {found}")
+    unknown = sorted(set(labels[1].tolist()) - set(labels[0].tolist()) - {-1})
+    if unknown:
+        raise data.DataError(f"{path}: label {unknown[0]} of the features to classify is not among the training labels")
+    mine = [y[slice(*rows_of(len(y), *place))] for y in labels]
+    return (rows[0].float(), mine[0]), (rows[1].float(), mine[1]), info
+
+
+def _read(archive, name, rank, world_size):
+    """Shape of an array in an .npz file, and the rows of it that a rank holds, as a tensor: the others never get into memory."""
+    with archive.open(f"{name}.npy") as member:
+        header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        shape, by_column, dtype = header[np.lib.format.read_magic(member)](member)
+        if dtype.kind not in "fiu" or (by_column and len(shape) > 1):
+            raise ValueError(f"{name} holds no rows of numbers")
+        first, last = rows_of(shape[0], rank, world_size)
+        size = dtype.itemsize * math.prod(shape[1:])
+        member.seek(first * size, os.SEEK_CUR)
+        rows = np.frombuffer(bytearray(member.read((last - first) * size)), dtype)
+        return shape, torch.from_numpy(rows.reshape(last - first, *shape[1:]))
 
 
 @torch.inference_mode()

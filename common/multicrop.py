@@ -90,8 +90,32 @@ class MultiCrop:
         return index, crops, torch.tensor(params)
 
 
+class RandomCrop:
+    """Map-style set like MultiCrop with one crop an image of the older kind: short side to `resize`, the central square of
+    that side, a random square of `size` pixels in it, flipped half of the time."""
+
+    def __init__(self, images, resize, size, augmentation, seed):
+        self.images, self.resize, self.size, self.augmentation, self.seed = images, resize, size, augmentation, seed
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, key):
+        epoch, position, index = key
+        rng = random.Random((self.seed << 128) | (epoch << 64) | position)
+        index, image = read_or_next(self.images, index)
+        if image is None:
+            return -1, [torch.zeros(1, 3, self.size, self.size, dtype=torch.uint8)], torch.zeros(1, 8)
+        top, left = (rng.randint(0, self.resize - self.size) for _ in range(2))
+        crop = center(image, self.resize, self.resize)[:, top : top + self.size, left : left + self.size]
+        crop = crop.flip(-1) if rng.random() < 0.5 else crop
+        return index, [crop[None]], torch.tensor([self.augmentation.draw(rng)])
+
+
 class CenterCrop:
     """Map-style set like MultiCrop with one centre crop an image and nothing drawn: what evaluations look at."""
+
+    views = 1
 
     def __init__(self, images, resize, size):
         self.images, self.resize, self.size = images, resize, size
@@ -101,8 +125,22 @@ class CenterCrop:
 
     def __getitem__(self, key):
         index, image = read_or_next(self.images, key[-1])
-        crop = torch.zeros(3, self.size, self.size, dtype=torch.uint8) if image is None else center(image, self.resize, self.size)
-        return -1 if image is None else index, [crop[None]], torch.tensor([[1.0, 1, 1, 0, -1, 0, 0, 0]])
+        off = torch.tensor([[1.0, 1, 1, 0, -1, 0, 0, 0]]).expand(self.views, -1)
+        if image is None:
+            return -1, [torch.zeros(self.views, 3, self.size, self.size, dtype=torch.uint8)], off
+        return index, [self.cut(image)], off
+
+    def cut(self, image):
+        return center(image, self.resize, self.size)[None]
+
+
+class TenCrop(CenterCrop):
+    """The same with ten crops an image: the four corners and the centre, and their mirror images."""
+
+    views = 10
+
+    def cut(self, image):
+        return torch.stack([to_tensor(crop) for crop in TF.ten_crop(TF.resize(image, self.resize), self.size)])
 
 
 def to_tensor(image):

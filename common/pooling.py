@@ -37,9 +37,10 @@ def pooled_maps(trunk, x, layers):
     for layer in layers:
         if layer not in LAYERS:
             raise ValueError(f"{layer!r} is no layer: choose from {', '.join(LAYERS)}")
+        if LAYERS[layer][0] not in maps:
+            raise ValueError(f"{layer} needs a trunk with a map {LAYERS[layer][0]!r}, this one has {', '.join(maps)}")
+    for layer in layers:
         stage, side, window = LAYERS[layer]
-        if stage not in maps:
-            raise ValueError(f"{layer} needs a trunk with a map {stage!r}, this one has {', '.join(maps)}")
         y = maps[stage]
         if side is not None and tuple(y.shape[2:]) != (side, side):
             got = f"{y.shape[2]}x{y.shape[3]}, from {x.shape[2]}x{x.shape[3]} pixels"

@@ -1,0 +1,547 @@
+"""Linear probes: classifiers on the features of a frozen trunk (Goyal et al. 2019; the protocols of the five methods' papers).
+
+The trunk stays in eval mode and keeps every bit, batch-norm statistics included. One pass through it feeds all probes: the
+pooled average of the last map, the maps Feature1 .. Feature5, or AlexNet's conv1 .. conv5. Learning rates and weight decays,
+when several are given, train at once on the same crops as one stacked tensor; each ends as if it had trained alone.
+
+Two kinds of figure, never to be put in one column: the protocol of a preset, which draws new crops every epoch, and --cache,
+which looks at each image once, at its centre crop, and trains on the kept features in seconds.
+
+    python eval_linear.py runs/swav_shapes                          # a run, on its own data: minutes on a CPU
+    python eval_linear.py runs/swav_shapes --cache                  # seconds, once the features are there
+    python eval_linear.py runs/swav_shapes --save-features f.npz    # keeps them: eval_linear.py f.npz, eval_knn.py f.npz
+    torchrun --nproc_per_node=8 eval_linear.py resnet50.pth --preset swav_100e --data /imagenet
+    python eval_linear.py --list-presets                            # the published protocols and their figures
+"""
+
+import argparse
+import itertools
+import json
+import math
+import sys
+import time
+import zlib
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common import checkpoint, data, distributed, evaluation, features
+from common.config import ArgumentError
+from common.multicrop import MEAN, STD, Augmentation, CenterCrop, MultiCrop, RandomCrop, TenCrop, photometric
+from common.pooling import FEATURES, pooled_maps, shapes
+from common.run import autocast_dtype, launch, say
+
+# B images, C channels of a map, F features of a layer, G settings (learning rate, weight decay), K classes
+
+
+def resized_crop(images, resize, size, augmentation, seed):
+    """The usual training crops: random resized crops of 8 to 100 % of the area, flipped half of the time."""
+    return MultiCrop(images, (1,), (size,), ((0.08, 1.0),), augmentation, seed)
+
+
+def by_drops(preset, epoch, step, lr, weight_decay):
+    return lr * 0.1 ** sum(epoch >= drop for drop in preset.drops)
+
+
+def by_cosine(preset, epoch, step, lr, weight_decay):
+    return lr * 0.5 * (1 + math.cos(math.pi * epoch / preset.epochs))
+
+
+def by_root(preset, epoch, step, lr, weight_decay):
+    return lr / math.sqrt(1 + lr * weight_decay * step)
+
+
+def gaussian(weight, generator):
+    nn.init.normal_(weight, std=0.01, generator=generator)
+    return torch.zeros(len(weight))
+
+
+def uniform(weight, generator):  # torch's default for nn.Linear
+    bound = weight[0].numel() ** -0.5
+    nn.init.uniform_(weight, -bound, bound, generator=generator)
+    return torch.empty(len(weight)).uniform_(-bound, bound, generator=generator)
+
+
+def xavier(weight, generator):
+    nn.init.xavier_uniform_(weight, generator=generator)
+    return torch.zeros(len(weight))
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A protocol. The optimizer is SGD with momentum 0.9; lr belongs to batch_size."""
+
+    published: str
+    probes: tuple = ("avgpool",)  # layers of common/pooling.py; "+bn" with batch norm before, "+affine" with a trained one
+    lr: tuple = (0.01,)
+    weight_decay: tuple = (0.0,)
+    epochs: int = 100
+    batch_size: int = 256
+    schedule: object = by_drops
+    drops: tuple = ()  # epochs after which the learning rate is a tenth
+    nesterov: bool = False
+    start: object = gaussian
+    crop: object = resized_crop
+    jitter: float = 0.0  # strength of brightness, contrast and saturation
+    lighting: float = 0.0  # standard deviation of the noise along the colours of ImageNet
+    view: object = CenterCrop  # what is looked at to judge
+    probabilities: bool = False  # of several views the mean of the probabilities, not of the logits
+    first_validation: int = 1  # epoch
+    resize: int = 256
+    size: int = 224
+
+
+GOYAL = dict(probes=tuple(f"{layer}+bn" for layer in FEATURES), nesterov=True, weight_decay=(1e-4,))
+PRESETS = {
+    "small": Preset(
+        "none: ours, for a run's own small images, with a grid of rates",
+        lr=(0.03, 0.1, 0.3, 1.0, 3.0),
+        epochs=20,
+        schedule=by_cosine,
+        resize=0,  # as trained
+        size=0,
+    ),
+    "mhead_90e": Preset(
+        "ImageNet Feature1-5, OpenSelfSup and MMSelfSup: DeepCluster with Sobel 12.78 30.81 43.88 57.71 51.68,"
+        " ODC 14.76 31.82 42.44 55.76 57.70, SwAV 200 epochs batch 256 16.98 34.96 49.26 65.98 70.74,"
+        " supervised 15.18 33.96 47.86 67.56 76.17, random 11.37 16.21 13.47 9.07 6.54 (last epoch)",
+        **GOYAL,
+        epochs=90,
+        drops=(30, 60),
+        jitter=0.4,
+        lighting=0.1,
+    ),
+    "avgpool_100e": Preset(
+        "ImageNet AvgPool, OpenSelfSup and MMSelfSup: DeepCluster with Sobel 46.92, ODC 53.42, supervised 74.12, random 4.35 (best epoch)",
+        lr=(30.0,),
+        drops=(60, 80),
+    ),
+    "places205_28e": Preset(
+        "Places205 Feature1-5, OpenSelfSup and MMSelfSup: DeepCluster with Sobel 18.80 33.93 41.44 47.22 42.61,"
+        " ODC 20.94 34.78 41.19 47.45 49.18, SwAV 23.33 35.45 43.13 51.98 55.09, supervised 21.27 36.10 43.03 51.38 53.05,"
+        " random 17.19 21.70 19.23 14.59 11.73",
+        **GOYAL,
+        epochs=28,
+        drops=(7, 14, 21),
+        crop=RandomCrop,
+    ),
+    "inat18_84e": Preset(
+        "iNaturalist-2018 Feature1-5, MMSelfSup's file: no figures of these methods", **GOYAL, epochs=84, drops=(24, 48, 72)
+    ),
+    "swav_100e": Preset(
+        "ImageNet AvgPool, the authors: SwAV 75.3 (800 epochs), 74.6 (400), 73.9 (200), 72.1 (100), batch 256 74.3 (400), 72.7 (200);"
+        " DeepCluster-v2 75.2 (800), 74.3 (400), 70.2 (400, 2x224); SeLa-v2 71.8 (400), 67.2 (400, 2x224) (best epoch);"
+        " MMSelfSup: SwAV 200 epochs batch 256 70.47",
+        lr=(0.3,),
+        weight_decay=(1e-6,),
+        schedule=by_cosine,
+    ),
+    "vissl_28e": Preset(
+        "ImageNet AvgPool, VISSL: DeepCluster-v2 75.18 (800 epochs), 74.32 (400), 70.01 (400, 2x224);"
+        " SwAV 74.92 (800), 74.81 (400), 73.85 (200), 71.99 (100), batch 256 74.3 (400), 73.07 (200)",
+        probes=(*(f"{layer}+affine" for layer in FEATURES), "avgpool+affine", "avgpool"),
+        weight_decay=(5e-4,),
+        epochs=28,
+        drops=(8, 16, 24),
+        nesterov=True,
+        start=uniform,
+    ),
+    "sela_resnet_146e": Preset(
+        "ImageNet AvgPool, the authors: SeLa ResNet-50 10x3k 61.5 (ten crops); later models with more augmentation,"
+        " one crop: ResNet-18 1k 53.3, ResNet-50 1k 63.5, 10x3k 68.8",
+        lr=(0.1,),
+        epochs=146,
+        batch_size=1024,
+        drops=(85, 128),
+        view=TenCrop,
+    ),
+    "dc_alexnet_90e": Preset(
+        "ImageNet conv1-conv5, the authors: DeepCluster AlexNet 37.88 (layer not stated; best epoch)",
+        probes=("conv1", "conv2", "conv3", "conv4", "conv5"),
+        weight_decay=(1e-7,),
+        epochs=90,
+        schedule=by_root,
+        crop=RandomCrop,
+        view=TenCrop,
+        probabilities=True,
+    ),
+    "sela_alexnet_36e": Preset(
+        "ImageNet conv1-conv5, the authors: SeLa AlexNet 42.1 (1k), 43.8 (10k) (best layer)",
+        probes=("conv1_max+bn", "conv2_max+bn", "conv3_max+bn", "conv4_max+bn", "conv5_max+bn"),
+        weight_decay=(1e-5,),
+        epochs=36,
+        batch_size=192,
+        drops=(10, 20, 30),
+        start=xavier,
+        view=TenCrop,
+        first_validation=26,
+    ),
+}
+
+
+def table():
+    """The presets as text: the published figures, and what differs from the class's defaults."""
+    lines = []
+    for name, preset in PRESETS.items():
+        lines += [name, f"    {preset.published}"]
+        changed = [(f, getattr(preset, f.name)) for f in fields(Preset)[1:] if getattr(preset, f.name) != f.default]
+        lines.append("    " + ", ".join(f"{f.name} {_words(value)}" for f, value in changed))
+    return "\n".join(lines)
+
+
+def _words(value):
+    return " ".join(map(str, value)) if isinstance(value, tuple) else getattr(value, "__name__", str(value))
+
+
+class ListPresets(argparse.Action):
+    def __call__(self, parser, *unused):
+        print(table())
+        sys.exit(0)
+
+
+def arguments(argv=None):
+    parser = evaluation.parser(
+        __doc__, "labelled images to train on (default: the run's)", "labelled images to judge by (default: the val split of --data)"
+    )
+    parser.add_argument("--preset", default="small", choices=PRESETS, help="protocol; options given win over it (default: small)")
+    parser.add_argument("--list-presets", action=ListPresets, nargs=0, help="print the presets with their published figures, and stop")
+    parser.add_argument("--layers", nargs="+", default=[], metavar="NAME", help="only these of the preset's layers")
+    parser.add_argument("--lr", type=float, nargs="+", metavar="X", help="learning rates, trained at once (default: the preset's)")
+    parser.add_argument("--weight-decay", type=float, nargs="+", metavar="X", help="weight decays, each with each --lr")
+    parser.add_argument("--epochs", type=int, metavar="N", help="drops of the learning rate move in proportion")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="in all, over all processes; the learning rate stays as it is")
+    parser.add_argument("--cache", action="store_true", help="train on features of centre crops, extracted once")
+    parser.add_argument("--save-features", default="", metavar="FILE", help="--cache, and keep the features in an .npz file")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, order and crops (default: 0)")
+    parser.add_argument("--precision", default="auto", choices=("auto", "bfloat16", "float32"), help="of the trunk (default: auto)")
+    return parser.parse_args(argv)
+
+
+def choose(args):
+    """The preset with the options that were given. Says what a batch of another size needs."""
+    preset = PRESETS[args.preset]
+    given = {name: getattr(args, name) for name in ("lr", "weight_decay", "epochs", "batch_size", "resize", "size")}
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items() if value}
+    if min(args.epochs or 1, args.batch_size or 1, *(given.get("lr", [1]))) <= 0 or min(given.get("weight_decay", [0])) < 0:
+        raise ArgumentError("--lr --epochs --batch-size: more than 0 is needed, and --weight-decay of at least 0")
+    if args.epochs == 0 or args.batch_size == 0 or not all(map(math.isfinite, (*given.get("lr", ()), *given.get("weight_decay", ())))):
+        raise ArgumentError("--lr --weight-decay --epochs --batch-size: numbers are needed, more than 0 of epochs and images")
+    if not 0 <= args.seed < 1 << 32:
+        raise ArgumentError(f"--seed {args.seed}: 0 to {(1 << 32) - 1} is needed")
+    known = {probe.partition("+")[0] for probe in preset.probes}
+    unknown = [layer for layer in args.layers if layer not in known]
+    if unknown:
+        raise ArgumentError(f"--layers {unknown[0]} is not in --preset {args.preset}: choose from {', '.join(sorted(known))}")
+    ratio = (args.batch_size or preset.batch_size) / preset.batch_size
+    if ratio != 1 and not args.lr:
+        rule = " ".join(f"{lr * ratio:g}" for lr in preset.lr)
+        say(f"warning: the learning rate of {args.preset} belongs to batch {preset.batch_size}: by the linear rule, --lr {rule} for yours")
+    given["drops"] = tuple(drop * given.get("epochs", preset.epochs) / preset.epochs for drop in preset.drops)
+    if args.layers:
+        given["probes"] = tuple(probe for probe in preset.probes if probe.partition("+")[0] in args.layers)
+    return replace(preset, **given)
+
+
+class Probe(nn.Module):
+    """G linear classifiers of one layer, one for each (learning rate, weight decay), trained at once.
+
+    They start from the same weights, see the same rows, and share no gradient: each ends as if it had trained alone.
+    Batch norm before them is over the rows of all ranks; without a gain and a shift of its own it is the same for all.
+    """
+
+    def __init__(self, name, shape, classes, settings, start, seed):
+        super().__init__()
+        self.name, self.settings = name, settings
+        self.layer, _, norm = name.partition("+")
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+        weight = torch.empty(classes, *shape)
+        bias = start(weight, generator)
+        self.weight = nn.Parameter(weight.flatten(1).repeat(len(settings), 1, 1))  # (G, K, F)
+        self.bias = nn.Parameter(bias.repeat(len(settings), 1))  # (G, K)
+        self.norm = distributed.SyncBatchNorm(shape[0], affine=False) if norm else None
+        if norm == "affine":
+            self.gain = nn.Parameter(torch.ones(len(settings), shape[0]))  # (G, C)
+            self.shift = nn.Parameter(torch.zeros(len(settings), shape[0]))
+
+    def forward(self, x):
+        """(B, C, h, w) -> (B, G, K)."""
+        weight, bias = self.weight, self.bias
+        x = x if self.norm is None else self.norm(x)
+        if hasattr(self, "gain"):  # into the weights: one product for all settings
+            weight = weight.unflatten(2, (x.shape[1], -1))  # (G, K, C, h w)
+            bias = bias + torch.einsum("gkcp,gc->gk", weight, self.shift)
+            weight = (weight * self.gain[:, None, :, None]).flatten(2)
+        return F.linear(x.flatten(1), weight.flatten(0, 1), bias.flatten()).unflatten(1, bias.shape)
+
+    @torch.no_grad()
+    def descend(self, lr, nesterov, momentum=0.9):
+        """A step of SGD, torch.optim's, with a learning rate for each setting, (G,). Batch norm's parameters do not decay."""
+        decay = torch.tensor([weight_decay for _, weight_decay in self.settings]).to(lr)
+        for name, p in self.named_parameters():
+            shape = (-1,) + (1,) * (p.dim() - 1)
+            grad = distributed.all_sum(p.grad)
+            if name in ("weight", "bias"):
+                grad.addcmul_(decay.view(shape), p)
+            if not hasattr(p, "momentum"):
+                p.momentum = torch.zeros_like(p)
+            p.momentum.mul_(momentum).add_(grad)
+            p.sub_(lr.view(shape) * (grad.add_(p.momentum, alpha=momentum) if nesterov else p.momentum))
+            p.grad = None
+
+
+def train_one_epoch(probes, batches, preset, epoch, steps):
+    """One pass over batches of (maps {layer: (b, C, h, w)}, labels (b,), images in the batch of all ranks)."""
+    for step, (maps, labels, total) in enumerate(batches, epoch * steps):
+        loss = 0
+        for probe in probes:
+            logits = probe.train()(maps[probe.layer])  # (b, G, K)
+            loss = loss + F.cross_entropy(logits.flatten(0, 1), labels.repeat_interleave(logits.shape[1]), reduction="sum") / total
+        loss.backward()
+        for probe in probes:
+            rates = [preset.schedule(preset, epoch, step, *setting) for setting in probe.settings]
+            probe.descend(torch.tensor(rates).to(probe.weight), preset.nesterov)
+
+
+@torch.no_grad()
+def judge(probes, maps, views=1, probabilities=False):
+    """Best classes of every probe and setting, (B, settings of all probes, up to 5), from maps of `views` crops an image."""
+    best = []
+    for probe in probes:
+        logits = probe.eval()(maps[probe.layer])  # (views B, G, K)
+        logits = (logits.softmax(-1) if probabilities else logits).unflatten(0, (views, -1)).mean(0)
+        best.append(evaluation.ranked(logits))
+    return torch.cat(best, dim=1)
+
+
+class Reading(nn.Module):
+    """The frozen trunk, and what `read` makes of its pooled maps, in float32."""
+
+    def __init__(self, trunk, layers, read):
+        super().__init__()
+        self.trunk, self.layers, self.read = trunk, layers, read
+        self.eval().requires_grad_(False)
+
+    def forward(self, x):
+        maps = pooled_maps(self.trunk, x, self.layers)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.read(maps)
+
+
+class Cached:
+    """Training and judging on kept features: this rank's rows of both sets."""
+
+    def __init__(self, train, val, device):
+        (x, y), (self.val, self.val_labels) = train, val
+        labelled = (y >= 0).to(x.device)  # neither unreadable nor without a label
+        self.x, self.labels = x[labelled].float().to(device), y[y >= 0].to(device)
+        self.val = torch.where((self.val_labels >= 0).to(self.val.device)[:, None], self.val, 0).float().to(device)
+        counts = distributed.gather_rows(torch.tensor([len(self.x)])).tolist()
+        self.n, self.first = sum(counts), sum(counts[: distributed.rank()])
+        self.shapes = {"avgpool": (self.x.shape[1], 1, 1)}
+
+    def batches(self, epoch, batch_size, seed, drop_last):
+        """A batch is the same for any number of ranks; each has those of its rows that it holds."""
+        batches = data.batches(self.n, batch_size, epoch, seed, 0, 1, drop_last=drop_last)
+        for batch in map(batches.__getitem__, range(len(batches))):
+            rows = torch.tensor([index for _, index in batch]) - self.first
+            rows = rows[(rows >= 0) & (rows < len(self.x))].to(self.x.device)
+            yield {"avgpool": self.x[rows, :, None, None]}, self.labels[rows], len(batch)
+
+    def judge(self, probes):
+        blocks = [judge(probes, {"avgpool": block[:, :, None, None]}) for block in self.val.split(4096)]
+        return evaluation.ranked_accuracy(torch.cat(blocks), self.val_labels)
+
+
+class Drawn:
+    """Training on new crops every epoch, and judging on centre or ten crops, through the trunk."""
+
+    def __init__(self, trunk, info, images, queries, preset, args, device):
+        self.trunk, self.preset, self.images, self.queries, self.device = trunk, preset, images, queries, device
+        self.layers = list(dict.fromkeys(probe.partition("+")[0] for probe in preset.probes))
+        try:
+            self.shapes = shapes(trunk, preset.size, self.layers)
+        except ValueError as error:
+            raise ArgumentError(f"--preset {args.preset} does not fit {args.trunk}: {error}") from None
+        self.mean, self.std = info.get("mean", MEAN), info.get("std", STD)
+        self.precision, self.workers = autocast_dtype(args.precision, device), args.workers
+        jitter = Augmentation((preset.jitter,) * 3 + (0.0,), float(preset.jitter > 0), grey_p=0.0, blur_p=0.0)
+        crops = preset.crop(images, preset.resize, preset.size, jitter, args.seed)
+        self.loader = data.Loader(crops, args.workers, pin_memory=device.type == "cuda")
+        self.labelled = (images.labels >= 0).nonzero()[:, 0].numpy()
+        self.n = len(self.labelled)
+        # Alex Krizhevsky's noise: steps along the principal colours of ImageNet, (3, 3), in units of the normalised image.
+        colours = torch.tensor([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]])
+        self.colours = colours * torch.tensor([0.2175, 0.0188, 0.0045]) / torch.tensor(self.std)[:, None]
+
+    def batches(self, epoch, batch_size, seed, drop_last):
+        reading = Reading(self.trunk, self.layers, dict)
+        order = self.labelled[data.batches(self.n, 1, epoch, seed, 0, 1).order]
+        rank, ranks = distributed.rank(), distributed.world_size()
+        batches = data.batches(self.n, batch_size, epoch, seed, rank, ranks, order=order, drop_last=drop_last)
+        for step, (index, crops, params) in enumerate(self.loader.epoch(epoch, batches)):
+            x = photometric(crops[0][0].to(self.device, non_blocking=True), params[0], self.mean, self.std)
+            total = min(batch_size, self.n - step * batch_size)
+            if self.preset.lighting:  # drawn for the whole batch, so that it does not depend on the number of ranks
+                generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {epoch} {step}".encode()))
+                noise = self.preset.lighting * torch.randn(total, 3, generator=generator) @ self.colours.T  # (total, 3)
+                noise = noise[rank * total // ranks : (rank + 1) * total // ranks]
+                x += noise.to(x)[:, :, None, None]
+            with torch.no_grad(), torch.autocast(self.device.type, dtype=self.precision, enabled=self.precision == torch.bfloat16):
+                maps = reading(x)
+            yield maps, self.images.labels[index].to(self.device), total
+        if distributed.all_max(torch.tensor(int(self.loader.lost))):
+            raise data.DataError(f"{data.TRIES} images of --data in a row cannot be read")
+
+    def judge(self, probes):
+        p = self.preset
+        reading = Reading(self.trunk, self.layers, lambda maps: judge(probes, maps, p.view.views, p.probabilities).flatten(1).float())
+        rows, labels = features.extract(
+            reading, self.queries, p.resize, p.size, self.device, self.mean, self.std, 256, self.workers, self.precision, view=p.view
+        )
+        settings = sum(len(probe.settings) for probe in probes)
+        return evaluation.ranked_accuracy(rows.nan_to_num(-1).long().unflatten(1, (settings, -1)), labels)
+
+
+def main(args):
+    device = distributed.start(args.device)
+    evaluation.check(args)
+    preset = choose(args)
+    cached = args.cache or args.save_features or args.trunk.endswith(".npz")
+    if cached and {probe.partition("+")[0] for probe in preset.probes} != {"avgpool"}:
+        raise ArgumentError(
+            f"cached features are those of avgpool, and --preset {args.preset} has {', '.join(preset.probes)}: see --layers"
+        )
+    if args.trunk.endswith(".npz"):
+        train, val, info = features.load(args.trunk)
+        source = Cached(train, val, device)
+        classes = info.get("classes") or int(distributed.all_max(source.labels.max() if source.n else torch.tensor(0))) + 1
+    else:
+        trunk, info = evaluation.open_trunk(args)
+        images, queries = evaluation.open_labelled(args)
+        trunk = trunk.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        preset = replace(preset, resize=preset.resize or info["resize"], size=preset.size or info["size"])
+        if preset.resize < preset.size:
+            raise ArgumentError(f"--resize {preset.resize} is smaller than --size {preset.size}")
+        classes = len(images.classes)
+        source = (extract_both if cached else Drawn)(trunk, info, images, queries, preset, args, device)
+    settings = list(itertools.product(preset.lr, preset.weight_decay))
+    probes = [Probe(name, source.shapes[name.partition("+")[0]], classes, settings, preset.start, args.seed) for name in preset.probes]
+    probes = [probe.to(device) for probe in probes]
+
+    # A last batch with fewer images than ranks, or with one, which has no variance, is left out.
+    drop_last = 0 < source.n % preset.batch_size < max(2, distributed.world_size())
+    steps = source.n // preset.batch_size + (not drop_last and source.n % preset.batch_size > 0)
+    if steps == 0:
+        raise data.DataError(f"{source.n} labelled images are too few to train on")
+    what = f"{info['arch']} x{info['width']:g}, {info['method']}" if "arch" in info else "features"
+    say(f"{args.trunk}: {what}; preset {args.preset}, {preset.epochs} epochs of {steps} steps, batch {preset.batch_size}")
+    if cached:
+        say("features of centre crops, extracted once: not the published protocol, and not comparable with its figures")
+    history = []  # of the epochs judged: [(top-1, top-5)] of all probes and settings
+    for epoch in range(preset.epochs):
+        began = time.perf_counter()
+        train_one_epoch(probes, source.batches(epoch, preset.batch_size, args.seed, drop_last), preset, epoch, steps)
+        seconds = time.perf_counter() - began
+        if epoch + 1 >= preset.first_validation or epoch + 1 == preset.epochs:
+            history.append((epoch + 1, source.judge(probes)))
+            best = [max(top1 for top1, _ in row) for row in parts(history[-1][1], probes)]
+            line = " ".join(f"{probe.name} {top1:.2f}" for probe, top1 in zip(probes, best))
+            say(f"epoch {epoch + 1}/{preset.epochs}: {line} ({source.n / seconds:.0f} img/s)")
+    report(args, preset, info, probes, history, classes, source.n, bool(cached))
+
+
+def parts(row, probes):
+    """A list over all probes and settings, cut into one list a probe."""
+    rest = iter(row)
+    return [list(itertools.islice(rest, len(probe.settings))) for probe in probes]
+
+
+def extract_both(trunk, info, images, queries, preset, args, device):
+    """Cached features of both sets, kept in --save-features if it is given."""
+    try:
+        shapes(trunk, preset.size, ["avgpool"])
+    except ValueError as error:
+        raise ArgumentError(f"--cache does not fit {args.trunk}: {error}") from None
+    reading = Reading(trunk, ["avgpool"], lambda maps: maps["avgpool"].flatten(1))
+    args = argparse.Namespace(**{**vars(args), "batch_size": 256})
+    rows = []
+    for part, name in ((images, "--data"), (queries, "--val")):
+        began = time.perf_counter()
+        rows.append(features.extract(reading, part, preset.resize, preset.size, **evaluation.extraction(args, info, device)))
+        say(f"features of {len(part)} images of {name}: {len(part) / (time.perf_counter() - began):.0f} img/s")
+        evaluation.warn_of_unreadable(part, rows[-1][1], name)
+    if args.save_features:
+        kept = ("arch", "width", "method", "epoch")
+        what = {**{key: info.get(key) for key in kept}, "size": preset.size, "trunk": args.trunk, "classes": len(images.classes)}
+        features.save(args.save_features, *rows, what)
+        say(f"kept in {args.save_features}")
+    return Cached(*rows, device)
+
+
+def report(args, preset, info, probes, history, classes, n, cached):
+    """The table, the JSON line, and eval_linear.json in the run directory if the trunk is one."""
+    epochs = [epoch for epoch, _ in history]
+    results = []
+    for i, (probe, setting) in enumerate((probe, setting) for probe in probes for setting in probe.settings):
+        top1 = [row[i][0] for _, row in history]
+        best = max(range(len(top1)), key=top1.__getitem__)  # the first of equal ones
+        results.append(
+            {
+                "probe": probe.name,
+                "lr": setting[0],
+                "weight_decay": setting[1],
+                "top1": round(top1[-1], 4),
+                **({"top5": round(history[-1][1][i][1], 4)} if classes >= 5 else {}),
+                "best_top1": round(top1[best], 4),
+                "best_epoch": epochs[best],
+            }
+        )
+    say("probe                 lr   decay   last: top-1   top-5   best: top-1   epoch")
+    for r in results:
+        five = f"{r['top5']:7.2f}" if "top5" in r else "      -"
+        say(
+            f"{r['probe']:16} {r['lr']:7g} {r['weight_decay']:7g}   {r['top1']:11.2f} {five}   {r['best_top1']:11.2f}   {r['best_epoch']:5}"
+        )
+    selected = {}
+    for probe, rows in zip(probes, parts(results, probes)):
+        selected[probe.name] = max(rows, key=lambda r: r["top1"])
+    chosen = "best epochs" + (", and the best of the rates," if len(probes[0].settings) > 1 else "")
+    selection = f"{chosen} are chosen on the validation images that they are reported for; 'last' is the last epoch"
+    say(selection)
+    record = {
+        "trunk": str(args.trunk),
+        "method": info.get("method"),
+        "arch": info.get("arch"),
+        "epoch": info.get("epoch"),
+        "preset": args.preset,
+        "cached": cached,
+        "size": preset.size or info.get("size"),
+        "epochs": preset.epochs,
+        "batch_size": preset.batch_size,
+        "seed": args.seed,
+        "train": n,
+        "classes": classes,
+        "selected": selected,
+        "selection": selection,
+    }
+    say(json.dumps(record))
+    if Path(args.trunk).is_dir():
+        problem = distributed.from_main(write, Path(args.trunk) / "eval_linear.json", {**record, "results": results})
+        if problem:
+            say(f"warning: {problem}")
+
+
+def write(path, record):
+    """Writes the record; returns what went wrong, or None."""
+    try:
+        with checkpoint.writing(path, text=True) as file:
+            file.write(json.dumps(record, indent=1) + "\n")
+    except OSError as error:
+        return f"{path} cannot be written: {error.strerror or error}"
+
+
+if __name__ == "__main__":
+    launch(main, arguments())
