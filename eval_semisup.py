@@ -33,8 +33,6 @@ from common.features import extract
 from common.multicrop import Augmentation, MultiCrop, photometric
 from common.run import Diverged, launch, repeatable, say
 
-PLAIN = Augmentation(jitter_p=0.0, grey_p=0.0, blur_p=0.0)  # a random resized crop and a flip, nothing else
-
 
 @dataclass(frozen=True)
 class Preset:
@@ -63,7 +61,7 @@ PRESETS = {
     "swav_10": Preset("SwAV, 800 epochs: 70.2 / 89.9", 0.1, (0.01,), (20,)),
     "vissl_1": Preset("none for these methods", 0.01, **VISSL),
     "vissl_10": Preset("none for these methods", 0.1, **VISSL),
-    "small": Preset("none; ours, for small images on a CPU", 0.1, (0.01, 0.1), (1, 10), 1e-4, batch_size=50, head_std=0.01),
+    "small": Preset("none; ours, for small images on a CPU", 0.1, (0.01, 0.1), (1,), 1e-4, batch_size=50, head_std=0.01),
 }
 
 
@@ -168,6 +166,11 @@ class Part:
 
     def read(self, i):
         return self.images.read(int(self.rows[i]))
+
+
+def training_crops(images, size, seed):
+    """The usual training crop: a random resized crop of 8 to 100 % of the area, flipped half of the time, and nothing else."""
+    return MultiCrop(images, (1,), (size,), ((0.08, 1.0),), Augmentation(jitter_p=0.0, grey_p=0.0, blur_p=0.0), seed)
 
 
 # --------------------------------------------------------------------------------------------------------- training
@@ -284,7 +287,7 @@ def main(args):
     if len(images) < p.batch_size:
         raise data.DataError(f"{len(images)} images are drawn of --data, fewer than one batch: --batch-size {p.batch_size}")
     options = {**evaluation.extraction(args, info, device), "batch_size": 256, "bad": set()}
-    loader = data.Loader(MultiCrop(images, (1,), (info["size"],), ((0.08, 1.0),), PLAIN, args.seed), args.workers, device.type == "cuda")
+    loader = data.Loader(training_crops(images, info["size"], args.seed), args.workers, device.type == "cuda")
 
     counts = images.labels.bincount()
     counts = counts[counts > 0]

@@ -10,10 +10,10 @@ from torch import nn
 
 import eval_semisup
 from common import checkpoint, data, distributed, evaluation
-from common.multicrop import MEAN, STD, MultiCrop
+from common.multicrop import MEAN, STD, Augmentation, MultiCrop
 from common.resnet import resnet10
 from common.run import launch
-from eval_semisup import PLAIN, PRESETS, Model, Part, Preset, draw, finetune
+from eval_semisup import PRESETS, Model, Part, Preset, draw, finetune
 
 INFO = dict(arch="resnet10", width=0.125, stem="small", channels=3, mean=MEAN, std=STD, method="swav", resize=16, size=16, epoch=5)
 
@@ -151,7 +151,7 @@ def tune(p, dtype=torch.float64):
     everything.classes = queries.classes = everything.classes[:6]
     everything.labels, queries.labels = everything.labels % 6, queries.labels % 6
     images = Part(everything, draw(everything.labels, 0.39, 1)[:23])
-    loader = data.Loader(MultiCrop(images, (1,), (16,), ((0.08, 1.0),), PLAIN, 1))
+    loader = data.Loader(eval_semisup.training_crops(images, 16, 1))
     options = dict(device=torch.device("cpu"), mean=MEAN, std=STD, batch_size=5, workers=0, precision=torch.float32)
     torch.manual_seed(1)
     model = Model(resnet10(width=0.125, stem="small"), 6, p.head_std).to(dtype)
@@ -177,7 +177,7 @@ def test_an_epoch_is_what_a_few_plain_lines_compute():
     _, history, weights = tune(SMALL)
     everything = data.Shapes("train", 60)
     rows = draw(everything.labels % 6, 0.39, 1)[:23]
-    crops = MultiCrop(everything, (1,), (16,), ((0.08, 1.0),), PLAIN, 1)
+    crops = MultiCrop(everything, (1,), (16,), ((0.08, 1.0),), Augmentation((0, 0, 0, 0), 0, 0, False, 0), 1)
     torch.manual_seed(1)
     trunk, head = resnet10(width=0.125, stem="small").double(), nn.Linear(64, 6)
     head = head.double()

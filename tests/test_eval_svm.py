@@ -181,6 +181,8 @@ def test_the_full_protocol_equals_a_literal_transcription(jobs):
         scores, ap = [], []
         for cost in SOME:
             scores.append(cross_val_score(literal_svm(cost), p.x[:70], labels, cv=3, scoring="average_precision").mean())
+            ours = eval_svm.fit(p.x[:70], slice(None), labels, p.x[70:], p.targets[70:, c], cost, "all_points")
+            assert ours[0] == pytest.approx(scores[-1], rel=1e-12)
             ap.append(literal_ap(literal_svm(cost).fit(p.x[:70], labels).decision_function(p.x[70:]), p.targets[70:, c]))
         expected.append(ap[int(np.argmax(scores))])
         costs.append(SOME[int(np.argmax(scores))])
