@@ -8,6 +8,7 @@ counts once, whatever the number of processes.
     python eval_knn.py backbone.pt --data /imagenet                       # needs train/ and val/ with class folders
     torchrun --nproc_per_node=8 eval_knn.py resnet50.pth --data /imagenet # a torchvision ResNet file, 8 GPUs
     python eval_knn.py runs/swav_shapes --random-init                     # the same trunk, untrained: the floor
+    python eval_knn.py f.npz                                              # features kept by eval_linear.py --save-features f.npz
 """
 
 import json
@@ -17,7 +18,7 @@ import torch
 from common import distributed, evaluation
 from common.config import ArgumentError
 from common.features import classify as classify  # eval_knn.classify, for those who import it
-from common.features import extract, knn_accuracy
+from common.features import extract, knn_accuracy, load
 from common.run import launch, say
 
 
@@ -37,20 +38,28 @@ def main(args):
     if min(args.k) < 1 or not args.temperature > 0 or args.batch_size < 1:
         raise ArgumentError(f"--k {args.k} --temperature {args.temperature} --batch-size {args.batch_size}: more than 0 is needed")
     evaluation.check(args)
-    trunk, info = evaluation.open_trunk(args)
-    bank, queries = evaluation.open_labelled(args)
-    trunk = trunk.to(device, memory_format=torch.channels_last)
-    resize, size = info["resize"], info["size"]
-    options = evaluation.extraction(args, info, device)
-    bank_rows = extract(trunk, bank, resize, size, **options)
-    query_rows = extract(trunk, queries, resize, size, **options)
+    if evaluation.is_features(args):
+        bank_rows, query_rows, info = load(args.trunk)
+        counts = [int(distributed.all_sum(torch.tensor(len(labels)))) for _, labels in (bank_rows, query_rows)]
+        classes = 1 + int(distributed.all_max(bank_rows[1].max() if len(bank_rows[1]) else torch.tensor(-1)))
+        bank_rows, query_rows = ((x.to(device), labels) for x, labels in (bank_rows, query_rows))
+        size = info.get("size")
+    else:
+        trunk, info = evaluation.open_trunk(args)
+        bank, queries = evaluation.open_labelled(args)
+        trunk = trunk.to(device, memory_format=torch.channels_last)
+        size = info["size"]
+        bank_rows, query_rows = (
+            extract(trunk, images, info["resize"], size, **evaluation.extraction(args, info, device)) for images in (bank, queries)
+        )
+        for images, (_, labels), name in ((bank, bank_rows, "--data"), (queries, query_rows, "--val")):
+            evaluation.warn_of_unreadable(images, labels, name)
+        counts, classes = [len(bank), len(queries)], len(bank.classes)
     accuracy = knn_accuracy(*bank_rows, *query_rows, args.k, args.temperature)
 
-    say(f"{args.trunk}: {info['arch']} x{info['width']:g}, {info['method']}, {trunk.feature_dim} features of {size} px")
-    say(f"{len(bank)} images vote on {len(queries)}, {len(bank.classes)} classes, temperature {args.temperature:g}")
+    say(f"{args.trunk}: {evaluation.name(info)}, {bank_rows[0].shape[1]} features of {size or 'unknown'} px")
+    say(f"{counts[0]} images vote on {counts[1]}, {classes} classes, temperature {args.temperature:g}")
     voters = int(distributed.all_sum((bank_rows[1] >= 0).sum()))
-    for images, (_, labels), name in ((bank, bank_rows, "--data"), (queries, query_rows, "--val")):
-        evaluation.warn_of_unreadable(images, labels, name)
     say("    k    top-1    top-5")
     for k in args.k:
         if k not in accuracy:
@@ -60,12 +69,8 @@ def main(args):
         say(f"{k:5}  {top1:7.2f}  " + (f"{top5:7.2f}" if top5 is not None else "      -"))
     record = {
         "trunk": str(args.trunk),
-        "method": info["method"],
-        "arch": info["arch"],
-        "epoch": info.get("epoch"),
-        "bank": len(bank),
-        "queries": len(queries),
-        "classes": len(bank.classes),
+        **{key: info.get(key) for key in ("method", "arch", "epoch")},
+        **{"bank": counts[0], "queries": counts[1], "classes": classes},
         "top1": {k: round(a, 4) for k, (a, _) in accuracy.items()},
         "top5": {k: round(a, 4) for k, (_, a) in accuracy.items() if a is not None},
     }

@@ -24,11 +24,12 @@ import zlib
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import checkpoint, data, distributed, evaluation, features
+from common import data, distributed, evaluation, features
 from common.config import ArgumentError
 from common.multicrop import MEAN, STD, Augmentation, CenterCrop, MultiCrop, RandomCrop, TenCrop, photometric
 from common.pooling import FEATURES, pooled_maps, shapes
@@ -97,87 +98,54 @@ class Preset:
 GOYAL = dict(probes=tuple(f"{layer}+bn" for layer in FEATURES), nesterov=True, weight_decay=(1e-4,))
 PRESETS = {
     "small": Preset(
-        "none: ours, for a run's own small images, with a grid of rates",
-        lr=(0.03, 0.1, 0.3, 1.0, 3.0),
-        epochs=20,
-        schedule=by_cosine,
-        resize=0,  # as trained
-        size=0,
+        "none: ours, for small images of the size that the trunk was trained on, with a grid of rates",
+        **dict(probes=("avgpool+bn",), lr=(0.01, 0.03, 0.1, 0.3, 1.0), epochs=20, schedule=by_cosine, resize=0, size=0),
     ),
     "mhead_90e": Preset(
-        "ImageNet Feature1-5, OpenSelfSup and MMSelfSup: DeepCluster with Sobel 12.78 30.81 43.88 57.71 51.68,"
-        " ODC 14.76 31.82 42.44 55.76 57.70, SwAV 200 epochs batch 256 16.98 34.96 49.26 65.98 70.74,"
-        " supervised 15.18 33.96 47.86 67.56 76.17, random 11.37 16.21 13.47 9.07 6.54 (last epoch)",
-        **GOYAL,
-        epochs=90,
-        drops=(30, 60),
-        jitter=0.4,
-        lighting=0.1,
+        "ImageNet Feature1-5, OpenSelfSup and MMSelfSup, last epoch: DeepCluster with Sobel 12.78 30.81 43.88 57.71 51.68,"
+        " ODC 14.76 31.82 42.44 55.76 57.70, SwAV (200 epochs, batch 256) 16.98 34.96 49.26 65.98 70.74,"
+        " supervised 15.18 33.96 47.86 67.56 76.17, random 11.37 16.21 13.47 9.07 6.54",
+        **dict(GOYAL, epochs=90, drops=(30, 60), jitter=0.4, lighting=0.1),
     ),
     "avgpool_100e": Preset(
-        "ImageNet AvgPool, OpenSelfSup and MMSelfSup: DeepCluster with Sobel 46.92, ODC 53.42, supervised 74.12, random 4.35 (best epoch)",
-        lr=(30.0,),
-        drops=(60, 80),
+        "ImageNet AvgPool, OpenSelfSup and MMSelfSup, best epoch: DeepCluster with Sobel 46.92, ODC 53.42, supervised 74.12, random 4.35",
+        **dict(lr=(30.0,), drops=(60, 80)),
     ),
     "places205_28e": Preset(
-        "Places205 Feature1-5, OpenSelfSup and MMSelfSup: DeepCluster with Sobel 18.80 33.93 41.44 47.22 42.61,"
+        "Places205 Feature1-5, OpenSelfSup and MMSelfSup, last epoch: DeepCluster with Sobel 18.80 33.93 41.44 47.22 42.61,"
         " ODC 20.94 34.78 41.19 47.45 49.18, SwAV 23.33 35.45 43.13 51.98 55.09, supervised 21.27 36.10 43.03 51.38 53.05,"
         " random 17.19 21.70 19.23 14.59 11.73",
-        **GOYAL,
-        epochs=28,
-        drops=(7, 14, 21),
-        crop=RandomCrop,
+        **dict(GOYAL, epochs=28, drops=(7, 14, 21), crop=RandomCrop),
     ),
     "inat18_84e": Preset(
-        "iNaturalist-2018 Feature1-5, MMSelfSup's file: no figures of these methods", **GOYAL, epochs=84, drops=(24, 48, 72)
+        "iNaturalist-2018 Feature1-5, MMSelfSup's file: no figures of these methods", **dict(GOYAL, epochs=84, drops=(24, 48, 72))
     ),
     "swav_100e": Preset(
-        "ImageNet AvgPool, the authors: SwAV 75.3 (800 epochs), 74.6 (400), 73.9 (200), 72.1 (100), batch 256 74.3 (400), 72.7 (200);"
-        " DeepCluster-v2 75.2 (800), 74.3 (400), 70.2 (400, 2x224); SeLa-v2 71.8 (400), 67.2 (400, 2x224) (best epoch);"
-        " MMSelfSup: SwAV 200 epochs batch 256 70.47",
-        lr=(0.3,),
-        weight_decay=(1e-6,),
-        schedule=by_cosine,
+        "ImageNet AvgPool, the authors, best epoch: SwAV 75.3 (800 epochs), 74.6 (400), 73.9 (200), 72.1 (100), batch 256 74.3 (400),"
+        " 72.7 (200); DeepCluster-v2 75.2 (800), 74.3 (400), 70.2 (400, 2x224); SeLa-v2 71.8 (400), 67.2 (400, 2x224);"
+        " MMSelfSup: SwAV (200 epochs, batch 256) 70.47",
+        **dict(lr=(0.3,), weight_decay=(1e-6,), schedule=by_cosine),
     ),
     "vissl_28e": Preset(
         "ImageNet AvgPool, VISSL: DeepCluster-v2 75.18 (800 epochs), 74.32 (400), 70.01 (400, 2x224);"
         " SwAV 74.92 (800), 74.81 (400), 73.85 (200), 71.99 (100), batch 256 74.3 (400), 73.07 (200)",
         probes=(*(f"{layer}+affine" for layer in FEATURES), "avgpool+affine", "avgpool"),
-        weight_decay=(5e-4,),
-        epochs=28,
-        drops=(8, 16, 24),
-        nesterov=True,
-        start=uniform,
+        **dict(weight_decay=(5e-4,), epochs=28, drops=(8, 16, 24), nesterov=True, start=uniform),
     ),
     "sela_resnet_146e": Preset(
-        "ImageNet AvgPool, the authors: SeLa ResNet-50 10x3k 61.5 (ten crops); later models with more augmentation,"
-        " one crop: ResNet-18 1k 53.3, ResNet-50 1k 63.5, 10x3k 68.8",
-        lr=(0.1,),
-        epochs=146,
-        batch_size=1024,
-        drops=(85, 128),
-        view=TenCrop,
+        "ImageNet AvgPool, the authors: SeLa ResNet-50 10x3k 61.5; with more augmentation and judged by one crop:"
+        " ResNet-18 1k 53.3, ResNet-50 1k 63.5, 10x3k 68.8",
+        **dict(lr=(0.1,), epochs=146, batch_size=1024, drops=(85, 128), view=TenCrop),
     ),
     "dc_alexnet_90e": Preset(
-        "ImageNet conv1-conv5, the authors: DeepCluster AlexNet 37.88 (layer not stated; best epoch)",
+        "ImageNet conv1-conv5, the authors, best epoch: DeepCluster AlexNet 37.88 (layer not stated)",
         probes=("conv1", "conv2", "conv3", "conv4", "conv5"),
-        weight_decay=(1e-7,),
-        epochs=90,
-        schedule=by_root,
-        crop=RandomCrop,
-        view=TenCrop,
-        probabilities=True,
+        **dict(weight_decay=(1e-7,), epochs=90, schedule=by_root, crop=RandomCrop, view=TenCrop, probabilities=True),
     ),
     "sela_alexnet_36e": Preset(
-        "ImageNet conv1-conv5, the authors: SeLa AlexNet 42.1 (1k), 43.8 (10k) (best layer)",
-        probes=("conv1_max+bn", "conv2_max+bn", "conv3_max+bn", "conv4_max+bn", "conv5_max+bn"),
-        weight_decay=(1e-5,),
-        epochs=36,
-        batch_size=192,
-        drops=(10, 20, 30),
-        start=xavier,
-        view=TenCrop,
-        first_validation=26,
+        "ImageNet conv1-conv5, the authors, best layer: SeLa AlexNet 42.1 (1k), 43.8 (10k)",
+        probes=tuple(f"conv{i}_max+bn" for i in range(1, 6)),
+        **dict(weight_decay=(1e-5,), epochs=36, batch_size=192, drops=(10, 20, 30), start=xavier, view=TenCrop, first_validation=26),
     ),
 }
 
@@ -223,26 +191,29 @@ def arguments(argv=None):
 def choose(args):
     """The preset with the options that were given. Says what a batch of another size needs."""
     preset = PRESETS[args.preset]
-    given = {name: getattr(args, name) for name in ("lr", "weight_decay", "epochs", "batch_size", "resize", "size")}
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items() if value}
-    if min(args.epochs or 1, args.batch_size or 1, *(given.get("lr", [1]))) <= 0 or min(given.get("weight_decay", [0])) < 0:
-        raise ArgumentError("--lr --epochs --batch-size: more than 0 is needed, and --weight-decay of at least 0")
-    if args.epochs == 0 or args.batch_size == 0 or not all(map(math.isfinite, (*given.get("lr", ()), *given.get("weight_decay", ())))):
-        raise ArgumentError("--lr --weight-decay --epochs --batch-size: numbers are needed, more than 0 of epochs and images")
+    given = {name: getattr(args, name) for name in ("lr", "weight_decay", "epochs", "batch_size")}
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items() if value is not None}
+    numbers = (*given.get("lr", ()), given.get("epochs", 1), given.get("batch_size", 1))
+    if not all(0 < x < math.inf for x in numbers) or not all(0 <= x < math.inf for x in given.get("weight_decay", ())):
+        words = " ".join(f"--{name.replace('_', '-')} {_words(value)}" for name, value in given.items())
+        raise ArgumentError(f"{words}: more than 0 is needed, of a weight decay 0 or more")
     if not 0 <= args.seed < 1 << 32:
         raise ArgumentError(f"--seed {args.seed}: 0 to {(1 << 32) - 1} is needed")
-    known = {probe.partition("+")[0] for probe in preset.probes}
+    known = list(dict.fromkeys(probe.partition("+")[0] for probe in preset.probes))
     unknown = [layer for layer in args.layers if layer not in known]
     if unknown:
-        raise ArgumentError(f"--layers {unknown[0]} is not in --preset {args.preset}: choose from {', '.join(sorted(known))}")
-    ratio = (args.batch_size or preset.batch_size) / preset.batch_size
+        raise ArgumentError(f"--layers {unknown[0]} is not in --preset {args.preset}: choose from {', '.join(known)}")
+    ratio = given.get("batch_size", preset.batch_size) / preset.batch_size
     if ratio != 1 and not args.lr:
         rule = " ".join(f"{lr * ratio:g}" for lr in preset.lr)
-        say(f"warning: the learning rate of {args.preset} belongs to batch {preset.batch_size}: by the linear rule, --lr {rule} for yours")
+        say(
+            f"warning: --lr {_words(preset.lr)} of {args.preset} belongs to batch {preset.batch_size} and is kept: "
+            f"for {args.batch_size} the linear rule asks for --lr {rule}"
+        )
     given["drops"] = tuple(drop * given.get("epochs", preset.epochs) / preset.epochs for drop in preset.drops)
     if args.layers:
         given["probes"] = tuple(probe for probe in preset.probes if probe.partition("+")[0] in args.layers)
-    return replace(preset, **given)
+    return replace(preset, resize=args.resize or preset.resize, size=args.size or preset.size, **given)
 
 
 class Probe(nn.Module):
@@ -279,7 +250,7 @@ class Probe(nn.Module):
     @torch.no_grad()
     def descend(self, lr, nesterov, momentum=0.9):
         """A step of SGD, torch.optim's, with a learning rate for each setting, (G,). Batch norm's parameters do not decay."""
-        decay = torch.tensor([weight_decay for _, weight_decay in self.settings]).to(lr)
+        decay = lr.new_tensor([weight_decay for _, weight_decay in self.settings])
         for name, p in self.named_parameters():
             shape = (-1,) + (1,) * (p.dim() - 1)
             grad = distributed.all_sum(p.grad)
@@ -302,7 +273,7 @@ def train_one_epoch(probes, batches, preset, epoch, steps):
         loss.backward()
         for probe in probes:
             rates = [preset.schedule(preset, epoch, step, *setting) for setting in probe.settings]
-            probe.descend(torch.tensor(rates).to(probe.weight), preset.nesterov)
+            probe.descend(probe.weight.new_tensor(rates), preset.nesterov)
 
 
 @torch.no_grad()
@@ -331,19 +302,19 @@ class Reading(nn.Module):
 
 
 class Cached:
-    """Training and judging on kept features: this rank's rows of both sets."""
+    """Training and judging on kept features: this rank's rows of both sets, (features (n, D), labels (n,))."""
 
     def __init__(self, train, val, device):
-        (x, y), (self.val, self.val_labels) = train, val
-        labelled = (y >= 0).to(x.device)  # neither unreadable nor without a label
-        self.x, self.labels = x[labelled].float().to(device), y[y >= 0].to(device)
-        self.val = torch.where((self.val_labels >= 0).to(self.val.device)[:, None], self.val, 0).float().to(device)
+        exact = torch.promote_types(train[0].dtype, torch.float32)
+        labelled = train[1] >= 0  # the others are unreadable or have no label
+        self.x, self.labels = train[0].to(exact)[labelled.to(train[0].device)].to(device), train[1][labelled].to(device)
+        self.val, self.val_labels = val[0].to(device, exact), val[1]
         counts = distributed.gather_rows(torch.tensor([len(self.x)])).tolist()
         self.n, self.first = sum(counts), sum(counts[: distributed.rank()])
         self.shapes = {"avgpool": (self.x.shape[1], 1, 1)}
 
     def batches(self, epoch, batch_size, seed, drop_last):
-        """A batch is the same for any number of ranks; each has those of its rows that it holds."""
+        """The batch of all ranks does not depend on their number; each rank has those of its rows that it holds."""
         batches = data.batches(self.n, batch_size, epoch, seed, 0, 1, drop_last=drop_last)
         for batch in map(batches.__getitem__, range(len(batches))):
             rows = torch.tensor([index for _, index in batch]) - self.first
@@ -351,8 +322,33 @@ class Cached:
             yield {"avgpool": self.x[rows, :, None, None]}, self.labels[rows], len(batch)
 
     def judge(self, probes):
-        blocks = [judge(probes, {"avgpool": block[:, :, None, None]}) for block in self.val.split(4096)]
-        return evaluation.ranked_accuracy(torch.cat(blocks), self.val_labels)
+        best = [judge(probes, {"avgpool": block[:, :, None, None]}) for block in self.val.split(4096)]
+        return evaluation.ranked_accuracy(torch.cat(best), self.val_labels)
+
+
+def extract_both(trunk, info, images, queries, preset, args, device):
+    """Cached features of both sets, kept in --save-features if it is given."""
+    _fits(trunk, preset, ["avgpool"], args)
+    reading = Reading(trunk, ["avgpool"], lambda maps: maps["avgpool"].flatten(1))
+    how = evaluation.extraction(argparse.Namespace(**{**vars(args), "batch_size": 256}), info, device)
+    rows = []
+    for part, name in ((images, "--data"), (queries, "--val")):
+        began = time.perf_counter()
+        rows.append(features.extract(reading, part, preset.resize, preset.size, **how))
+        say(f"features of {len(part)} images of {name}: {len(part) / (time.perf_counter() - began):.0f} img/s")
+        evaluation.warn_of_unreadable(part, rows[-1][1], name)
+    if args.save_features:
+        what = {key: info.get(key) for key in ("arch", "width", "method", "epoch")}
+        features.save(args.save_features, *rows, {**what, "size": preset.size, "classes": len(images.classes)})
+        say(f"kept in {args.save_features}")
+    return Cached(*rows, device)
+
+
+def _fits(trunk, preset, layers, args):
+    try:
+        return shapes(trunk, preset.size, layers)
+    except ValueError as error:
+        raise ArgumentError(f"--preset {args.preset} does not fit {args.trunk}: {error}") from None
 
 
 class Drawn:
@@ -361,63 +357,63 @@ class Drawn:
     def __init__(self, trunk, info, images, queries, preset, args, device):
         self.trunk, self.preset, self.images, self.queries, self.device = trunk, preset, images, queries, device
         self.layers = list(dict.fromkeys(probe.partition("+")[0] for probe in preset.probes))
-        try:
-            self.shapes = shapes(trunk, preset.size, self.layers)
-        except ValueError as error:
-            raise ArgumentError(f"--preset {args.preset} does not fit {args.trunk}: {error}") from None
+        self.shapes = _fits(trunk, preset, self.layers, args)
         self.mean, self.std = info.get("mean", MEAN), info.get("std", STD)
         self.precision, self.workers = autocast_dtype(args.precision, device), args.workers
-        jitter = Augmentation((preset.jitter,) * 3 + (0.0,), float(preset.jitter > 0), grey_p=0.0, blur_p=0.0)
-        crops = preset.crop(images, preset.resize, preset.size, jitter, args.seed)
+        augmentation = Augmentation((preset.jitter,) * 3 + (0.0,), float(preset.jitter > 0), grey_p=0.0, blur_p=0.0)
+        crops = preset.crop(images, preset.resize, preset.size, augmentation, args.seed)
         self.loader = data.Loader(crops, args.workers, pin_memory=device.type == "cuda")
         self.labelled = (images.labels >= 0).nonzero()[:, 0].numpy()
         self.n = len(self.labelled)
-        # Alex Krizhevsky's noise: steps along the principal colours of ImageNet, (3, 3), in units of the normalised image.
+        # The principal colours of ImageNet, each as long as its standard deviation (Krizhevsky et al. 2012), for normalised images.
         colours = torch.tensor([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]])
-        self.colours = colours * torch.tensor([0.2175, 0.0188, 0.0045]) / torch.tensor(self.std)[:, None]
+        self.colours = colours * torch.tensor([0.2175, 0.0188, 0.0045]) / torch.tensor(self.std)[:, None]  # (RGB, 3)
 
     def batches(self, epoch, batch_size, seed, drop_last):
         reading = Reading(self.trunk, self.layers, dict)
-        order = self.labelled[data.batches(self.n, 1, epoch, seed, 0, 1).order]
+        order = np.random.default_rng((seed, epoch)).permutation(self.labelled)
         rank, ranks = distributed.rank(), distributed.world_size()
         batches = data.batches(self.n, batch_size, epoch, seed, rank, ranks, order=order, drop_last=drop_last)
         for step, (index, crops, params) in enumerate(self.loader.epoch(epoch, batches)):
             x = photometric(crops[0][0].to(self.device, non_blocking=True), params[0], self.mean, self.std)
             total = min(batch_size, self.n - step * batch_size)
-            if self.preset.lighting:  # drawn for the whole batch, so that it does not depend on the number of ranks
+            if self.preset.lighting:  # drawn for the batch of all ranks, so that it does not depend on their number
                 generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {epoch} {step}".encode()))
-                noise = self.preset.lighting * torch.randn(total, 3, generator=generator) @ self.colours.T  # (total, 3)
-                noise = noise[rank * total // ranks : (rank + 1) * total // ranks]
-                x += noise.to(x)[:, :, None, None]
+                noise = self.preset.lighting * torch.randn(total, 3, generator=generator) @ self.colours.T  # (total, RGB)
+                x += noise[rank * total // ranks : (rank + 1) * total // ranks].to(x)[:, :, None, None]
             with torch.no_grad(), torch.autocast(self.device.type, dtype=self.precision, enabled=self.precision == torch.bfloat16):
                 maps = reading(x)
             yield maps, self.images.labels[index].to(self.device), total
-        if distributed.all_max(torch.tensor(int(self.loader.lost))):
+        bad, lost = distributed.all_sum(torch.tensor([len(self.loader.bad), self.loader.lost])).tolist()
+        if lost:
             raise data.DataError(f"{data.TRIES} images of --data in a row cannot be read")
+        if bad and epoch == 0:
+            say(f"warning: {bad} images of --data cannot be read and are replaced by their neighbours")
 
     def judge(self, probes):
         p = self.preset
         reading = Reading(self.trunk, self.layers, lambda maps: judge(probes, maps, p.view.views, p.probabilities).flatten(1).float())
-        rows, labels = features.extract(
+        best, labels = features.extract(
             reading, self.queries, p.resize, p.size, self.device, self.mean, self.std, 256, self.workers, self.precision, view=p.view
         )
         settings = sum(len(probe.settings) for probe in probes)
-        return evaluation.ranked_accuracy(rows.nan_to_num(-1).long().unflatten(1, (settings, -1)), labels)
+        return evaluation.ranked_accuracy(best.nan_to_num(-1).long().unflatten(1, (settings, -1)), labels)
 
 
 def main(args):
     device = distributed.start(args.device)
     evaluation.check(args)
     preset = choose(args)
-    cached = args.cache or args.save_features or args.trunk.endswith(".npz")
-    if cached and {probe.partition("+")[0] for probe in preset.probes} != {"avgpool"}:
-        raise ArgumentError(
-            f"cached features are those of avgpool, and --preset {args.preset} has {', '.join(preset.probes)}: see --layers"
-        )
-    if args.trunk.endswith(".npz"):
+    kept = evaluation.is_features(args)
+    cached = bool(kept or args.cache or args.save_features)
+    if cached and any(probe.partition("+")[0] != "avgpool" for probe in preset.probes):
+        raise ArgumentError(f"cached features are those of avgpool, --preset {args.preset} has {_words(preset.probes)}: see --layers")
+    if kept:
         train, val, info = features.load(args.trunk)
         source = Cached(train, val, device)
-        classes = info.get("classes") or int(distributed.all_max(source.labels.max() if source.n else torch.tensor(0))) + 1
+        classes = 1 + int(
+            distributed.all_max(source.labels.max() if len(source.labels) else torch.zeros((), dtype=torch.int64, device=device))
+        )
     else:
         trunk, info = evaluation.open_trunk(args)
         images, queries = evaluation.open_labelled(args)
@@ -427,120 +423,66 @@ def main(args):
             raise ArgumentError(f"--resize {preset.resize} is smaller than --size {preset.size}")
         classes = len(images.classes)
         source = (extract_both if cached else Drawn)(trunk, info, images, queries, preset, args, device)
+    # A last batch with fewer images than ranks, or with one, which has no variance, is left out.
+    left = source.n % preset.batch_size
+    drop_last = left < max(2, distributed.world_size())
+    steps = source.n // preset.batch_size + (not drop_last)
+    if steps == 0:
+        raise data.DataError(f"{source.n} labelled images are too few to train on")
+
     settings = list(itertools.product(preset.lr, preset.weight_decay))
     probes = [Probe(name, source.shapes[name.partition("+")[0]], classes, settings, preset.start, args.seed) for name in preset.probes]
     probes = [probe.to(device) for probe in probes]
-
-    # A last batch with fewer images than ranks, or with one, which has no variance, is left out.
-    drop_last = 0 < source.n % preset.batch_size < max(2, distributed.world_size())
-    steps = source.n // preset.batch_size + (not drop_last and source.n % preset.batch_size > 0)
-    if steps == 0:
-        raise data.DataError(f"{source.n} labelled images are too few to train on")
-    what = f"{info['arch']} x{info['width']:g}, {info['method']}" if "arch" in info else "features"
-    say(f"{args.trunk}: {what}; preset {args.preset}, {preset.epochs} epochs of {steps} steps, batch {preset.batch_size}")
+    say(f"{args.trunk}: {evaluation.name(info)}")
+    say(f"preset {args.preset}, {preset.epochs} epochs of {steps} steps, batch {preset.batch_size}, {classes} classes")
     if cached:
         say("features of centre crops, extracted once: not the published protocol, and not comparable with its figures")
-    history = []  # of the epochs judged: [(top-1, top-5)] of all probes and settings
+    history = {}  # epoch: [(top-1, top-5)] of all probes and settings
     for epoch in range(preset.epochs):
         began = time.perf_counter()
         train_one_epoch(probes, source.batches(epoch, preset.batch_size, args.seed, drop_last), preset, epoch, steps)
-        seconds = time.perf_counter() - began
+        speed = source.n / (time.perf_counter() - began)
         if epoch + 1 >= preset.first_validation or epoch + 1 == preset.epochs:
-            history.append((epoch + 1, source.judge(probes)))
-            best = [max(top1 for top1, _ in row) for row in parts(history[-1][1], probes)]
-            line = " ".join(f"{probe.name} {top1:.2f}" for probe, top1 in zip(probes, best))
-            say(f"epoch {epoch + 1}/{preset.epochs}: {line} ({source.n / seconds:.0f} img/s)")
-    report(args, preset, info, probes, history, classes, source.n, bool(cached))
-
-
-def parts(row, probes):
-    """A list over all probes and settings, cut into one list a probe."""
-    rest = iter(row)
-    return [list(itertools.islice(rest, len(probe.settings))) for probe in probes]
-
-
-def extract_both(trunk, info, images, queries, preset, args, device):
-    """Cached features of both sets, kept in --save-features if it is given."""
-    try:
-        shapes(trunk, preset.size, ["avgpool"])
-    except ValueError as error:
-        raise ArgumentError(f"--cache does not fit {args.trunk}: {error}") from None
-    reading = Reading(trunk, ["avgpool"], lambda maps: maps["avgpool"].flatten(1))
-    args = argparse.Namespace(**{**vars(args), "batch_size": 256})
-    rows = []
-    for part, name in ((images, "--data"), (queries, "--val")):
-        began = time.perf_counter()
-        rows.append(features.extract(reading, part, preset.resize, preset.size, **evaluation.extraction(args, info, device)))
-        say(f"features of {len(part)} images of {name}: {len(part) / (time.perf_counter() - began):.0f} img/s")
-        evaluation.warn_of_unreadable(part, rows[-1][1], name)
-    if args.save_features:
-        kept = ("arch", "width", "method", "epoch")
-        what = {**{key: info.get(key) for key in kept}, "size": preset.size, "trunk": args.trunk, "classes": len(images.classes)}
-        features.save(args.save_features, *rows, what)
-        say(f"kept in {args.save_features}")
-    return Cached(*rows, device)
-
-
-def report(args, preset, info, probes, history, classes, n, cached):
-    """The table, the JSON line, and eval_linear.json in the run directory if the trunk is one."""
-    epochs = [epoch for epoch, _ in history]
-    results = []
-    for i, (probe, setting) in enumerate((probe, setting) for probe in probes for setting in probe.settings):
-        top1 = [row[i][0] for _, row in history]
-        best = max(range(len(top1)), key=top1.__getitem__)  # the first of equal ones
-        results.append(
-            {
-                "probe": probe.name,
-                "lr": setting[0],
-                "weight_decay": setting[1],
-                "top1": round(top1[-1], 4),
-                **({"top5": round(history[-1][1][i][1], 4)} if classes >= 5 else {}),
-                "best_top1": round(top1[best], 4),
-                "best_epoch": epochs[best],
-            }
-        )
-    say("probe                 lr   decay   last: top-1   top-5   best: top-1   epoch")
-    for r in results:
-        five = f"{r['top5']:7.2f}" if "top5" in r else "      -"
-        say(
-            f"{r['probe']:16} {r['lr']:7g} {r['weight_decay']:7g}   {r['top1']:11.2f} {five}   {r['best_top1']:11.2f}   {r['best_epoch']:5}"
-        )
-    selected = {}
-    for probe, rows in zip(probes, parts(results, probes)):
-        selected[probe.name] = max(rows, key=lambda r: r["top1"])
-    chosen = "best epochs" + (", and the best of the rates," if len(probes[0].settings) > 1 else "")
-    selection = f"{chosen} are chosen on the validation images that they are reported for; 'last' is the last epoch"
-    say(selection)
+            history[epoch + 1] = source.judge(probes)
+            rest = iter(history[epoch + 1])
+            best = [f"{probe.name} {max(top1 for top1, _ in itertools.islice(rest, len(settings))):.2f}" for probe in probes]
+            say(f"epoch {epoch + 1}/{preset.epochs}: {' '.join(best)} ({speed:.0f} img/s)")
     record = {
-        "trunk": str(args.trunk),
-        "method": info.get("method"),
-        "arch": info.get("arch"),
-        "epoch": info.get("epoch"),
+        "trunk": args.trunk,
+        **{key: info.get(key) for key in ("method", "arch", "epoch")},
         "preset": args.preset,
         "cached": cached,
-        "size": preset.size or info.get("size"),
-        "epochs": preset.epochs,
-        "batch_size": preset.batch_size,
-        "seed": args.seed,
-        "train": n,
-        "classes": classes,
-        "selected": selected,
-        "selection": selection,
+        "size": info.get("size") if kept else preset.size,
+        **{"epochs": preset.epochs, "batch_size": preset.batch_size, "seed": args.seed, "train": source.n, "classes": classes},
+        **results(probes, history),
     }
     say(json.dumps(record))
     if Path(args.trunk).is_dir():
-        problem = distributed.from_main(write, Path(args.trunk) / "eval_linear.json", {**record, "results": results})
-        if problem:
-            say(f"warning: {problem}")
+        name = "_".join(["eval_linear", args.preset, *["cached"] * cached, *["random"] * args.random_init])
+        evaluation.write(Path(args.trunk) / f"{name}.json", record)
 
 
-def write(path, record):
-    """Writes the record; returns what went wrong, or None."""
-    try:
-        with checkpoint.writing(path, text=True) as file:
-            file.write(json.dumps(record, indent=1) + "\n")
-    except OSError as error:
-        return f"{path} cannot be written: {error.strerror or error}"
+def results(probes, history):
+    """The table of all probes and settings, printed, and what it holds."""
+    rows, last = [], max(history)
+    for i, (name, (lr, weight_decay)) in enumerate((probe.name, setting) for probe in probes for setting in probe.settings):
+        best = max(history, key=lambda epoch: history[epoch][i][0])  # the first of equal ones
+        (top1, top5), best_top1 = history[last][i], history[best][i][0]
+        row = {"probe": name, "lr": lr, "weight_decay": weight_decay, "top1": round(top1, 4)}
+        row |= {} if top5 is None else {"top5": round(top5, 4)}
+        rows.append({**row, "best_top1": round(best_top1, 4), "best_epoch": best})
+    say("probe                 lr   decay   last: top-1   top-5   best: top-1   epoch")
+    for r in rows:
+        five = f"{r['top5']:.2f}" if "top5" in r else "-"
+        line = f"{r['probe']:16} {r['lr']:7g} {r['weight_decay']:7g} {r['top1']:13.2f} {five:>7} {r['best_top1']:13.2f} {r['best_epoch']:7}"
+        say(line)
+    chosen = {probe.name: max((r for r in rows if r["probe"] == probe.name), key=lambda r: r["top1"]) for probe in probes}
+    grid = " and the rates" if len(probes[0].settings) > 1 else ""
+    selection = f"last: after epoch {last}; the best epochs{grid} are chosen on the validation images that they are reported for"
+    for name, r in chosen.items():
+        say(f"{name}: {r['top1']:.2f} in the last epoch at lr {r['lr']:g}, weight decay {r['weight_decay']:g}")
+    say(selection)
+    return {"chosen": chosen, "selection": selection, "results": rows}
 
 
 if __name__ == "__main__":

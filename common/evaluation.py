@@ -37,6 +37,39 @@ def check(args):
         raise ArgumentError(f"--resize {args.resize} --size {args.size} --workers {args.workers}: 0 or more is needed")
 
 
+def is_features(args):
+    """Whether the trunk's place is taken by a file of kept features; they need no images."""
+    if not args.trunk.endswith(".npz"):
+        return False
+    given = [name for name in ("data", "val", "root", "resize", "size", "random_init") if getattr(args, name)]
+    if given:
+        raise ArgumentError(f"--{given[0].replace('_', '-')} needs a trunk: {args.trunk} holds features")
+    return True
+
+
+def name(info):
+    """A line on what is evaluated."""
+    if not info.get("arch"):
+        return "features"
+    width = info.get("width") or 1
+    return f"{info['arch']} x{width:g}, {info['method']}"
+
+
+def write(path, record):
+    """Writes the record of an evaluation as JSON. A full disk is a warning: the figures have been printed."""
+    problem = distributed.from_main(_write, path, record)
+    if problem:
+        say(f"warning: {path} cannot be written: {problem}")
+
+
+def _write(path, record):
+    try:
+        with checkpoint.writing(path, text=True) as file:
+            file.write(json.dumps(record, indent=1) + "\n")
+    except OSError as error:
+        return error.strerror or str(error)
+
+
 def open_trunk(args):
     """(trunk, info) that the arguments name, on every rank; with --random-init one of its architecture with random weights."""
     trunk, info = distributed.from_main(checkpoint.load_backbone, args.trunk)

@@ -15,7 +15,20 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
-from common.multicrop import MEAN, STD, Augmentation, MultiCrop, center, photometric, random_box, resize, to_device, to_tensor
+from common.multicrop import (
+    MEAN,
+    STD,
+    Augmentation,
+    MultiCrop,
+    RandomCrop,
+    TenCrop,
+    center,
+    photometric,
+    random_box,
+    resize,
+    to_device,
+    to_tensor,
+)
 
 OFF = [1.0, 1.0, 1.0, 0.0, -1, 0, 0.0, 0.0]
 ORDERS = list(itertools.permutations(range(4)))  # number 0..23: which of brightness, contrast, saturation, hue come when
@@ -335,3 +348,52 @@ def test_center_is_torchvisions():
         for short, size in ((36, 32), (32, 32), (16, 24)):
             wanted = transforms.Compose([transforms.Resize(short), transforms.CenterCrop(size), transforms.PILToTensor()])(image)
             assert torch.equal(center(image, short, size), wanted)
+
+
+# ---- crops of evaluations
+
+
+class OnePhoto:
+    """A set of one image under many indices; every seventh cannot be read."""
+
+    def __len__(self):
+        return 70
+
+    def read(self, i):
+        if i % 7 == 6:
+            raise OSError("damaged")
+        return photo(60, 90)
+
+
+def test_random_crops_are_windows_of_the_central_square():
+    square = center(photo(60, 90), 40, 40)
+    windows = {
+        (t, l, f): (square[:, t : t + 32, l : l + 32].flip(-1) if f else square[:, t : t + 32, l : l + 32])
+        for t in range(9)
+        for l in range(9)
+        for f in (0, 1)
+    }
+    crops = RandomCrop(OnePhoto(), 40, 32, Augmentation(jitter=(0.4, 0.4, 0.4, 0.0), jitter_p=1.0, grey_p=0.0, blur_p=0.0), seed=3)
+    found = []
+    for position in range(200):
+        index, (crop,), params = crops[2, position, position % 70]
+        assert index % 7 != 6 and crop.shape == (1, 3, 32, 32) and params.shape == (1, 8) and params[0, 4] >= 0
+        found.append(next(key for key, window in windows.items() if torch.equal(window, crop[0])))
+    tops, lefts, flips = zip(*found)
+    assert set(tops) == set(lefts) == set(range(9)) and 60 < sum(flips) < 140
+    again = crops[2, 5, 20]
+    assert torch.equal(again[1][0], crops[2, 5, 20][1][0]) and torch.equal(again[2], crops[2, 5, 20][2])
+    assert not torch.equal(again[2], crops[3, 5, 20][2]) and not torch.equal(again[2], crops[2, 6, 20][2])
+
+
+def test_ten_crops_are_torchvisions():
+    index, (crops,), params = TenCrop(OnePhoto(), 48, 32)[0, 0, 6]
+    expected = torch.stack([to_tensor(crop) for crop in TF.ten_crop(TF.resize(photo(60, 90), 48), 32)])
+    assert index == 7 and torch.equal(crops, expected) and params.tolist() == [OFF] * 10 and len({c.numpy().tobytes() for c in crops}) == 10
+
+
+@pytest.mark.parametrize("make", [lambda images: TenCrop(images, 48, 32), lambda images: RandomCrop(images, 48, 32, Augmentation(), 0)])
+def test_crops_of_a_set_without_a_readable_image(make, monkeypatch):
+    monkeypatch.setattr(OnePhoto, "read", lambda self, i: 1 / 0)
+    index, (crops,), params = make(OnePhoto())[0, 0, 3]
+    assert index == -1 and not crops.any() and len(crops) == len(params) in (1, 10)

@@ -1,0 +1,45 @@
+"""Accuracies that evaluations count over all ranks."""
+
+import math
+
+import pytest
+import torch
+from helpers import ranks
+
+from common.distributed import rank
+from common.evaluation import accuracy, ranked, ranked_accuracy
+
+
+def draw(n=23, classes=7):
+    g = torch.Generator().manual_seed(0)
+    scores, labels = torch.randn(n, 2, classes, generator=g), torch.randint(classes, (n,), generator=g)
+    labels[5] = -1
+    scores[7, 0, 2] = math.nan
+    return scores, labels
+
+
+def expected(scores, labels, k):
+    hits = [label in row.argsort(descending=True)[:k] and row.isfinite().all() for row, label in zip(scores, labels) if label >= 0]
+    return pytest.approx(100 * sum(map(bool, hits)) / len(hits))
+
+
+def test_accuracy():
+    scores, labels = draw()
+    for h, found in enumerate(ranked_accuracy(ranked(scores), labels)):
+        assert found == (expected(scores[:, h], labels, 1), expected(scores[:, h], labels, 5)) == accuracy(scores[:, h], labels)
+        assert 0 < found[0] < found[1] < 100
+
+
+def test_top5_needs_five_classes():
+    for classes, seen in ((4, False), (5, True)):
+        assert (accuracy(draw(classes=classes)[0][:, 1], draw(classes=classes)[1])[1] is not None) == seen
+
+
+def shards():
+    scores, labels = draw()
+    return [ranked_accuracy(ranked(scores.split(counts)[rank()]), labels.split(counts)[rank()]) for counts in ((12, 11), (0, 23), (20, 3))]
+
+
+def test_ranks_count_each_image_once():
+    one = ranked_accuracy(ranked(draw()[0]), draw()[1])
+    assert ranks(2, shards) == [[one] * 3] * 2
