@@ -46,7 +46,7 @@ from common.run import Run, autocast_dtype, launch, say, start
 
 PLAIN = dict(jitter=(0.0, 0.0, 0.0, 0.0), jitter_p=0.0, grey_p=0.0, rotate=0.0)
 TINY = dict(arch="resnet10", width=0.5, stem="small", crops=(1,), sizes=(32,), eval_size=48)
-TINY.update(scales=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, rotate=0.0, prototypes=100, pca_dim=64)
+TINY.update(scales=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, rotate=0.0, prototypes=100, pca_dim=128)
 TINY.update(batch_size=32, lr=0.05, final_lr=0.05)
 SHAPES = dict(TINY, sizes=(24,), eval_size=32, scales=(0.4, 1.0), jitter=(0.4, 0.4, 0.4, 0.2), epochs=5)
 RECIPES = {  # name: (ImageNet linear top-1 reported by others, what differs from the defaults of Config)
@@ -57,8 +57,8 @@ RECIPES = {  # name: (ImageNet linear top-1 reported by others, what differs fro
         dict(PLAIN, arch="alexnet", sobel=True, epochs=500, batch_size=256, lr=0.05, final_lr=0.05),
     ),
     "shapes": ("not measured", dict(SHAPES)),
-    "cifar": ("not measured", dict(TINY, epochs=20)),
-    "small": ("not measured", dict(TINY, epochs=50)),
+    "cifar": ("20-NN 45.6 from 10,000 images of CIFAR-10, untrained 35.0: measured here", dict(TINY, epochs=20)),
+    "small": ("settings of cifar for longer: not measured", dict(TINY, epochs=50)),
 }
 REMEDY = """  try in this order: fewer --prototypes (ten per class you expect, a tenth of the images at most); a smaller --pca-dim;
   a lower --lr; milder --jitter and --scales. A new classifier every epoch keeps the loss high: judge by --eval-every"""

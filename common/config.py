@@ -79,7 +79,7 @@ def override(config, given):
     scale = given.get("batch_size", config.batch_size) / config.batch_size
     if "lr" in given and config.lr:
         scale = given["lr"] / config.lr
-    scaled = {name: getattr(config, name) * scale for name in LEARNING_RATES if name not in given}
+    scaled = {name: getattr(config, name) * scale for name in LEARNING_RATES if hasattr(config, name) and name not in given}
     return replace(config, **scaled, **given)
 
 
@@ -95,7 +95,7 @@ def check(config, world_size):
         raise ArgumentError(f"--batch-size {c.batch_size} is not divisible by the {world_size} processes")
     if c.epochs < 1:
         raise ArgumentError(f"--epochs {c.epochs}: at least 1 is needed")
-    if not 0 <= c.warmup_epochs <= c.epochs:
+    if not 0 <= getattr(c, "warmup_epochs", 0) <= c.epochs:
         raise ArgumentError(f"--warmup-epochs {c.warmup_epochs} is longer than the run: --epochs {c.epochs}")
     groups = f"--crops {_words(c.crops)} --sizes {_words(c.sizes)} --scales {_words(c.scales)}"
     if not len(c.crops) == len(c.sizes) == len(c.scales) / 2:
@@ -104,7 +104,9 @@ def check(config, world_size):
         raise ArgumentError(f"--scales {_words(c.scales)}: pairs 0 < smallest <= largest <= 1 are needed")
     if min(c.crops) < 1 or min(c.sizes) < 1 or c.sizes[0] != max(c.sizes):
         raise ArgumentError(f"{groups}: positive numbers are needed, the largest size first")
-    for name in ("prototypes", "heads", "pca_dim", "kmeans_iterations", "log_every", "hidden", "dim", "lr", "temperature", "epsilon"):
+    positive = "prototypes heads hidden dim temperature epsilon pca_dim kmeans_iterations centroid_iters relabellings lam tolerance"
+    positive += " relabel_power lr drop_factor log_every"
+    for name in positive.split():
         if getattr(c, name, 1) <= 0:
             raise ArgumentError(f"--{name.replace('_', '-')} {getattr(c, name)}: more than 0 is needed")
     for name in ("workers", "max_bad"):
@@ -113,10 +115,10 @@ def check(config, world_size):
     if c.seed >= 1 << 32:
         raise ArgumentError(f"--seed {c.seed}: less than {1 << 32} is needed")
     names = ("seed", "queue_length", "queue_start_epoch", "sinkhorn_iterations", "weight_decay", "max_steps", "eval_size")
-    for name in (*names, "final_lr", "start_lr", "rotate", "save_every", "keep_every", "eval_every"):
+    for name in (*names, "final_lr", "start_lr", "rotate", "min_cluster", "reweight", "save_every", "keep_every", "eval_every"):
         if getattr(c, name, 0) < 0:
             raise ArgumentError(f"--{name.replace('_', '-')} {getattr(c, name)}: 0 or more is needed")
-    for name in ("momentum", "jitter_p", "grey_p", "blur_p"):
+    for name in ("momentum", "memory_momentum", "jitter_p", "grey_p", "blur_p"):
         if not 0 <= getattr(c, name, 0) <= 1 or c.momentum == 1:
             raise ArgumentError(f"--{name.replace('_', '-')} {getattr(c, name)}: between 0 and 1 is needed")
     if c.width <= 0 or 64 * c.width % 1:

@@ -161,7 +161,9 @@ class _SyncedBatchNorm(torch.autograd.Function):
         weight_grad = (grad_exact * normalized).sum(dims)  # (C,)
         bias_mean, weight_mean = (all_sum(torch.cat([bias_grad, weight_grad])) / count).chunk(2)
         x_grad = grad_exact - bias_mean.view(shape) - normalized * weight_mean.view(shape)
-        x_grad = x_grad * (inverse_std * weight).view(shape)
+        x_grad = x_grad * (inverse_std if weight is None else inverse_std * weight).view(shape)
+        if weight is None:
+            return x_grad.to(x.dtype), None, None, None
         return x_grad.to(x.dtype), weight_grad.to(weight.dtype), bias_grad.to(weight.dtype), None
 
 
@@ -190,7 +192,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     def convert(cls, module):
         """Replaces every BatchNorm1d/2d inside module, keeping parameters and buffers; returns module."""
         if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
-            synced = cls(module.num_features, module.eps, module.momentum)
+            synced = cls(module.num_features, module.eps, module.momentum, module.affine)
             synced.weight, synced.bias = module.weight, module.bias
             synced.running_mean, synced.running_var = module.running_mean, module.running_var
             synced.num_batches_tracked = module.num_batches_tracked

@@ -1,4 +1,4 @@
-"""LARC and the learning-rate schedule of SwAV. Imports torch alone: one file to lift."""
+"""LARC and learning-rate schedules. Imports torch alone: one file to lift."""
 
 import math
 
@@ -62,3 +62,8 @@ def warmup_cosine(step, steps_per_epoch, epochs, base_lr, final_lr, warmup_epoch
         return start_lr + (base_lr - start_lr) * step / max(1, warmup_steps - 1)
     progress = (step - warmup_steps) / (steps_per_epoch * (epochs - warmup_epochs))
     return final_lr + 0.5 * (base_lr - final_lr) * (1 + math.cos(math.pi * progress))
+
+
+def drops(step, steps_per_epoch, base_lr, epochs, factor):
+    """Learning rate of a step (0-based) that is multiplied by `factor` at the start of each of `epochs` (0-based)."""
+    return base_lr * factor ** sum(step >= epoch * steps_per_epoch for epoch in epochs)

@@ -195,7 +195,7 @@ class Run:
         say(f"  model    {c.arch} x{c.width:g}, {c.stem} stem, {parameters / 1e6:.2f} M parameters; {dtype} on {ranks}")
         say(f"  steps    {self.steps_per_epoch} an epoch, {c.epochs} epochs, {self.total} in all; batch {c.batch_size}, lr {c.lr:g}{base}")
         say(f"  balance  K {k}: {n / k:.3g} images and {balanced / k:.3g} assigned rows a cluster")
-        say(f"  memory   {held / n:.3g} bytes an image, {held / 2**20:.3g} MiB in all, beside the model")
+        say(f"  memory   {held / n:.0f} bytes an image, {held / 2**20:.3g} MiB in all, beside the model")
         if k > balanced:
             say(f"warning: --prototypes {k} are more than the {balanced} rows (batch + queue) that share them: take at most {balanced}")
         if n / k < 10:
@@ -250,7 +250,7 @@ class Run:
         ended = 0 < self.config.max_steps <= self.step
         if stop or ended:
             if not keep:
-                raise Stopped(f"stopped by a signal before the first step: nothing to save yet in {self.out}")
+                raise Stopped(f"stopped by a signal in a pass over the data: the same command goes on from what {self.out} holds")
             self.save(final=True)
             why = f"at --max-steps {self.config.max_steps}" if ended else f"by a signal, after step {self.step}"
             raise Stopped(f"stopped {why}: saved in {self.out}, the same command {'with more ' if ended else ''}goes on from there")
@@ -265,7 +265,7 @@ class Run:
     def log(self, loss, lr, z, index, assignments, **figures):
         """Counts one step; on a log step, the line and the record.
 
-        loss: scalar on the device; z (B, D) embeddings; index (B,); assignments (B,) or (H, B); figures: plain numbers.
+        loss: scalar on the device; z (B, D) embeddings; index (B,); assignments (B,) or (H, B); figures: numbers, also on the device.
         """
         self.meter.count(loss, index, assignments)
         self.timed_steps += 1
@@ -283,7 +283,7 @@ class Run:
             "epoch": (self.step + 1) / self.steps_per_epoch,
             "lr": lr,
             **health,
-            **figures,
+            **{name: float(value) if isinstance(value, torch.Tensor) else value for name, value in figures.items()},
             "images_per_s": self.timed_steps * self.config.batch_size / seconds,
             "data_wait": self.waited / seconds,
             "memory_gb": torch.cuda.max_memory_allocated() / 1e9 if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,

@@ -160,7 +160,7 @@ def test_a_signal_while_the_memory_is_filled_stops_at_once(tmp_path):
     code += "m.fill = fill; m.launch(m.main, m.parse(m.Config, m.RECIPES, m.__doc__))"
     line = command(*SHARED, "--out", tmp_path / "run", script=SCRIPT)
     stopped, out, err = finish(start(line[0], "-c", code, *line[1:], cwd=ROOT))
-    assert stopped == 0 and "stopped by a signal before the first step" in out, out + err
+    assert stopped == 0 and "stopped by a signal in a pass over the data" in out, out + err
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
     assert here(*SHARED, "--out", tmp_path / "run") == 0 and here(*SHARED, "--out", tmp_path / "straight") == 0
     assert same(saved(tmp_path / "run")["model"], saved(tmp_path / "straight")["model"])

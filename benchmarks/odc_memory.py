@@ -1,0 +1,76 @@
+"""What ODC's memory costs a step at ImageNet size, beside recomputing all centroids as the reference does every 10 steps.
+
+    python -m benchmarks.odc_memory             # 1,281,167 embeddings of 256 numbers, 10,000 clusters, batch 512: 4 GB
+
+A step gathers the batch, blends, finds the new clusters, keeps sums and counts, weighs the loss; every 10 steps the centroids are
+refreshed, every 50 a cluster is made to fall below the minimum, so that it is dissolved and the largest split. The product of
+the batch with all centroids is timed by itself, being the machine's rate of products and nothing else.
+"""
+
+import argparse
+import statistics
+import time
+
+import torch
+
+from benchmarks.record import write
+from common import distributed
+from odc import Memory
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=1_281_167)
+    parser.add_argument("--dim", type=int, default=256)
+    parser.add_argument("--clusters", type=int, default=10_000)
+    parser.add_argument("--batch", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--threads", type=int, default=2)
+    return parser.parse_args()
+
+
+def main():
+    args = arguments()
+    device = distributed.start()
+    torch.set_num_threads(args.threads)
+    generator = torch.Generator(device).manual_seed(0)
+    memory = Memory(args.images, args.dim, args.clusters, device=device)
+    features = torch.randn(args.images, args.dim, generator=generator, device=device)
+    targets = torch.randint(args.clusters, (args.images,), generator=generator, device=device)
+    memory.start(features, targets)
+    del features
+
+    def timed(function, *values):
+        def wait():
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+
+        wait()
+        start = time.perf_counter()
+        function(*values)
+        wait()
+        return 1000 * (time.perf_counter() - start)
+
+    taken = {"update": [], "refresh": [], "repair": [], "split": [], "weights": [], "product": []}
+    for step in range(1, args.steps + 1):
+        index = torch.randint(args.images, (args.batch,), generator=generator, device=device)
+        z = memory.bank[index] + 0.02 * torch.randn(args.batch, args.dim, generator=generator, device=device)
+        taken["weights"].append(timed(memory.loss_weight))
+        taken["update"].append(timed(memory.update, index, z))
+        taken["product"].append(timed(lambda z=z: (z @ memory.centroids.T).argmax(1)))
+        if step % 10 == 0:
+            taken["refresh"].append(timed(memory.refresh))
+        if step % 50 == 0:  # a cluster loses all but 19 of its images to its neighbour
+            images = (memory.targets == step).nonzero().flatten()[19:]
+            memory._move(images, torch.ones_like(images, dtype=torch.bool), torch.full_like(images, step + 1))
+        taken["split" if step % 50 == 0 else "repair"].append(timed(memory.repair))
+    median = {name: statistics.median(times) for name, times in taken.items()}
+    rest = median["update"] - median["product"] + median["weights"] + median["repair"] + median["refresh"] / 10 + median["split"] / 50
+    figures = {f"{name}, ms": value for name, value in median.items()}
+    figures["all but the product, ms a step"] = rest
+    figures["all centroids from all embeddings, ms"] = timed(memory.recount)
+    write("odc_memory", device, vars(args), figures)
+
+
+if __name__ == "__main__":
+    main()
