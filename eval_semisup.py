@@ -135,8 +135,9 @@ def resolve(args):
         if p.linear_rule:
             p = replace(p, lrs=scaled)
         else:
-            rule = " ".join(f"{lr:g}" for lr in scaled)
-            warning = f"the learning rates of {args.preset} belong to batch {preset.batch_size}: by the linear rule it is --lr {rule}"
+            here, there = (" ".join(f"{lr:g}" for lr in lrs) for lrs in (p.lrs, scaled))
+            warning = f"--lr {here} of {args.preset} belongs to batch {preset.batch_size} and is kept: "
+            warning += f"for {p.batch_size} the linear rule asks for --lr {there}"
     return p, warning
 
 
@@ -292,7 +293,7 @@ def main(args):
     counts = images.labels.bincount()
     counts = counts[counts > 0]
     source = "all that --data lists" if whole else f"{p.fraction:.3g} of each class, drawn with seed {args.seed}"
-    say(f"{args.trunk}: {info['arch']} x{info['width']:g}, {info['method']}, fine-tuned at {info['size']} px; preset {args.preset}")
+    say(f"{args.trunk}: {evaluation.name(info)}, fine-tuned at {info['size']} px; preset {args.preset}")
     say(f"{len(images)} of {len(everything)} images, {source}: {counts.min()} to {counts.max()} of each of {len(counts)} classes")
     say(
         f"batch {p.batch_size}, {p.epochs} epochs of {len(images) // p.batch_size} steps, rates x{p.gamma:g} after {p.drops}, "
@@ -315,10 +316,8 @@ def main(args):
             say(f"warning: {unreadable} images of {name} cannot be read and {what}")
     chosen = report(settings, p)
     record = {
-        "trunk": str(args.trunk),
-        "method": info["method"],
-        "arch": info["arch"],
-        "epoch": info.get("epoch"),
+        "trunk": args.trunk,
+        **{key: info.get(key) for key in ("method", "arch", "epoch")},
         "preset": args.preset,
         "images": len(images),
         "of": len(everything),
@@ -332,6 +331,9 @@ def main(args):
         "settings": settings,
     }
     say(json.dumps(record))
+    if Path(args.trunk).is_dir():
+        name = "_".join(["eval_semisup", args.preset, *["random"] * args.random_init])
+        evaluation.write(Path(args.trunk) / f"{name}.json", record)
 
 
 if __name__ == "__main__":

@@ -314,7 +314,7 @@ def main(args):
     voc = distributed.from_main(Voc, args.data)
     n = voc.trainval
     jobs = args.jobs or max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    say(f"{args.trunk}: {info['arch']} x{info['width']:g}, {info['method']}, VOC 2007 at {info['size']} px ({args.crop})")
+    say(f"{args.trunk}: {evaluation.name(info)}, VOC 2007 at {info['size']} px ({args.crop})")
     say(f"{n} images to train on, {len(voc) - n} to test, {len(voc.classes)} classes, {len(costs)} costs, AP by {args.ap}")
 
     model = Layers(trunk.to(device, memory_format=torch.channels_last), args.layers)
@@ -325,10 +325,8 @@ def main(args):
         raise data.DataError(f"{len(unreadable)} images of --data cannot be read: {voc.path(voc.names[unreadable[0]])}")
     rows = distributed.gather_rows(rows.cpu()).split([math.prod(shape) for shape in shapes.values()], dim=1)
     record = {
-        "trunk": str(args.trunk),
-        "method": info["method"],
-        "arch": info["arch"],
-        "epoch": info.get("epoch"),
+        "trunk": args.trunk,
+        **{key: info.get(key) for key in ("method", "arch", "epoch")},
         "trainval": n,
         "test": len(voc) - n,
         "classes": voc.classes,
@@ -353,6 +351,8 @@ def main(args):
             record["low_shot"][layer] = {k: shots_of(x, voc, costs, k, args, jobs, layer) for k in args.shots}
     report(record)
     say(json.dumps(record))
+    if Path(args.trunk).is_dir():
+        evaluation.write(Path(args.trunk) / f"{'_'.join(['eval_svm', *args.protocol, *['random'] * args.random_init])}.json", record)
 
 
 def shots_of(x, voc, costs, k, args, jobs, layer):

@@ -11,7 +11,7 @@ from torch import nn
 import eval_semisup
 from common import checkpoint, data, distributed, evaluation
 from common.multicrop import MEAN, STD, Augmentation, MultiCrop
-from common.resnet import resnet10
+from common.resnet import resnet10, resnet50
 from common.run import launch
 from eval_semisup import PRESETS, Model, Part, Preset, draw, finetune
 
@@ -116,7 +116,7 @@ def test_rates_follow_the_batch_where_the_protocol_says_so(capsys):
     p, warning = resolved("--preset", "vissl_1", "--batch-size", "2048")
     assert p.lrs == (0.4,) and warning is None
     p, warning = resolved("--preset", "openselfsup_10", "--batch-size", "2048", "--epochs", "5")
-    assert p.lrs == (0.001, 0.01, 0.1) and warning.endswith("belong to batch 256: by the linear rule it is --lr 0.008 0.08 0.8")
+    assert p.lrs == (0.001, 0.01, 0.1) and warning.endswith("for 2048 the linear rule asks for --lr 0.008 0.08 0.8")
     assert (p.epochs, p.drops) == (5, (3, 4))
     p, warning = resolved("--preset", "swav_1", "--batch-size", "64", "--lr", "0.3", "--head", "2", "3")
     assert (p.lrs, p.heads, p.batch_size, warning) == ((0.3,), (2.0, 3.0), 64, None)
@@ -227,6 +227,17 @@ def test_random_init_leaves_the_weights_out(backbone, capsys):
     out = capsys.readouterr().out
     assert [json.loads(line)["method"] for line in out.splitlines() if line.startswith("{")] == ["swav", "random weights"]
     assert len(set(re.findall(r"loss (\S+) top-1", out))) == 2
+
+
+def test_a_sobel_trunk_in_a_run_directory(tmp_path, capsys):
+    torch.manual_seed(0)
+    info = dict(INFO, arch="resnet50", sobel=True, method="deepcluster")
+    checkpoint.export_backbone(tmp_path / "backbone.pt", resnet50(width=0.125, stem="small", sobel=True), info)
+    (tmp_path / "config.json").write_text(json.dumps({"data": "shapes:100"}))
+    assert semisup_here(tmp_path, "--epochs", 1, "--lr", 0.01, "--head", 1, "--fraction", 0.2, "--batch-size", 10, "--workers", 0) == 0
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (record["method"], record["arch"], record["images"]) == ("deepcluster", "resnet50", 20)
+    assert json.loads((tmp_path / "eval_semisup_small.json").read_text()) == record
 
 
 def test_a_list_is_taken_whole(tmp_path, backbone, capsys):

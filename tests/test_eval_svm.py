@@ -1,5 +1,7 @@
 """eval_svm.py: the metric, VOC's files, the protocol against a literal transcription, and what a user types."""
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
@@ -7,11 +9,13 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, finish, golden, ranks, start
+from helpers import golden, ranks
 from PIL import Image
+from torch import nn
 
 import eval_svm
 from common import checkpoint
+from common.alexnet import AlexNet
 from common.multicrop import MEAN, STD, Warp
 from common.resnet import resnet10
 from common.run import launch
@@ -245,18 +249,6 @@ def test_a_draw_has_k_positive_and_19_k_negative_images():
     assert len({tuple(draw(targets, 4, *key)) for key in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))}) == 4
 
 
-def fits_of(world):
-    p = Problem()
-    return full(p.x, p, SOME[:3], "all_points", 1, ""), low_shot(p.x, p, SOME[:1], "11point", 1, 1, 0, 1, "")
-
-
-def test_two_ranks_find_what_one_finds():
-    expected = fits_of(1)
-    for result in ranks(2, fits_of, 2):
-        for ours, theirs in zip(result, expected):
-            assert all(np.array_equal(a, b) for a, b in zip(ours, theirs))
-
-
 # ---- a user's command
 
 
@@ -306,15 +298,44 @@ def test_all_layers_of_a_resnet_at_224_pixels(voc2007, tmp_path, capsys):
     assert "at 24 px (center)" in out and json.loads(out.splitlines()[-1])["full"]["avgpool"]["map"] != f["avgpool"]["map"]
 
 
-def test_two_processes_find_what_one_finds(voc2007, backbone, capsys):
+def test_the_convolutions_of_an_alexnet(voc2007, tmp_path, monkeypatch, capsys):
+    def build(info):
+        with torch.device("meta"):  # its fully connected layers have 200 MB that no layer here needs
+            trunk = AlexNet((4, 6, 6, 6, 4), False, last_relu=False)
+        trunk.classifier = nn.Identity()
+        for layer in trunk.features.to_empty(device="cpu"):
+            if hasattr(layer, "reset_parameters"):
+                layer.reset_parameters()
+        return trunk
+
+    monkeypatch.setattr(checkpoint, "build_backbone", build)
+    info = dict(arch="alexnet_sela", width=1, stem="imagenet", method="sela", resize=256, size=224)
+    torch.manual_seed(0)
+    checkpoint.export_backbone(tmp_path / "backbone.pt", build(info), info)
+    layers = ("conv1", "conv5", "conv5_max")
+    assert svm_here(tmp_path, "--data", voc2007, "--layers", *layers, "--costs", 1, "--workers", 0, "--jobs", 1) == 0
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [record["full"][layer]["features"] for layer in layers] == [400, 144, 144] and record["method"] == "sela"
+    assert json.loads((tmp_path / "eval_svm_full.json").read_text()) == record
+
+
+def printed(arguments):
+    """What the command prints on this rank, and fits of another problem whose numbers of tasks no two ranks share evenly."""
+    p, out = Problem(), io.StringIO()
+    with contextlib.redirect_stdout(out):
+        eval_svm.main(eval_svm.arguments(arguments))
+    return out.getvalue(), full(p.x, p, SOME[:3], "all_points", 1, ""), low_shot(p.x, p, SOME[:1], "11point", 1, 1, 0, 1, "")
+
+
+def test_two_ranks_find_what_one_finds(voc2007, backbone):
     arguments = [backbone, "--data", voc2007, "--layers", "avgpool", "--costs", 0.1, 1, "--workers", 0, "--precision", "float32"]
     arguments = [str(a) for a in (*arguments, "--jobs", 1, "--batch-size", 7, "--protocol", "full", "low-shot", "--shots", 1)]
-    assert svm_here(*arguments) == 0
-    one = json.loads(capsys.readouterr().out.splitlines()[-1])
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    code, out, err = finish(start(*torchrun, str(ROOT / "eval_svm.py"), *arguments))
-    assert code == 0, err
-    assert [json.loads(line) for line in out.splitlines() if line.startswith("{")] == [one]
+    out, *fits = printed(arguments)
+    results = ranks(2, printed, arguments)
+    assert results[0][0] == out and results[1][0] == "" and json.loads(out.splitlines()[-1])["full"]
+    for _, *others in results:
+        for ours, theirs in zip(fits, others):
+            assert all(np.array_equal(a, b) for a, b in zip(ours, theirs))
 
 
 def test_errors(voc2007, backbone, tmp_path, capsys, monkeypatch):
