@@ -55,13 +55,17 @@ class Preset:
 GRID = dict(lrs=(0.001, 0.01, 0.1), heads=(1, 10, 100), head_std=0.01)
 VISSL = dict(lrs=(0.05,), heads=(1,), epochs=70, drops=(30,), gamma=0.1, nesterov=True, linear_rule=True)
 PRESETS = {
-    "openselfsup_1": Preset("ODC 32.39 / 61.02 (head100, 1e-1), DeepCluster 33.44 / 58.62 (head1, 1e-2)", 0.01, weight_decay=5e-4, **GRID),
-    "openselfsup_10": Preset("ODC 58.15 / 82.55 (head10, 1e-1), DeepCluster 52.94 / 77.96 (head1, 1e-2)", 0.1, weight_decay=1e-4, **GRID),
-    "swav_1": Preset("SwAV, 800 epochs: 53.9 / 78.5", 0.01, (0.02,), (250,)),
-    "swav_10": Preset("SwAV, 800 epochs: 70.2 / 89.9", 0.1, (0.01,), (20,)),
+    "openselfsup_1": Preset(
+        "ODC 32.39 / 61.02 (head100, 1e-1), DeepCluster 33.44 / 58.62 (head1, 1e-2; not tuned), last epoch", 0.01, weight_decay=5e-4, **GRID
+    ),
+    "openselfsup_10": Preset(
+        "ODC 58.15 / 82.55 (head10, 1e-1), DeepCluster 52.94 / 77.96 (head1, 1e-2; not tuned), last epoch", 0.1, weight_decay=1e-4, **GRID
+    ),
+    "swav_1": Preset("SwAV of 800 epochs 53.9 / 78.5 (the paper's), best epoch", 0.01, (0.02,), (250,)),
+    "swav_10": Preset("SwAV of 800 epochs 70.2 / 89.9 (the paper's), best epoch", 0.1, (0.01,), (20,)),
     "vissl_1": Preset("none for these methods", 0.01, **VISSL),
     "vissl_10": Preset("none for these methods", 0.1, **VISSL),
-    "small": Preset("none; ours, for small images on a CPU", 0.1, (0.01, 0.1), (1,), 1e-4, batch_size=50, head_std=0.01),
+    "small": Preset("none: ours, for small images on a CPU", 0.1, (0.01, 0.1), (1,), 1e-4, batch_size=50, head_std=0.01),
 }
 
 
@@ -94,7 +98,7 @@ def arguments(argv=None):
 
 def table():
     """The presets as text: name, published top-1 / top-5, rates."""
-    lines = []
+    lines = ["preset           published ImageNet top-1 / top-5"]
     for name, p in PRESETS.items():
         lines.append(f"{name:16} {p.published}")
         grid = f"lr {' '.join(map(exponent, p.lrs))}, head {' '.join(f'x{h:g}' for h in p.heads)}"
@@ -122,9 +126,9 @@ def resolve(args):
     for name, values in (("lr", p.lrs), ("head", p.heads)):
         if not all(0 < value < math.inf for value in values):
             raise ArgumentError(f"--{name} {' '.join(f'{v:g}' for v in values)}: more than 0 is needed")
-    if p.epochs < 1 or p.batch_size < 1 or not 0 <= p.weight_decay < math.inf or not 0 <= args.seed < 1 << 32:
+    if p.epochs < 1 or p.batch_size < 2 or not 0 <= p.weight_decay < math.inf or not 0 <= args.seed < 1 << 32:
         got = f"--epochs {p.epochs} --batch-size {p.batch_size} --weight-decay {p.weight_decay:g} --seed {args.seed}"
-        raise ArgumentError(f"{got}: one epoch and one image or more are needed, and nothing below 0")
+        raise ArgumentError(f"{got}: one epoch and two images a step or more are needed, and nothing below 0")
     if not 0 < p.fraction <= 1:
         raise ArgumentError(f"--fraction {p.fraction:g}: more than 0 and at most 1 is needed")
     if p.batch_size % distributed.world_size():
@@ -152,7 +156,7 @@ def draw(labels, fraction, seed):
         count = max(1, round(fraction * len(members)))
         if label >= 0:
             rows.append(np.random.default_rng((seed, label)).permutation(members)[:count])
-    return np.sort(np.concatenate(rows))
+    return np.sort(np.concatenate([np.zeros(0, dtype=np.int64), *rows]))
 
 
 class Part:

@@ -47,6 +47,7 @@ def test_a_draw_is_a_share_of_each_class_and_a_function_of_the_seed():
     assert labels[torch.from_numpy(rows)].bincount().tolist() == [5, 3, 1, 0, 1]  # one at least; none without a label
     assert list(rows) == list(draw(labels, 0.1, 7)) != list(draw(labels, 0.1, 8))
     assert sorted(draw(labels, 1, 0)) == (labels >= 0).nonzero()[:, 0].tolist()
+    assert len(draw(torch.tensor([-1, -1]), 1, 0)) == 0
     # A class's draw does not depend on the other classes.
     alone = torch.where(labels == 1, labels, -1)
     assert set(draw(alone, 0.1, 7)) == {row for row in rows if labels[row] == 1}
@@ -305,6 +306,7 @@ def test_errors(tmp_path, backbone, capsys):
         (("--data", "shapes:50", "--lr", 0.1, 0), 2, "--lr 0.1 0: more than 0"),
         (("--data", "shapes:50", "--head", "nan"), 2, "--head nan: more than 0"),
         (("--data", "shapes:50", "--epochs", 0), 2, "--epochs 0"),
+        (("--data", "shapes:50", "--batch-size", 1), 2, "--batch-size 1"),
         (("--data", "shapes:50", "--preset", "swav"), 2, "invalid choice: 'swav'"),
         (("--data", "shapes:50"), 3, "10 images are drawn of --data, fewer than one batch: --batch-size 50"),
         (("--data", tmp_path / "flat", "--val", tmp_path / "val"), 3, "--data has no labels"),
