@@ -225,26 +225,27 @@ class Probe(nn.Module):
 
     def __init__(self, name, shape, classes, settings, start, seed):
         super().__init__()
-        self.name, self.settings = name, settings
+        self.name, self.settings, self.velocity = name, settings, {}
         self.layer, _, norm = name.partition("+")
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
         weight = torch.empty(classes, *shape)
         bias = start(weight, generator)
-        self.weight = nn.Parameter(weight.flatten(1).repeat(len(settings), 1, 1))  # (G, K, F)
-        self.bias = nn.Parameter(bias.repeat(len(settings), 1))  # (G, K)
+        # Settings behind classes: a softmax over many short rows would cost more than the products.
+        self.weight = nn.Parameter(weight.flatten(1)[:, None].repeat(1, len(settings), 1))  # (K, G, F)
+        self.bias = nn.Parameter(bias[:, None].repeat(1, len(settings)))  # (K, G)
         self.norm = distributed.SyncBatchNorm(shape[0], affine=False) if norm else None
         if norm == "affine":
             self.gain = nn.Parameter(torch.ones(len(settings), shape[0]))  # (G, C)
             self.shift = nn.Parameter(torch.zeros(len(settings), shape[0]))
 
     def forward(self, x):
-        """(B, C, h, w) -> (B, G, K)."""
+        """(B, C, h, w) -> (B, K, G)."""
         weight, bias = self.weight, self.bias
         x = x if self.norm is None else self.norm(x)
         if hasattr(self, "gain"):  # into the weights: one product for all settings
-            weight = weight.unflatten(2, (x.shape[1], -1))  # (G, K, C, h w)
-            bias = bias + torch.einsum("gkcp,gc->gk", weight, self.shift)
-            weight = (weight * self.gain[:, None, :, None]).flatten(2)
+            weight = weight.unflatten(2, (x.shape[1], -1))  # (K, G, C, h w)
+            bias = bias + torch.einsum("kgcp,gc->kg", weight, self.shift)
+            weight = (weight * self.gain[:, :, None]).flatten(2)
         return F.linear(x.flatten(1), weight.flatten(0, 1), bias.flatten()).unflatten(1, bias.shape)
 
     @torch.no_grad()
@@ -252,14 +253,14 @@ class Probe(nn.Module):
         """A step of SGD, torch.optim's, with a learning rate for each setting, (G,). Batch norm's parameters do not decay."""
         decay = lr.new_tensor([weight_decay for _, weight_decay in self.settings])
         for name, p in self.named_parameters():
-            shape = (-1,) + (1,) * (p.dim() - 1)
+            shape = {"weight": (1, -1, 1), "bias": (1, -1), "gain": (-1, 1), "shift": (-1, 1)}[name]
             grad = distributed.all_sum(p.grad)
             if name in ("weight", "bias"):
                 grad.addcmul_(decay.view(shape), p)
-            if not hasattr(p, "momentum"):
-                p.momentum = torch.zeros_like(p)
-            p.momentum.mul_(momentum).add_(grad)
-            p.sub_(lr.view(shape) * (grad.add_(p.momentum, alpha=momentum) if nesterov else p.momentum))
+            if name not in self.velocity:
+                self.velocity[name] = torch.zeros_like(p)
+            velocity = self.velocity[name].mul_(momentum).add_(grad)
+            p.sub_(lr.view(shape) * (grad.add_(velocity, alpha=momentum) if nesterov else velocity))
             p.grad = None
 
 
@@ -268,8 +269,9 @@ def train_one_epoch(probes, batches, preset, epoch, steps):
     for step, (maps, labels, total) in enumerate(batches, epoch * steps):
         loss = 0
         for probe in probes:
-            logits = probe.train()(maps[probe.layer])  # (b, G, K)
-            loss = loss + F.cross_entropy(logits.flatten(0, 1), labels.repeat_interleave(logits.shape[1]), reduction="sum") / total
+            logits = probe.train()(maps[probe.layer])  # (b, K, G)
+            targets = labels[:, None].expand(-1, logits.shape[2])
+            loss = loss + F.cross_entropy(logits, targets, reduction="sum") / total
         loss.backward()
         for probe in probes:
             rates = [preset.schedule(preset, epoch, step, *setting) for setting in probe.settings]
@@ -281,9 +283,9 @@ def judge(probes, maps, views=1, probabilities=False):
     """Best classes of every probe and setting, (B, settings of all probes, up to 5), from maps of `views` crops an image."""
     best = []
     for probe in probes:
-        logits = probe.eval()(maps[probe.layer])  # (views B, G, K)
-        logits = (logits.softmax(-1) if probabilities else logits).unflatten(0, (views, -1)).mean(0)
-        best.append(evaluation.ranked(logits))
+        logits = probe.eval()(maps[probe.layer])  # (views B, K, G)
+        logits = (logits.softmax(1) if probabilities else logits).unflatten(0, (views, -1)).mean(0)
+        best.append(evaluation.ranked(logits.transpose(1, 2)))
     return torch.cat(best, dim=1)
 
 

@@ -444,10 +444,12 @@ def _read_list(path, root, split):
     if not lines or "\0" in text:
         raise DataError(f"{path} is not a list of images: a text file with one path a line is needed")
 
+    endings = tuple(EXTENSIONS)
+
     def cut(line):
         for separator in (",", "\t", " "):
             head, found, label = line.rpartition(separator)
-            if found and label.strip() and os.path.splitext(head.strip())[1].lower() in EXTENSIONS:
+            if found and label.strip() and head.rstrip().lower().endswith(endings):
                 return head.strip(), label.strip()
         return line.strip(), None
 

@@ -162,8 +162,9 @@ def test_settings_trained_at_once_end_as_trained_alone(name, nesterov):
     for i, setting in enumerate(GRID):
         alone = fit(name, [setting], preset)
         for (key, a), b in zip(alone.named_parameters(), together.parameters()):
+            a, b = (p.movedim(1, 0) if key in ("weight", "bias") else p for p in (a, b))  # settings first
             torch.testing.assert_close(b[i], a[0], rtol=1e-9, atol=1e-12, msg=key)
-    assert not torch.allclose(together.weight[0], together.weight[1])
+    assert not torch.allclose(together.weight[:, 0], together.weight[:, 1])
 
 
 @pytest.mark.parametrize("name", ["l", "l+bn", "l+affine"])
@@ -174,8 +175,8 @@ def test_a_probe_is_torchs_layers_under_torchs_sgd(name, nesterov):
     layers = [nn.BatchNorm2d(3, affine=name == "l+affine")] if "+" in name else []
     network = nn.Sequential(*layers, nn.Flatten(), nn.Linear(12, CLASSES)).double()
     with torch.no_grad():
-        network[-1].weight.copy_(probe.weight[0])
-        network[-1].bias.copy_(probe.bias[0])
+        network[-1].weight.copy_(probe.weight[:, 0])
+        network[-1].bias.copy_(probe.bias[:, 0])
     norm = [p for layer in layers for p in layer.parameters()]  # not decayed
     groups = [{"params": network[-1].parameters(), "weight_decay": weight_decay}, *([{"params": norm}] if norm else [])]
     optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=nesterov)
@@ -189,15 +190,15 @@ def test_a_probe_is_torchs_layers_under_torchs_sgd(name, nesterov):
             optimizer.zero_grad()
             F.cross_entropy(network(maps["l"]), y).backward()
             optimizer.step()
-    torch.testing.assert_close(probe.eval()(x)[:, 0], network.eval()(x), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(probe.eval()(x)[..., 0], network.eval()(x), rtol=1e-9, atol=1e-12)
 
 
 def test_a_setting_that_diverges_leaves_the_others_alone():
     preset = eval_linear.Preset("", epochs=3)
     alone, together = fit("l", [(0.5, 0.0)], preset), fit("l", [(0.5, 0.0), (1e308, 0.0), (0.5, 1e305)], preset)
-    torch.testing.assert_close(together.weight[0], alone.weight[0])
+    torch.testing.assert_close(together.weight[:, 0], alone.weight[:, 0])
     best = judge([together], {"l": toy()[0]})
-    assert (best[:, 1:] == -1).all() and (best[:, 0] >= 0).all() and not together.weight[1].isfinite().all()
+    assert (best[:, 1:] == -1).all() and (best[:, 0] >= 0).all() and not together.weight[:, 1].isfinite().all()
 
 
 def test_layers_that_are_left_out_change_nothing_for_the_others():
@@ -218,11 +219,12 @@ def test_how_probes_start(start, bound, bias):
 def test_several_views_are_averaged_as_logits_or_as_probabilities():
     probe = Probe("l", (2, 1, 1), 2, [(1, 0)], eval_linear.gaussian, seed=0)
     with torch.no_grad():
-        probe.weight.copy_(torch.eye(2)[None])
+        probe.weight.copy_(torch.eye(2)[:, None])
     # Views of one image: one sure of class 0, two that lean to class 1. The sum of logits is for 0, that of probabilities for 1.
-    x = torch.tensor([[9.0, 0.0], [0.0, 2.0], [0.0, 2.0]])[:, :, None, None]
-    assert judge([probe], {"l": x}, views=3).tolist() == [[[0, 1]]]
-    assert judge([probe], {"l": x}, views=3, probabilities=True).tolist() == [[[1, 0]]]
+    views = torch.tensor([[9.0, 0.0], [0.0, 2.0], [0.0, 2.0]])
+    x = torch.stack([views, views.flip(1), views], dim=1).flatten(0, 1)[:, :, None, None]  # three images, crop-major
+    assert judge([probe], {"l": x}, views=3).tolist() == [[[0, 1]], [[1, 0]], [[0, 1]]]
+    assert judge([probe], {"l": x}, views=3, probabilities=True).tolist() == [[[1, 0]], [[0, 1]], [[1, 0]]]
 
 
 # ---- several ranks
@@ -371,6 +373,9 @@ def test_kept_features(images, run, tmp_path, capsys):
     assert linear_here(run, "--data", images, "--save-features", path, *options) == 0
     direct = record(capsys)
     assert direct["cached"] and (run / "eval_linear_small_cached.json").is_file()
+    vissl = ("--preset", "vissl_28e", "--layers", "avgpool", "--epochs", 1, "--cache", "--size", 20, "--resize", 24, *options)
+    assert linear_here(run, "--data", images, *vissl) == 0
+    assert [r["probe"] for r in record(capsys)["results"]] == ["avgpool+affine", "avgpool"]
     assert linear_here(path) == 0
     kept = record(capsys)
     assert kept["results"] == direct["results"] and (kept["method"], kept["size"], kept["classes"]) == ("swav", 20, 3)
