@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -99,13 +100,17 @@ def _open_labelled(args):
     root, val = (args.root, args.val) if args.data else (args.root or run.get("root", ""), args.val or run.get("val", ""))
     images = data.open_images(spec, "train", root)
     queries = data.open_queries(spec, val, root)
-    if queries.fingerprint == images.fingerprint:
+    if queries.fingerprint == images.fingerprint and _folder(queries) == _folder(images):
         raise data.DataError("--data and --val are the same images: each would find itself")
     for part, name in ((images, "--data"), (queries, "--val")):
         if part.labels is None:
             raise data.DataError(f"{name} has no labels: class folders, or a list with labels, are needed")
     data.match_classes(queries, images)
     return images, queries
+
+
+def _folder(images):
+    return os.path.realpath(images.root) if hasattr(images, "root") else None  # a fingerprint is that of the paths below it
 
 
 def extraction(args, info, device):

@@ -143,6 +143,13 @@ class TenCrop(CenterCrop):
         return torch.stack([to_tensor(crop) for crop in TF.ten_crop(TF.resize(image, self.resize), self.size)])
 
 
+class Warp(CenterCrop):
+    """The same with the whole image: short side to `resize`, then to a square of `size` pixels whatever its shape was."""
+
+    def cut(self, image):
+        return to_tensor(TF.resize(TF.resize(image, self.resize), (self.size, self.size)))[None]
+
+
 def to_tensor(image):
     """PIL RGB image to (3, H, W) uint8, channels last in memory: the layout that resizes fastest."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)

@@ -74,12 +74,17 @@ def start(config):
     """Joins the other processes, checks the options that all methods share and seeds the weights; returns the device."""
     device = distributed.start(config.device)
     options.check(config, distributed.world_size())
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = not config.deterministic
+    repeatable(config.deterministic)
     torch.manual_seed(config.seed)
     return device
+
+
+def repeatable(wanted):
+    """What --deterministic means: the same bits each time on a GPU too; an operation that cannot raises RuntimeError."""
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(wanted)
+    torch.backends.cudnn.benchmark = not wanted
 
 
 def say(text):
