@@ -138,7 +138,7 @@ PRESETS = {
         **dict(lr=(0.1,), epochs=146, batch_size=1024, drops=(85, 128), view=TenCrop),
     ),
     "dc_alexnet_90e": Preset(
-        "ImageNet conv1-conv5, the authors, best epoch: DeepCluster AlexNet 37.88 (layer not stated)",
+        "ImageNet conv1-conv5: the authors' protocol, best epoch; DeepCluster AlexNet 37.88 by VISSL, of their weights (layer not stated)",
         probes=("conv1", "conv2", "conv3", "conv4", "conv5"),
         **dict(weight_decay=(1e-7,), epochs=90, schedule=by_root, crop=RandomCrop, view=TenCrop, probabilities=True),
     ),
