@@ -354,7 +354,7 @@ def test_a_pickle_that_would_run_code_does_not(tmp_path, kind, capsys):
 
 def test_no_source_asks_for_unsafe_loading():
     for path in [*ROOT.glob("*.py"), *(ROOT / "common").glob("*.py")]:
-        assert not re.search(r"weights_only\s*=\s*False|pickle\.load|allow_pickle", path.read_text()), path
+        assert not re.search(r"weights_only\s*=\s*False|pickle\.load|allow_pickle\s*=\s*True", path.read_text()), path
 
 
 def test_changed_data_are_named(tmp_path, capsys):
