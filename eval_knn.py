@@ -12,6 +12,7 @@ counts once, whatever the number of processes.
 """
 
 import json
+from pathlib import Path
 
 import torch
 
@@ -75,6 +76,8 @@ def main(args):
         "top5": {k: round(a, 4) for k, (_, a) in accuracy.items() if a is not None},
     }
     say(json.dumps(record))
+    if Path(args.trunk).is_dir():
+        evaluation.write(Path(args.trunk) / f"{'_'.join(['eval_knn', *['random'] * args.random_init])}.json", record)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import argparse
 import itertools
 import json
 import math
+import os
 import sys
 import time
 import zlib
@@ -33,7 +34,7 @@ from common import data, distributed, evaluation, features
 from common.config import ArgumentError
 from common.multicrop import MEAN, STD, Augmentation, CenterCrop, MultiCrop, RandomCrop, TenCrop, photometric
 from common.pooling import FEATURES, pooled_maps, shapes
-from common.run import autocast_dtype, launch, say
+from common.run import Diverged, autocast_dtype, launch, say
 
 # B images, C channels of a map, F features of a layer, G settings (learning rate, weight decay), K classes
 
@@ -133,14 +134,15 @@ PRESETS = {
         **dict(weight_decay=(5e-4,), epochs=28, drops=(8, 16, 24), nesterov=True, start=uniform),
     ),
     "sela_resnet_146e": Preset(
-        "ImageNet AvgPool, the authors: SeLa ResNet-50 10x3k 61.5; with more augmentation and judged by one crop:"
+        "ImageNet AvgPool, the authors, whose probing left batch norm in train mode: SeLa ResNet-50 10x3k 61.5 (pre-activation);"
+        " with more augmentation and judged by one crop:"
         " ResNet-18 1k 53.3, ResNet-50 1k 63.5, 10x3k 68.8",
         **dict(lr=(0.1,), epochs=146, batch_size=1024, drops=(85, 128), view=TenCrop),
     ),
     "dc_alexnet_90e": Preset(
-        "ImageNet conv1-conv5: the authors' protocol, best epoch; DeepCluster AlexNet 37.88 by VISSL, of their weights (layer not stated)",
+        "ImageNet conv1-conv5, best epoch: the protocol of DeepCluster's AlexNet (37.88 is VISSL's, with other windows, layer not stated)",
         probes=("conv1", "conv2", "conv3", "conv4", "conv5"),
-        **dict(weight_decay=(1e-7,), epochs=90, schedule=by_root, crop=RandomCrop, view=TenCrop, probabilities=True),
+        **dict(weight_decay=(1e-7,), epochs=90, schedule=by_root, start=uniform, crop=RandomCrop, view=TenCrop, probabilities=True),
     ),
     "sela_alexnet_36e": Preset(
         "ImageNet conv1-conv5, the authors, best layer: SeLa AlexNet 42.1 (1k), 43.8 (10k)",
@@ -203,6 +205,9 @@ def choose(args):
     unknown = [layer for layer in args.layers if layer not in known]
     if unknown:
         raise ArgumentError(f"--layers {unknown[0]} is not in --preset {args.preset}: choose from {', '.join(known)}")
+    least = max(2 if any("+" in probe for probe in preset.probes) else 1, distributed.world_size())
+    if given.get("batch_size", least) < least:
+        raise ArgumentError(f"--batch-size {given['batch_size']}: at least {least} is needed, for batch norm or an image a process")
     ratio = given.get("batch_size", preset.batch_size) / preset.batch_size
     if ratio != 1 and not args.lr:
         rule = " ".join(f"{lr * ratio:g}" for lr in preset.lr)
@@ -233,6 +238,7 @@ class Probe(nn.Module):
         # Settings behind classes: a softmax over many short rows would cost more than the products.
         self.weight = nn.Parameter(weight.flatten(1)[:, None].repeat(1, len(settings), 1))  # (K, G, F)
         self.bias = nn.Parameter(bias[:, None].repeat(1, len(settings)))  # (K, G)
+        self.register_buffer("decay", torch.tensor([decay for _, decay in settings], dtype=torch.float64), persistent=False)  # (G,)
         self.norm = distributed.SyncBatchNorm(shape[0], affine=False) if norm else None
         if norm == "affine":
             self.gain = nn.Parameter(torch.ones(len(settings), shape[0]))  # (G, C)
@@ -251,12 +257,11 @@ class Probe(nn.Module):
     @torch.no_grad()
     def descend(self, lr, nesterov, momentum=0.9):
         """A step of SGD, torch.optim's, with a learning rate for each setting, (G,). Batch norm's parameters do not decay."""
-        decay = lr.new_tensor([weight_decay for _, weight_decay in self.settings])
         for name, p in self.named_parameters():
             shape = {"weight": (1, -1, 1), "bias": (1, -1), "gain": (-1, 1), "shift": (-1, 1)}[name]
             grad = distributed.all_sum(p.grad)
             if name in ("weight", "bias"):
-                grad.addcmul_(decay.view(shape), p)
+                grad.addcmul_(self.decay.view(shape).to(p.dtype), p)
             if name not in self.velocity:
                 self.velocity[name] = torch.zeros_like(p)
             velocity = self.velocity[name].mul_(momentum).add_(grad)
@@ -275,7 +280,7 @@ def train_one_epoch(probes, batches, preset, epoch, steps):
         loss.backward()
         for probe in probes:
             rates = [preset.schedule(preset, epoch, step, *setting) for setting in probe.settings]
-            probe.descend(probe.weight.new_tensor(rates), preset.nesterov)
+            probe.descend(torch.tensor(rates, dtype=torch.float64).to(probe.weight, non_blocking=True), preset.nesterov)
 
 
 @torch.no_grad()
@@ -307,6 +312,7 @@ class Cached:
     """Training and judging on kept features: this rank's rows of both sets, (features (n, D), labels (n,))."""
 
     def __init__(self, train, val, device):
+        self.judged = int(distributed.all_sum((val[1] >= 0).sum()))
         exact = torch.promote_types(train[0].dtype, torch.float32)
         labelled = train[1] >= 0  # the others are unreadable or have no label
         self.x, self.labels = train[0].to(exact)[labelled.to(train[0].device)].to(device), train[1][labelled].to(device)
@@ -320,7 +326,7 @@ class Cached:
         batches = data.batches(self.n, batch_size, epoch, seed, 0, 1, drop_last=drop_last)
         for batch in map(batches.__getitem__, range(len(batches))):
             rows = torch.tensor([index for _, index in batch]) - self.first
-            rows = rows[(rows >= 0) & (rows < len(self.x))].to(self.x.device)
+            rows = rows[(rows >= 0) & (rows < len(self.x))].to(self.x.device, non_blocking=True)
             yield {"avgpool": self.x[rows, :, None, None]}, self.labels[rows], len(batch)
 
     def judge(self, probes):
@@ -371,6 +377,10 @@ class Drawn:
         colours = torch.tensor([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]])
         self.colours = colours * torch.tensor([0.2175, 0.0188, 0.0045]) / torch.tensor(self.std)[:, None]  # (RGB, 3)
 
+    @property
+    def judged(self):
+        return int((self.queries.labels >= 0).sum())
+
     def batches(self, epoch, batch_size, seed, drop_last):
         reading = Reading(self.trunk, self.layers, dict)
         order = np.random.default_rng((seed, epoch)).permutation(self.labelled)
@@ -382,10 +392,10 @@ class Drawn:
             if self.preset.lighting:  # drawn for the batch of all ranks, so that it does not depend on their number
                 generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {epoch} {step}".encode()))
                 noise = self.preset.lighting * torch.randn(total, 3, generator=generator) @ self.colours.T  # (total, RGB)
-                x += noise[rank * total // ranks : (rank + 1) * total // ranks].to(x)[:, :, None, None]
+                x += noise[rank * total // ranks : (rank + 1) * total // ranks].to(x, non_blocking=True)[:, :, None, None]
             with torch.no_grad(), torch.autocast(self.device.type, dtype=self.precision, enabled=self.precision == torch.bfloat16):
                 maps = reading(x)
-            yield maps, self.images.labels[index].to(self.device), total
+            yield maps, self.images.labels[index].to(self.device, non_blocking=True), total
         bad, lost = distributed.all_sum(torch.tensor([len(self.loader.bad), self.loader.lost])).tolist()
         if lost:
             raise data.DataError(f"{data.TRIES} images of --data in a row cannot be read")
@@ -396,7 +406,17 @@ class Drawn:
         p = self.preset
         reading = Reading(self.trunk, self.layers, lambda maps: judge(probes, maps, p.view.views, p.probabilities).flatten(1).float())
         best, labels = features.extract(
-            reading, self.queries, p.resize, p.size, self.device, self.mean, self.std, 256, self.workers, self.precision, view=p.view
+            reading,
+            self.queries,
+            p.resize,
+            p.size,
+            self.device,
+            self.mean,
+            self.std,
+            max(1, 256 // p.view.views),
+            self.workers,
+            self.precision,
+            view=p.view,
         )
         settings = sum(len(probe.settings) for probe in probes)
         return evaluation.ranked_accuracy(best.nan_to_num(-1).long().unflatten(1, (settings, -1)), labels)
@@ -408,6 +428,12 @@ def main(args):
     preset = choose(args)
     kept = evaluation.is_features(args)
     cached = bool(kept or args.cache or args.save_features)
+    if args.save_features:
+        folder = Path(args.save_features).parent
+        if kept or not args.save_features.endswith(".npz") or not distributed.from_main(os.access, folder, os.W_OK):
+            raise ArgumentError(
+                f"--save-features {args.save_features}: a trunk, and an .npz file in a folder that can be written, are needed"
+            )
     if cached and any(probe.partition("+")[0] != "avgpool" for probe in preset.probes):
         raise ArgumentError(f"cached features are those of avgpool, --preset {args.preset} has {_words(preset.probes)}: see --layers")
     if kept:
@@ -436,7 +462,10 @@ def main(args):
     probes = [Probe(name, source.shapes[name.partition("+")[0]], classes, settings, preset.start, args.seed) for name in preset.probes]
     probes = [probe.to(device) for probe in probes]
     say(f"{args.trunk}: {evaluation.name(info)}")
-    say(f"preset {args.preset}, {preset.epochs} epochs of {steps} steps, batch {preset.batch_size}, {classes} classes")
+    say(
+        f"preset {args.preset}, {preset.epochs} epochs of {steps} steps, batch {preset.batch_size}, {classes} classes; "
+        f"{source.n} images to train on, {source.judged} to judge by"
+    )
     if cached:
         say("features of centre crops, extracted once: not the published protocol, and not comparable with its figures")
     history = {}  # epoch: [(top-1, top-5)] of all probes and settings
@@ -456,6 +485,7 @@ def main(args):
         "cached": cached,
         "size": info.get("size") if kept else preset.size,
         **{"epochs": preset.epochs, "batch_size": preset.batch_size, "seed": args.seed, "train": source.n, "classes": classes},
+        **{"val": source.judged, "precision": "float32" if kept else str(autocast_dtype(args.precision, device)).removeprefix("torch.")},
         **results(probes, history),
     }
     say(json.dumps(record))
@@ -472,12 +502,16 @@ def results(probes, history):
         (top1, top5), best_top1 = history[last][i], history[best][i][0]
         row = {"probe": name, "lr": lr, "weight_decay": weight_decay, "top1": round(top1, 4)}
         row |= {} if top5 is None else {"top5": round(top5, 4)}
-        rows.append({**row, "best_top1": round(best_top1, 4), "best_epoch": best})
+        probe, g = probes[i // len(probes[0].settings)], i % len(probes[0].settings)
+        finite = bool(probe.weight[:, g].isfinite().all())  # the others trained beside it all the same
+        rows.append({**row, "best_top1": round(best_top1, 4), "best_epoch": best, **({} if finite else {"diverged": True})})
     say("probe                 lr   decay   last: top-1   top-5   best: top-1   epoch")
     for r in rows:
         five = f"{r['top5']:.2f}" if "top5" in r else "-"
         line = f"{r['probe']:16} {r['lr']:7g} {r['weight_decay']:7g} {r['top1']:13.2f} {five:>7} {r['best_top1']:13.2f} {r['best_epoch']:7}"
-        say(line)
+        say(line + "   diverged" * ("diverged" in r))
+    if all("diverged" in r for r in rows):
+        raise Diverged("the weights of every classifier are not finite: a lower --lr may help")
     chosen = {probe.name: max((r for r in rows if r["probe"] == probe.name), key=lambda r: r["top1"]) for probe in probes}
     grid = " and the rates" if len(probes[0].settings) > 1 else ""
     selection = f"last: after epoch {last}; the best epochs{grid} are chosen on the validation images that they are reported for"

@@ -61,8 +61,8 @@ PRESETS = {
     "openselfsup_10": Preset(
         "ODC 58.15 / 82.55 (head10, 1e-1), DeepCluster 52.94 / 77.96 (head1, 1e-2; not tuned), last epoch", 0.1, weight_decay=1e-4, **GRID
     ),
-    "swav_1": Preset("SwAV of 800 epochs 53.9 / 78.5 (the paper's), best epoch", 0.01, (0.02,), (250,)),
-    "swav_10": Preset("SwAV of 800 epochs 70.2 / 89.9 (the paper's), best epoch", 0.1, (0.01,), (20,)),
+    "swav_1": Preset("SwAV of 800 epochs 53.9 / 78.5, best epoch (the paper's; from memory, not checked)", 0.01, (0.02,), (250,)),
+    "swav_10": Preset("SwAV of 800 epochs 70.2 / 89.9, best epoch (the paper's; from memory, not checked)", 0.1, (0.01,), (20,)),
     "vissl_1": Preset("none for these methods", 0.01, **VISSL),
     "vissl_10": Preset("none for these methods", 0.1, **VISSL),
     "small": Preset("none: ours, for small images on a CPU", 0.1, (0.01, 0.1), (1,), 1e-4, batch_size=50, head_std=0.01),

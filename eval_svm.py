@@ -317,7 +317,8 @@ def main(args):
     say(f"{args.trunk}: {evaluation.name(info)}, VOC 2007 at {info['size']} px ({args.crop})")
     say(f"{n} images to train on, {len(voc) - n} to test, {len(voc.classes)} classes, {len(costs)} costs, AP by {args.ap}")
 
-    model = Layers(trunk.to(device, memory_format=torch.channels_last), args.layers)
+    layers = list(shapes)  # each once
+    model = Layers(trunk.to(device, memory_format=torch.channels_last), layers)
     view = {"warp": Warp, "center": CenterCrop}[args.crop]
     rows, labels = extract(model, voc, info["resize"], info["size"], view=view, **evaluation.extraction(args, info, device))
     unreadable = distributed.gather_rows(labels).lt(0).nonzero()[:, 0].tolist()
@@ -330,12 +331,13 @@ def main(args):
         "trainval": n,
         "test": len(voc) - n,
         "classes": voc.classes,
+        **{"size": info["size"], "crop": args.crop, "samples": args.samples, "seed": args.seed},
         "ap": args.ap,
         "costs": costs,
         "full": {},
         "low_shot": {},
     }
-    for layer, x in zip(args.layers, rows):
+    for layer, x in zip(layers, rows):
         x = unit(x)
         if "full" in args.protocol:
             chosen, chosen_costs, best, stopped = full(x, voc, costs, args.ap, jobs, layer)
@@ -352,7 +354,9 @@ def main(args):
     report(record)
     say(json.dumps(record))
     if Path(args.trunk).is_dir():
-        evaluation.write(Path(args.trunk) / f"{'_'.join(['eval_svm', *args.protocol, *['random'] * args.random_init])}.json", record)
+        evaluation.write(
+            Path(args.trunk) / f"{'_'.join(['eval_svm', *args.protocol, args.crop, *['random'] * args.random_init])}.json", record
+        )
 
 
 def shots_of(x, voc, costs, k, args, jobs, layer):

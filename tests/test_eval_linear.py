@@ -362,9 +362,11 @@ def test_a_run_on_colours(images, run, capsys):
     out = capsys.readouterr().out
     result = json.loads(out.splitlines()[-1])
     good, diverged = result["results"]
-    assert good["top1"] > 80 and good["best_top1"] >= good["top1"] and diverged["top1"] == 0 and "top5" not in good
+    assert good["top1"] > 80 and good["best_top1"] >= good["top1"] and diverged["top1"] == 0 and diverged["diverged"]
+    assert "top5" not in good and "diverged" not in good
     assert result["chosen"]["avgpool+bn"] == good and "chosen on the validation images" in result["selection"]
     assert (result["train"], result["classes"], result["epochs"], result["size"], result["cached"]) == (29, 3, 4, 20, False)
+    assert result["val"] == 7 and "1e+38" in next(line for line in out.splitlines() if line.endswith("diverged"))
     assert "epoch 4/4: avgpool+bn" in out and "warning" not in out and f"{good['top1']:.2f}       -" in out
     assert json.loads((run / "eval_linear_small.json").read_text()) == result
     assert linear_here(*arguments) == 0 and record(capsys) == result  # nothing is left to chance
@@ -551,6 +553,10 @@ def test_errors(tmp_path, images, run, imagenet_stem, capsys):
         ((imagenet_stem, "--data", images, "--preset", "mhead_90e", "--size", 96), 2, "feature1 is defined on a map of 112x112"),
         ((imagenet_stem, "--data", images, "--preset", "sela_alexnet_36e"), 2, "conv2_max needs a trunk with a map 'conv2'"),
         ((*own, "--preset", "mhead"), 2, "invalid choice: 'mhead'"),
+        ((*own, "--batch-size", 1), 2, "--batch-size 1: at least 2"),
+        ((*own, "--save-features", tmp_path / "no" / "f.npz"), 2, "a folder that can be written"),
+        ((*own, "--save-features", tmp_path / "features"), 2, "an .npz file"),
+        ((*own, "--epochs", 4, "--lr", "1e38"), 5, "every classifier"),
         ((*own, "--preset", "mhead_90e", "--cache"), 2, "cached features are those of avgpool"),
         ((*own, "--layers", "feature5"), 2, "--layers feature5 is not in --preset small: choose from avgpool"),
         ((*own, "--size", 30), 2, "--resize 24 is smaller than --size 30"),

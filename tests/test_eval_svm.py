@@ -316,7 +316,7 @@ def test_the_convolutions_of_an_alexnet(voc2007, tmp_path, monkeypatch, capsys):
     assert svm_here(tmp_path, "--data", voc2007, "--layers", *layers, "--costs", 1, "--workers", 0, "--jobs", 1) == 0
     record = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [record["full"][layer]["features"] for layer in layers] == [400, 144, 144] and record["method"] == "sela"
-    assert json.loads((tmp_path / "eval_svm_full.json").read_text()) == record
+    assert json.loads((tmp_path / "eval_svm_full_warp.json").read_text()) == record
 
 
 def printed(arguments):
