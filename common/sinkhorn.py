@@ -1,7 +1,15 @@
-"""Balanced assignment by Sinkhorn-Knopp. Imports torch alone: one file to lift."""
+"""Balanced assignment by Sinkhorn-Knopp: a few steps on a batch (SwAV), or until it is balanced on a data set (SeLa).
+
+Imports torch alone: one file to lift. Both functions take this rank's samples and balance those of all ranks together.
+"""
+
+import math
+import warnings
 
 import torch
 import torch.distributed as dist
+
+# N samples of this rank, B of a batch or of a piece of the data set, K prototypes or classes
 
 
 @torch.no_grad()
@@ -19,17 +27,224 @@ def sinkhorn(scores, epsilon=0.05, iterations=3):
     with torch.autocast(scores.device.type, enabled=False):
         log_codes = scores.to(torch.promote_types(scores.dtype, torch.float32)) / epsilon  # (B, K)
         for _ in range(iterations):
-            log_codes = log_codes - _log_mass(log_codes)  # every prototype gets the same mass,
+            log_codes = log_codes - _log_sum_over_ranks(log_codes.logsumexp(dim=0))  # every prototype gets the same mass,
             log_codes = log_codes.log_softmax(dim=1)  # then every sample gets mass 1
         return log_codes.softmax(dim=1)
 
 
-def _log_mass(log_codes):
-    """Log of the total mass of every prototype over the samples of all ranks: (B, K) -> (K,)."""
-    mass = log_codes.logsumexp(dim=0)
-    if dist.is_initialized() and dist.get_world_size() > 1:
+@torch.no_grad()
+def balanced_assignments(
+    log_probs, lam=25.0, tolerance=None, max_iterations=2000, rule="marginal", *, init=None, hold=True, in_place=False
+):
+    """A class for every sample of a data set, such that all classes get about as many samples (SeLa, section 3.2).
+
+    Finds r and c with which Q_ik = r_k exp(lam * log_probs_ik) c_i has row sums 1/N and column sums 1/K, where N counts the
+    samples of all ranks, and gives sample i the class with the largest Q_ik. An iteration sets r for the columns, then c for
+    the rows. It is Q that is balanced up to the tolerance, the assignments are only roughly; where a network gives all samples
+    the same scores, Q is the same for them too, and so is their class.
+
+    log_probs: (N, K) log-probabilities of this rank's samples. For the rule "marginal" logits do as well, as c takes up what
+        log_softmax subtracts. Or a function without arguments that yields them in order as chunks (B, K), the same at every
+        call, at least one, if only of 0 rows: lambda: (chunk @ weight.T + bias for chunk in features.split(4096)).
+    lam: the sharpness of Q; 25 (ImageNet) or 10 (CIFAR) in the paper.
+    rule: "marginal" ends when every column sum is within the share `tolerance` (default 1e-3) of 1/K. "reference" starts from
+        c = 1/N and ends as published: when the relative changes of c, looked at in every tenth iteration and added up over
+        all samples, are at most `tolerance` (default 0.1, as for ImageNet; 0.01 for CIFAR).
+    max_iterations: it then ends with a warning, on rank 0.
+    init: (K,) log_r to start from, the same on every rank. That of similar scores saves iterations; the result is the same.
+    hold: keep the exponentials, an N x K matrix. False makes them anew in every iteration, several times as slow, and keeps
+        nothing but a few numbers for each sample and class.
+    in_place: keep them where the scores are, which are overwritten.
+    Returns assignments (N,) int64; log_r (K,), equal on every rank; log_c (N,); iterations. Logarithms, as r passes 1e39 with
+    100 classes already. A factor may move between r and c.
+    Raises ValueError, on every rank, if there are fewer samples than classes or a score is not finite.
+
+    The matrix has the dtype promote_types(scores.dtype, float32), r, c and sums over samples are float64 inside: float64 scores
+    give the published numbers to the last digits, float32 ones the same labels after (nearly) as many iterations. An
+    iteration reads the matrix once, and ranks exchange K numbers. Checked against sinkhornknopp.py and cifar.py of
+    yukimasano/self-label.
+    """
+    if rule not in ("marginal", "reference"):
+        raise ValueError(f'rule is "marginal" or "reference": got {rule!r}')
+    if in_place and not hold:
+        raise ValueError("in_place=True needs hold=True: scores that are overwritten cannot be read again")
+    chunk = next(iter(log_probs()), None) if callable(log_probs) else log_probs
+    if chunk is None:
+        raise ValueError("balanced assignment needs at least one chunk of scores on every rank, if only one of 0 rows")
+    K, device = chunk.shape[1], chunk.device
+    if init is not None and (init.shape != (K,) or not init.isfinite().all()):
+        raise ValueError(f"init needs a finite number for each of {K} classes: got shape {tuple(init.shape)}")
+    published = rule == "reference"
+    if tolerance is None:
+        tolerance = 0.1 if published else 1e-3
+    kernel = _Kernel(log_probs, lam, chunk, hold, in_place)
+    del chunk
+    f = torch.zeros(K, dtype=torch.float64, device=device) if init is None else init.to(device, torch.float64)  # log r
+    with torch.autocast(device.type, enabled=False):
+        # m are the columns' masses for r and the c that makes the rows right, or for c = 1/N where the published rule starts.
+        log_km, log_c = kernel.first(f, published and init is None)  # log(K m), (K,)
+        iterations, off = 0, math.inf if published else _imbalance(log_km)
+        while not off <= tolerance and iterations < max_iterations:  # NaN does not end it
+            f = f - log_km
+            log_km, log_c, change = kernel.balance(f, log_c)
+            iterations += 1
+            if not published:
+                off = _imbalance(log_km)
+            elif iterations % 10 == 1:
+                off = change
+        if not off <= tolerance and _rank() == 0:
+            what = "the relative changes of c add up to" if published else "a class has a mass that is wrong by the share"
+            more = f"{off:.3g}, not {tolerance:g}: raise max_iterations or tolerance, or lower lam"
+            warnings.warn(f"not balanced after {iterations} iterations: {what} {more}", stacklevel=3)
+        return kernel.assign(f), f.to(kernel.dtype), log_c.to(kernel.dtype), iterations
+
+
+def _imbalance(log_km):
+    """max |K m - 1|"""
+    return float(log_km.expm1().abs().max())
+
+
+class _Kernel:
+    """The matrix exp(lam * scores + base) in pieces, whose every row is divided by its largest entry, exp(top).
+
+    Were base always 0, entries that matter would underflow: r reaches e^90. So base is the log r of an earlier iteration, and
+    moves up once r has drifted from it. What is too small to matter until then may matter afterwards: see encode.
+    """
+
+    def __init__(self, scores, lam, chunk, hold, in_place):
+        self.dtype = torch.promote_types(chunk.dtype, torch.float32)
+        if in_place and chunk.dtype != self.dtype:
+            raise ValueError(f"in_place=True needs float32 or float64 scores: got {chunk.dtype}")
+        self.scores, self.lam, self.hold, self.in_place = scores, lam, hold, in_place
+        self.floor = int(math.log(torch.finfo(self.dtype).tiny)) + 12  # -75 in float32
+        # A piece is read twice in an iteration: the second time from the cache, if it has about this many numbers.
+        self.rows = max(1, (2**24 if chunk.is_cuda else 2**20) // chunk.shape[1])
+        self.base, self.held = torch.zeros(chunk.shape[1], dtype=torch.float64, device=chunk.device), []
+
+    def scaled(self):
+        """Pieces of lam * (scores - their row's largest), (B, K), and lam * the largest, (B, 1)."""
+        for chunk in self.scores() if callable(self.scores) else [self.scores]:
+            for x in chunk.split(self.rows) if len(chunk) else []:
+                x = x if self.in_place else x.to(self.dtype, copy=True)
+                top = x.amax(1, keepdim=True)
+                yield x.sub_(top).mul_(self.lam), top.double().mul_(self.lam)
+
+    def first(self, f, uniform):
+        """log(K m), (K,), and log c, (N,), for log r = f; in logarithms throughout, as nothing is known yet about the range."""
+        log_mass, log_c, bad, count = torch.full_like(f, -math.inf), [f[:0]], None, 0
+        for x, top in self.scaled():
+            if bad is None and not (finite := x.amin(1).isfinite()).all():
+                bad = count + int(finite.logical_not().nonzero()[0])
+            log_q = x + f.to(x.dtype)  # (B, K)
+            norm = -top.to(x.dtype) if uniform else _logsumexp(log_q, 1)  # (B, 1)
+            log_mass = torch.logaddexp(log_mass, _logsumexp(log_q.sub_(norm), 0)[0].double())
+            log_c.append(-(norm + top)[:, 0])
+            count += len(x)
+            if self.hold:
+                self.held.append((self.encode(x), top))
+        start, self.total = _place(count, f.device)
+        if self.total < len(f):
+            raise ValueError(f"balanced assignment needs a sample for each class: {self.total} samples for {len(f)} classes")
+        _refuse_bad_rows(bad, start, self.total, f.device)
+        return _log_sum_over_ranks(log_mass) + math.log(len(f) / self.total), torch.cat(log_c) - math.log(self.total)
+
+    def encode(self, x):
+        """Logarithms x <= 0 -> exp(x), in place; but exp(floor) / (1 + floor - x) below the floor.
+
+        That is next to nothing as well, and can be decoded: nothing is lost, and the scores need not be kept. It is also no
+        denormal number, which are slow, for all x > -160,000.
+        """
+        depth = (self.floor - x).clamp_(0, 160_000).add_(1)
+        return x.clamp_(min=self.floor).exp_().div_(depth)
+
+    def decode(self, held):
+        return held.clamp(min=math.exp(self.floor)).log_().sub_((math.exp(self.floor) / held).sub_(1).clamp_(min=0))
+
+    def ratios(self, f):
+        """log r relative to the base, (K,); moves the base to f if that is far."""
+        log_r = f - self.base
+        if log_r.abs().max() <= -self.floor / 4:
+            return log_r  # entries below the floor are still less than exp(floor / 2) of their rows
+        for held, top in self.held:
+            x = self.decode(held).add_(log_r.to(held.dtype))
+            peak = x.amax(1, keepdim=True)
+            held.copy_(self.encode(x.sub_(peak)))
+            top.add_(peak)
+        self.base = f
+        return torch.zeros_like(f)
+
+    def blocks(self):
+        """Pieces of the matrix (B, K), and their tops (B, 1)."""
+        if self.hold:
+            yield from self.held
+        else:
+            for x, top in self.scaled():
+                peak = x.add_(self.base.to(x.dtype)).amax(1, keepdim=True)
+                yield x.sub_(peak).clamp_(min=self.floor).exp_(), top.add_(peak)
+
+    def balance(self, f, before):
+        """One reading of the matrix, for log r = f: log(K m), (K,); log c, (N,); the sum over all samples of |before / c - 1|."""
+        log_r = self.ratios(f)
+        r, mass, log_c = log_r.exp().to(self.dtype), torch.zeros_like(f), [f[:0]]
+        for block, top in self.blocks():
+            sums = block @ r  # (B,)
+            mass += sums.reciprocal() @ block  # (K,), added up in float64
+            log_c.append(-sums.double().log_() - top[:, 0])
+        log_c = torch.cat(log_c) - math.log(self.total)
+        change = (before - log_c).expm1_().abs_().sum()
+        mass, change = _over_ranks(torch.cat([mass, change[None]])).split([len(f), 1])
+        # These masses add up to 1. Were rounding allowed to change that, r and c would drift apart and the change would not end.
+        return (mass.log() + log_r).log_softmax(0) + math.log(len(f)), log_c, float(change)
+
+    def assign(self, f):
+        """The class with the largest entry of each row, times r: (N,)."""
+        r, empty = self.ratios(f).exp().to(self.dtype), torch.empty(0, dtype=torch.int64, device=f.device)
+        return torch.cat([empty, *((block * r).argmax(1) for block, _ in self.blocks())])
+
+
+def _logsumexp(x, dim):
+    """As torch's, but much faster where exponentials underflow on a CPU; keeps the dimension."""
+    top = x.amax(dim, keepdim=True)
+    return (x - top).clamp_(min=-80).exp_().sum(dim, keepdim=True).log_().add_(top)
+
+
+# ---- over ranks
+
+
+def _rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _over_ranks(x, op="SUM"):
+    if _world_size() > 1:
+        dist.all_reduce(x, op=getattr(dist.ReduceOp, op))
+    return x
+
+
+def _log_sum_over_ranks(log_mass):
+    """Logarithm of the sum of what each rank has the logarithm of: (K,) -> (K,)."""
+    if _world_size() > 1:
         # Gathering the ranks' logarithms takes one collective; a max and then a sum would take two.
-        masses = [torch.empty_like(mass) for _ in range(dist.get_world_size())]
-        dist.all_gather(masses, mass)
-        mass = torch.stack(masses).logsumexp(dim=0)
-    return mass
+        masses = [torch.empty_like(log_mass) for _ in range(_world_size())]
+        dist.all_gather(masses, log_mass)
+        log_mass = torch.stack(masses).logsumexp(dim=0)
+    return log_mass
+
+
+def _place(count, device):
+    """The number of this rank's first row among those of all ranks, and how many there are in all."""
+    sizes = torch.zeros(_world_size(), dtype=torch.int64, device=device)
+    sizes[_rank()] = count
+    _over_ranks(sizes)
+    return int(sizes[: _rank()].sum()), int(sizes.sum())
+
+
+def _refuse_bad_rows(bad, start, total, device):
+    """Raises on every rank if any has a bad row: None, or its position among this rank's rows."""
+    first = int(_over_ranks(torch.tensor(total if bad is None else start + bad, device=device), "MIN"))
+    if first < total:
+        raise ValueError(f"row {first} of {total} (rows of all ranks, counted from 0) is not finite: it holds a NaN or an infinity")
