@@ -1,0 +1,237 @@
+"""sela.py: times and labels against the reference's numbers, one process or many, and what becomes of a run that is killed."""
+
+import os
+import re
+import signal
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import ROOT, command, finish, golden, image_tree, losses, metrics, ranks, run_here, same, saved, start, tree
+from test_parity import PRECISIONS, close, drawn, of, weight_by_rule
+from torch import nn
+
+import sela
+from common import distributed
+from common.alexnet import alexnet
+from common.checkpoint import load_backbone
+from common.config import recipe
+from common.features import rows_of
+from common.optim import drops
+
+SCRIPT = "sela.py"
+TINY = "--recipe shapes --width 0.125 --sizes 16 --prototypes 5 --heads 2 --batch-size 16 --workers 0 --log-every 1".split()
+SHARED = ["--data", "shapes:80", *TINY, "--epochs", 4, "--relabellings", 6]
+
+
+def here(*arguments):
+    return run_here(sela, *arguments)
+
+
+# ---- parity
+
+
+def test_labels_are_found_at_the_published_times():
+    numbers = golden("sela_schedule")
+    for i, (epochs, count, n, batch) in enumerate(numbers["tuples"].tolist()):
+        times = sela.label_times(epochs, count, n, 2)
+        np.testing.assert_allclose(times, numbers[f"times_{i}"].flip(0)[:-1], rtol=0, atol=1e-9)  # theirs end with one that never comes
+        np.testing.assert_allclose(sela.label_times(epochs, count, n, 1), numbers[f"cifar_times_{i}"].flip(0)[:-1], rtol=0, atol=1e-9)
+        fired, per_epoch = [], int(numbers[f"iters_per_epoch_{i}"])
+        for step in range((epochs + 1) * per_epoch):
+            if len(fired) < len(times) and step * batch >= times[len(fired)]:
+                fired.append(step)
+        assert fired == numbers[f"fired_iteration_{i}"].tolist()
+
+
+def test_the_learning_rate_is_the_published_one():
+    numbers = golden("sela_schedule")
+    for j in range(2):
+        lr, lrdrop, epochs = numbers[f"lr_args_{j}"].tolist()
+        ends = [e for e in range(int(lrdrop), 350, int(lrdrop))] + [350] * (3 - len(range(int(lrdrop), 350, int(lrdrop))))
+        if len(ends) == 3:  # the recipe's own case: three drops in all
+            ours = [drops(e, 1, lr, ends, 0.1) for e in range(int(epochs))]
+            np.testing.assert_allclose(ours, numbers[f"lr_{j}"], rtol=1e-12)
+            return
+    raise AssertionError("no case with three drops")
+
+
+@PRECISIONS
+def test_alexnet_of_the_official_code(dtype):
+    numbers = golden("alexnet_sela_big")
+    salt = "".join(map(chr, numbers["salt_codes"].tolist()))
+    with torch.device("meta"):
+        trunk = alexnet("sela")
+    trunk.load_state_dict({name: weight_by_rule(salt, name, t.shape) for name, t in trunk.state_dict().items()}, assign=True)
+    x = torch.from_numpy(drawn(salt, "input:alexnet", tuple(numbers["input_shape"].tolist()))).float()
+    assert torch.equal(x.flatten()[:16], numbers["input_head"])
+    trunk, x = trunk.to(dtype).eval(), x.to(dtype)
+
+    def compare(ours, name, stored=dtype):
+        expected = of(numbers, name, stored)
+        close((ours / expected.abs().max()).to(stored), expected / expected.abs().max(), stored, 2e-5, 1e-10)
+
+    with torch.no_grad():
+        features = trunk(x)
+        compare(features, "fc7")
+        for h, K in enumerate(numbers["outs"].tolist()):
+            weight, bias = (
+                weight_by_rule(salt, f"top_layer{h}.{name}", s).to(dtype) for name, s in (("weight", (K, 4096)), ("bias", (K,)))
+            )
+            compare(F.linear(features, weight, bias), f"logits_head{h}")
+        compare(trunk.features(x).flatten(1), "features", torch.float32)
+        trunk.features.train()
+        compare(trunk.features(x).mean((2, 3)), "features_train_pooled")
+
+
+# ---- parts
+
+
+def assign_on_a_rank(heads):
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(90, 12, dtype=torch.float64, generator=generator)
+    x[[3, 55]] = float("nan")  # images that cannot be read
+    memory = sela.Memory(90, 3, 6, seed=0)
+    prototypes = nn.ModuleList(nn.Linear(12, 6).double() for _ in range(3))
+    for head in prototypes:
+        nn.init.normal_(head.weight, generator=generator)
+        nn.init.zeros_(head.bias)
+    first, last = rows_of(90, distributed.rank(), distributed.world_size())
+    sela.assign(memory, prototypes, x[first:last].clone(), heads, 10.0, 1e-3)
+    return memory.state_dict()
+
+
+def test_labels_are_balanced_on_any_number_of_ranks():
+    before = sela.Memory(90, 3, 6, seed=0).targets
+    assert all(sorted(torch.bincount(row).tolist()) == [15] * 6 for row in before) and not torch.equal(before[0], before[1])
+    state = assign_on_a_rank([0, 2])
+    targets = state["targets"]
+    assert torch.equal(targets[1], before[1]) and (targets[[0, 2]] == -100).sum() == 4 and not torch.equal(targets[0], before[0])
+    for row in targets[[0, 2]]:
+        counts = torch.bincount(row[row >= 0], minlength=6)
+        assert counts.min() >= 11 and counts.max() <= 19  # 88 / 6 = 14.7 before rounding
+    assert state["scalings"][0].any() and not state["scalings"][1].any()
+    for other in ranks(2, assign_on_a_rank, [0, 2]) + ranks(3, assign_on_a_rank, [0, 2]):
+        assert torch.equal(other["targets"], targets)
+        torch.testing.assert_close(other["scalings"], state["scalings"])
+
+
+# ---- runs
+
+
+@pytest.mark.parametrize("labelling", ["train", "clean"])
+def test_two_ranks_follow_the_trajectory_of_one(tmp_path, labelling):
+    shared = [
+        *SHARED,
+        "--precision",
+        "float64",
+        "--drop-epochs",
+        2,
+        "--labelling",
+        labelling,
+        *(["--one-head"] if labelling == "clean" else []),
+    ]
+    assert here(*shared, "--out", tmp_path / "one") == 0
+    code, _, err = finish(start(*command(*shared, "--out", tmp_path / "two", ranks=2, script=SCRIPT)))
+    assert code == 0, err
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert len(one) == 20 == len(set(one))
+    np.testing.assert_allclose(two, one, rtol=1e-9)
+    a, b = saved(tmp_path / "one"), saved(tmp_path / "two")
+    for name, weight in a["model"].items():
+        torch.testing.assert_close(b["model"][name], weight, rtol=0, atol=1e-8, msg=name)
+    assert torch.equal(a["memory"]["targets"], b["memory"]["targets"]) and a["memory"]["done"] == b["memory"]["done"] == 4
+    assert torch.equal(a["meter"]["assignments"], b["meter"]["assignments"])
+
+
+@pytest.mark.slow
+def test_two_ranks_train_alexnet_as_one(tmp_path):
+    image_tree(tmp_path / "images", images=5, splits=("train",))
+    shared = ["--data", tmp_path / "images", "--recipe", "alexnet_1x1k", "--prototypes", 4, "--batch-size", 4, "--relabellings", 300]
+    shared += ["--lr", 0.05, "--workers", 0, "--log-every", 1, "--precision", "float64", "--max-steps", 4]
+    assert here(*shared, "--out", tmp_path / "one") == 0
+    code, _, err = finish(start(*command(*shared, "--out", tmp_path / "two", ranks=2, script=SCRIPT)))
+    assert code == 0, err
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-9)
+    trunk, info = load_backbone(tmp_path / "two")
+    assert (info["arch"], info["size"], trunk.feature_dim) == ("alexnet_sela", 224, 4096) and isinstance(trunk.classifier[-1], nn.ReLU)
+
+
+@pytest.mark.parametrize("labelling", ["train", "clean"])
+@pytest.mark.parametrize("when", ["in mid-epoch", "while labelling"])
+def test_a_killed_run_ends_with_the_same_bits(tmp_path, when, labelling):
+    shared = [*SHARED, "--save-every", 0, "--workers", 1, "--labelling", labelling]
+    straight = start(*command(*shared, "--out", tmp_path / "straight", script=SCRIPT))
+    line = command(*shared, "--out", tmp_path / "killed", script=SCRIPT)
+    if when == "while labelling":  # the third relabelling never returns
+        code = "import sys, time, sela as m; a, n = m.assign, []; sys.argv = sys.argv[1:]\n"
+        code += "def assign(*x):\n n.append(0)\n if len(n) == 3: print('labelling', flush=True); time.sleep(99)\n a(*x)\n"
+        code += "m.assign = assign; m.launch(m.main, m.parse(m.Config, m.RECIPES, m.__doc__))"
+        line = [line[0], "-c", code, *line[1:]]
+    killed = start(*line, cwd=ROOT)
+    for text in killed.stdout:
+        if text.startswith("labelling") if when == "while labelling" else ("step 8/20" in text):
+            for process in tree(killed.pid):
+                os.kill(process, signal.SIGKILL)
+            break
+    _, err = killed.communicate()
+    assert killed.returncode == -signal.SIGKILL, err
+    code, out, err = finish(start(*command(*shared, "--out", tmp_path / "killed", script=SCRIPT)))
+    assert code == 0 and re.search(r"resumed at step \d+ of 20", out), out + err
+    assert finish(straight)[0] == 0
+    a, b = saved(tmp_path / "straight"), saved(tmp_path / "killed")
+    for part in ("model", "optimizer", "memory"):
+        assert same(a[part], b[part]), part
+    assert losses(tmp_path / "straight") == losses(tmp_path / "killed")
+
+
+def test_heads_take_turns_and_the_log_says_what_a_relabelling_did(tmp_path):
+    assert here(*SHARED, "--one-head", "--relabellings", 6, "--relabel-power", 1, "--max-steps", 7, "--out", tmp_path) == 0
+    state, first = saved(tmp_path)["memory"], sela.Memory(80, 2, 5, 0).targets
+    assert state["done"] == 2 and state["scalings"].any(1).all() and not torch.equal(state["targets"], first)
+    records = [r for r in metrics(tmp_path) if "loss" in r]
+    assert [r["relabellings"] for r in records] == [1] * 6 + [2] and all(0 <= r["changed"] <= 1 for r in records)
+
+
+def test_assignments_are_the_labels_of_all_images(tmp_path):
+    assert here(*SHARED, "--epochs", 1, "--out", tmp_path) == 0
+    assignments = np.load(tmp_path / "assignments.npz")["assignments"]
+    assert assignments.shape == (2, 80) and (assignments == saved(tmp_path)["memory"]["targets"].numpy()).all()
+
+
+def test_options_that_cannot_work(tmp_path, capsys):
+    for options, message in {
+        ("--prototypes", 81): "--prototypes 81: more than the 80 images",
+        ("--relabellings", 0): "--relabellings 0: more than 0",
+        ("--lam", 0): "--lam 0.0: more than 0",
+        ("--tolerance", 0): "--tolerance 0.0: more than 0",
+        ("--heads", 0): "--heads 0: more than 0",
+        ("--arch", "alexnet_small"): "--arch alexnet_small takes crops of 224 pixels",
+    }.items():
+        assert here(*SHARED, *options, "--out", tmp_path) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1, error
+
+
+def test_published_recipes():
+    def get(name):
+        return recipe(sela.Config, sela.RECIPES, name)
+
+    for name, (arch, H, K) in {
+        "resnet50_10x3k": ("resnet50", 10, 3000),
+        "alexnet_1x1k": ("alexnet", 1, 1000),
+        "alexnet_1x10k": ("alexnet", 1, 10_000),
+        "alexnet_10x3k": ("alexnet", 10, 3000),
+    }.items():
+        c = get(name)
+        assert (c.arch, c.heads, c.prototypes, c.epochs, c.batch_size, c.lr, c.weight_decay) == (arch, H, K, 400, 256, 0.08, 1e-5)
+        assert (c.drop_epochs, c.drop_factor, c.lam, c.relabellings, c.relabel_power) == ((150, 300, 350), 0.1, 25, 100, 2)
+        assert (c.scales, c.jitter, c.jitter_p, c.grey_p, c.grey_first, c.blur_p) == ((0.08, 1.0), (0.4,) * 4, 1, 0.2, True, 0)
+        assert (c.labelling, c.one_head, c.temperature) == ("train", False, 1)
+    for name in ("cifar10_10x128", "cifar100_10x128"):
+        c = get(name)
+        assert (c.arch, c.heads, c.prototypes, c.epochs, c.batch_size, c.lr, c.weight_decay) == ("alexnet", 10, 128, 400, 128, 0.03, 5e-4)
+        assert (c.drop_epochs, c.lam, c.relabellings, c.relabel_power, c.one_head, c.scales) == ((240, 320), 10, 400, 1, True, (0.2, 1.0))
+    for name, value in {"resnet50_10x3k": 61.5, "alexnet_1x1k": 42.1, "alexnet_1x10k": 43.8, "resnet50_10x3k_strong": 68.8}.items():
+        assert sela.RECIPES[name][0].startswith(str(value))

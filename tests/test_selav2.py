@@ -1,0 +1,103 @@
+"""selav2.py: balanced labels on the memory, one process or many, and what becomes of a run that is killed."""
+
+import os
+import re
+import signal
+
+import numpy as np
+import pytest
+import torch
+from helpers import TINY, command, finish, losses, ranks, run_here, same, saved, start, tree
+from torch import nn
+
+import selav2
+from common.config import recipe
+from common.distributed import rank, world_size
+from common.features import rows_of
+
+SCRIPT = "selav2.py"
+SHARED = ["--data", "shapes:80", *TINY, "--prototypes", 6, "--freeze-prototypes-iters", 3, "--epochs", 4]
+
+
+def here(*arguments):
+    return run_here(selav2, *arguments)
+
+
+def assign_on_a_rank():
+    generator = torch.Generator().manual_seed(0)
+    z = nn.functional.normalize(torch.randn(2, 90, 8, generator=generator, dtype=torch.float64), dim=2)
+    memory = selav2.Memory(90, 2, 8, 3, 6, dtype=torch.float64)
+    first, last = rows_of(88, rank(), world_size())  # images 88 and 89 are not in the memory
+    memory.update(torch.arange(first, last), z[:, first:last])
+    prototypes = nn.ModuleList(nn.Linear(8, 6, bias=False).double() for _ in range(3))
+    for head in prototypes:
+        nn.init.normal_(head.weight, generator=generator)
+    selav2.assign(memory, prototypes, 0.1, 25.0, 1e-4)
+    return memory.targets, memory.scalings, memory.filled.any()
+
+
+def test_labels_are_balanced_on_any_number_of_ranks():
+    targets, scalings, filled = assign_on_a_rank()
+    assert (targets[:, 88:] == -100).all() and not filled and scalings.any(1).all()
+    for row in targets:
+        counts = torch.bincount(row[:88], minlength=6)
+        assert counts.min() >= 12 and counts.max() <= 18  # 88 / 6 = 14.7 before rounding
+    assert not torch.equal(targets[0], targets[1])
+    for other in ranks(2, assign_on_a_rank) + ranks(4, assign_on_a_rank):
+        assert torch.equal(other[0], targets)
+        torch.testing.assert_close(other[1], scalings)
+
+
+def test_two_ranks_follow_the_trajectory_of_one(tmp_path):
+    shared = [*SHARED, "--crops", 2, 2, "--sizes", 16, 12, "--scales", 0.3, 1, 0.1, 0.4, "--precision", "float64", "--blur-p", 0.5]
+    assert here(*shared, "--out", tmp_path / "one") == 0
+    code, _, err = finish(start(*command(*shared, "--out", tmp_path / "two", ranks=2, script=SCRIPT)))
+    assert code == 0, err
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert len(one) == 20 == len(set(one))
+    np.testing.assert_allclose(two, one, rtol=1e-9)
+    a, b = saved(tmp_path / "one"), saved(tmp_path / "two")
+    for name, weight in a["model"].items():
+        torch.testing.assert_close(b["model"][name], weight, rtol=0, atol=1e-8, msg=name)
+    assert torch.equal(a["memory"]["targets"], b["memory"]["targets"])
+
+
+def test_a_killed_run_ends_with_the_same_bits(tmp_path):
+    shared = [*SHARED, "--save-every", 0, "--workers", 1]
+    straight = start(*command(*shared, "--out", tmp_path / "straight", script=SCRIPT))
+    killed = start(*command(*shared, "--out", tmp_path / "killed", script=SCRIPT))
+    for text in killed.stdout:
+        if "step 8/20" in text:
+            for process in tree(killed.pid):
+                os.kill(process, signal.SIGKILL)
+            break
+    _, err = killed.communicate()
+    assert killed.returncode == -signal.SIGKILL, err
+    code, out, err = finish(start(*command(*shared, "--out", tmp_path / "killed", script=SCRIPT)))
+    assert code == 0 and re.search(r"resumed at step [6-9] of 20", out), out + err
+    assert finish(straight)[0] == 0
+    a, b = saved(tmp_path / "straight"), saved(tmp_path / "killed")
+    for part in ("model", "optimizer", "memory"):
+        assert same(a[part], b[part]), part
+    assert losses(tmp_path / "straight") == losses(tmp_path / "killed")
+
+
+def test_prototypes_are_frozen_and_then_learnt(tmp_path):
+    weights = []
+    for steps in (1, 3, 5):
+        assert here(*SHARED, "--max-steps", steps, "--out", tmp_path) == 0
+        weights.append(nn.functional.normalize(saved(tmp_path)["model"]["prototypes.1.weight"]))
+    torch.testing.assert_close(weights[1], weights[0])
+    assert (weights[2] - weights[1]).abs().max() > 1e-5
+
+
+def test_more_prototypes_than_images_are_refused(tmp_path, capsys):
+    assert here(*SHARED, "--prototypes", 81, "--out", tmp_path) == 2
+    assert "--prototypes 81: more than the 80 images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "value", "crops"), [("selav2_400ep", 71.8, (2, 4)), ("selav2_400ep_2x224", 67.2, (2,))])
+def test_published_recipes(name, value, crops):
+    c = recipe(selav2.Config, selav2.RECIPES, name)
+    assert (c.epochs, c.batch_size, c.lr, c.crops, c.prototypes, c.heads) == (400, 4096, 4.8, crops, 3000, 3)
+    assert selav2.RECIPES[name][0].startswith(f"{value}, ") and "settings ours" in selav2.RECIPES[name][0]
