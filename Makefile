@@ -41,7 +41,7 @@ lint: .venv/dev
 	$(BIN)/ruff check .
 
 diff:  ## changed lines between neighbouring methods, after `diff --ignore-all-space`
-	@set -- swav.py deepclusterv2.py selav2.py deepclusterv2.py deepcluster.py odc.py sela.py; while [ $$# -gt 1 ]; do \
+	@set -- swav.py selav2.py deepclusterv2.py deepcluster.py odc.py sela.py; while [ $$# -gt 1 ]; do \
 	  printf '%s -> %s: ' $$1 $$2; diff -w $$1 $$2 | grep -c '^[<>]'; shift; done
 
 loc:  ## lines of code
