@@ -167,54 +167,103 @@ def classify(bank, labels, queries, k, temperature, classes, chunk=1 << 26):
     """Weighted k-nearest-neighbour votes (Wu et al. 2018, as in DINO's evaluation) by cosine similarity.
 
     The k nearest rows of the bank vote for their label with weight exp((similarity - 1) / temperature): the usual
-    weights up to one factor, so the ranking is the same and nothing overflows.
+    weights up to one factor, so the ranking is the same and nothing overflows. Of rows equally near those first in the
+    bank of all ranks, in rank order, are nearer.
 
     bank (N, D), labels (N,): this rank's rows; queries (M, D): this rank's rows. Rows of all ranks are searched.
-    k: one number or several; those above the bank's size are left out. chunk: entries of the similarity block held.
+    k: one number or several; those above the bank's size are left out. chunk: entries of the similarity block held, but
+    it is never of fewer than 16 queries.
     Returns {k: votes (M, classes) float64} for this rank's queries; a class without a neighbour has exactly 0.
     """
+    ks, near, voters = _neighbours(bank, labels, queries, k, chunk)
+    return {k: _votes(near[:, :k], voters[:, :k], temperature, classes) for k in ks}
+
+
+def _neighbours(bank, labels, queries, k, chunk=1 << 26):
+    """The k that the bank of all ranks suffices for, and similarity and label (M, largest of them) of the neighbours, nearest first.
+
+    Equally near is what has the same float32 similarity. So have copies of a row, wherever they lie: the operands of the
+    product get multiples of 16 rows, because at a ragged edge a CPU adds up in another order and the last bit differs. No
+    library promises this, though: it was measured with MKL on an AVX-512 CPU, for all chunks and splits tried, and where it
+    does not hold (a GPU may choose its kernel by the shape) copies on two ranks can still be a last bit apart.
+    """
     ks = [k] if isinstance(k, int) else list(k)
-    bank, queries = F.normalize(bank.float()), F.normalize(queries.float())
-    ranks = distributed.world_size()
     sizes = distributed.gather_rows(torch.tensor([[len(bank), len(queries)]], device=bank.device)).tolist()
-    total = sum(n for n, _ in sizes)
-    ks = [k for k in ks if k <= total]
+    ks = [k for k in ks if k <= sum(n for n, _ in sizes)]
     if not ks:
-        return {}
+        return [], None, None
+    k, n, labels = max(ks), len(bank), labels.to(bank.device)
+    bank = _unit(bank)
     queries = distributed.gather_rows(queries)  # each rank searches its part of the bank for everybody
+    count, queries = len(queries), _unit(queries)
     near, voters = [], []
-    for block in queries.split(max(1, chunk // max(1, len(bank)))):
-        similarity, row = (block @ bank.T).topk(min(max(ks), len(bank)))
+    for block in queries.split(max(16, chunk // max(1, len(bank)) // 16 * 16)):
+        similarity, row = _largest((block @ bank.T)[:, :n], min(k, n))
         near.append(similarity)
-        voters.append(labels.to(bank.device)[row])
-    near, voters = torch.cat(near), torch.cat(voters)  # (M of all ranks, up to max k)
-    if ranks > 1:
+        voters.append(labels[row])
+    near, voters = torch.cat(near)[:count], torch.cat(voters)[:count]  # (M of all ranks, up to k)
+    if distributed.world_size() > 1:
         near, voters = distributed.gather_rows(near.T).T, distributed.gather_rows(voters.T).T
-    near, best = near.topk(max(ks))
-    voters = voters.gather(1, best)
+        near, order = near.sort(dim=1, descending=True, stable=True)  # equal ones stay in the order of rank and row
+        near, voters = near[:, :k], voters.gather(1, order[:, :k])
     first = sum(m for _, m in sizes[: distributed.rank()])
     mine = slice(first, first + sizes[distributed.rank()][1])
-    near, voters = near[mine], voters[mine]
+    return ks, near[mine], voters[mine]
+
+
+def _unit(x):
+    """Rows of x at length 1 in float32, and rows of zeros up to a multiple of 16."""
+    rows = torch.zeros(-(-len(x) // 16) * 16, x.shape[1], device=x.device)
+    F.normalize(x.float(), out=rows[: len(x)])
+    return rows
+
+
+def _largest(x, k):
+    """The k largest entries of each row, in descending order, and their columns; equal ones by column."""
+    value, column = x.topk(min(k + 1, x.shape[1]))  # of equal ones any, in any order
+    if value.shape[1] > k > 0:
+        for i in (value[:, k - 1] == value[:, k]).nonzero()[:, 0].tolist():  # which of the equal ones is open
+            least = value[i, k - 1]
+            above = (~(x[i] <= least)).nonzero()[:, 0]
+            column[i, :k] = torch.cat([above, (x[i] == least).nonzero()[: k - len(above), 0]])
+    column = column[:, :k].sort(dim=1).values
+    value, order = x.gather(1, column).sort(dim=1, descending=True, stable=True)
+    return value, column.gather(1, order)
+
+
+def _votes(near, voters, temperature, classes):
     weights = ((near.double() - 1) / temperature).exp()  # float32 would underflow at small temperatures
-    return {k: weights.new_zeros(len(near), classes).scatter_add_(1, voters[:, :k], weights[:, :k]) for k in ks}
+    return weights.new_zeros(len(near), classes).scatter_add_(1, voters, weights)
 
 
+@torch.inference_mode()
 def knn_accuracy(bank, labels, queries, query_labels, k, temperature=0.07):
     """{k: (top-1, top-5)} in percent of the queries of all ranks; top-5 is None below five classes or neighbours.
 
-    Arguments as in `classify`; rows with label -1 (unreadable images) are left out. A class without a vote never counts.
+    Arguments as in `classify`; rows with label -1 (unreadable images) are left out. A class without a vote never counts;
+    of classes with equal votes the first comes first.
     """
     largest = max([-1, *labels.tolist(), *query_labels.tolist()])
     classes = int(distributed.all_max(torch.tensor(largest))) + 1
-    keep, asked = labels >= 0, query_labels >= 0
-    truth = query_labels[asked].to(queries.device)[:, None]
+    (bank, labels), (queries, truth) = _labelled(bank, labels), _labelled(queries, query_labels)
+    ks, near, voters = _neighbours(bank, labels, queries, k)
+    truth = truth.to(queries.device)[:, None]
+    order, best = (torch.tensor(x, device=queries.device) for x in (range(classes), (1, 5)))
+    rows = max(1, (1 << 24) // max(1, classes))  # votes of so many queries at a time are held
     accuracy = {}
-    for number, votes in classify(
-        bank[keep.to(bank.device)], labels[keep], queries[asked.to(queries.device)], k, temperature, classes
-    ).items():
-        value, ranking = votes.topk(min(5, classes))
-        hits = (ranking == truth) & (value > 0)
-        counts = distributed.all_sum(torch.tensor([len(truth), hits[:, :1].sum(), hits.sum()], device=votes.device)).tolist()
-        top1, top5 = (100 * count / max(1, counts[0]) for count in counts[1:])
+    for number in ks:
+        counts = torch.tensor([len(truth), 0, 0], device=queries.device)
+        for similarity, voter, answer in zip(near.split(rows), voters.split(rows), truth.split(rows)):
+            votes = _votes(similarity[:, :number], voter[:, :number], temperature, classes)
+            right = votes.gather(1, answer)
+            before = (~(votes <= right) | ((votes == right) & (order < answer))).sum(dim=1, keepdim=True)  # classes ranked higher
+            counts[1:] += ((right > 0) & (before < best)).sum(dim=0)
+        total, *hits = distributed.all_sum(counts).tolist()
+        top1, top5 = (100 * count / max(1, total) for count in hits)
         accuracy[number] = (top1, top5 if min(number, classes) >= 5 else None)
     return accuracy
+
+
+def _labelled(x, labels):
+    keep = labels >= 0
+    return (x, labels) if keep.all() else (x[keep.to(x.device)], labels[keep])

@@ -21,8 +21,8 @@ def brute_force(bank, labels, queries, k, temperature, classes):
     bank, queries = (x.double().numpy() / np.linalg.norm(x.double().numpy(), axis=1, keepdims=True) for x in (bank, queries))
     votes = np.zeros((len(queries), classes))
     for query, row in zip(queries, votes):
-        similarity = bank @ query
-        for i in np.argsort(-similarity)[:k]:
+        similarity = (bank * query).sum(axis=1)  # row by row alike, so copies are equally near
+        for i in np.argsort(-similarity, kind="stable")[:k]:
             row[int(labels[i])] += np.exp((similarity[i] - 1) / temperature)
     return votes
 
@@ -75,12 +75,53 @@ def test_a_small_temperature_only_makes_the_nearest_count_more(temperature):
     assert knn_accuracy(rows[::2], labels[::2], rows[1::2], labels[1::2], 10, temperature)[10][0] == 100
 
 
-@pytest.mark.parametrize("chunk", [1, 39, 40, 100, 281])
+@pytest.mark.parametrize("chunk", [1, 700, 1535, 1536, 1999])
 def test_the_size_of_a_chunk_changes_nothing(chunk):
-    bank, labels, queries, _ = draw()
+    bank, labels, queries, _ = draw(queries=50)
     whole, parts = (classify(bank, labels, queries, [1, 9], 0.07, 3, chunk=c) for c in (1 << 26, chunk))
     for k in whole:
         torch.testing.assert_close(parts[k], whole[k], rtol=1e-5, atol=0)
+
+
+def copies():
+    """53 rows of the bank, in any order, are copies of five: at the border of almost every k are some that differ in their label."""
+    bank, labels, queries, truth = draw(bank=53, queries=50, classes=6, dim=20)
+    return bank[torch.randint(5, (53,), generator=torch.Generator().manual_seed(1))], labels, queries, truth
+
+
+@pytest.mark.parametrize("chunk", [1 << 26, 1, 1500])
+def test_of_equally_near_rows_the_first_vote(chunk):
+    bank, labels, queries, _ = copies()
+    ks = [1, 4, 9, 20, 52, 53]
+    votes = classify(bank, labels, queries, ks, 0.07, 6, chunk=chunk)
+    for k in ks:
+        np.testing.assert_allclose(votes[k], brute_force(bank, labels, queries, k, 0.07, 6), rtol=2e-5, atol=0)
+        assert torch.equal(classify(bank, labels, queries, k, 0.07, 6, chunk=chunk)[k], votes[k])
+
+
+def test_among_rows_all_alike_the_first_vote():
+    labels = torch.arange(3000) % 7
+    votes = classify(torch.ones(3000, 33), labels, torch.randn(40, 33), [3, 500], 0.07, 7)
+    for k in votes:
+        expected = labels[:k].bincount(minlength=7) / k
+        torch.testing.assert_close(votes[k] / votes[k].sum(dim=1, keepdim=True), expected.double().expand(40, 7), rtol=1e-6, atol=0)
+
+
+def test_a_row_that_is_no_number_does_not_stop_the_others():
+    bank, labels, queries, truth = copies()
+    bank[7] = queries[3] = np.nan
+    votes = classify(bank, labels, queries, [9, 53], 0.07, 6)
+    assert all(v.shape == (50, 6) and v.isnan().any(dim=1).all() for v in votes.values())
+    assert knn_accuracy(bank, labels, queries, truth, [9, 53]).keys() == {9, 53}
+
+
+def test_of_classes_with_equal_votes_the_first_wins():
+    bank, labels = torch.ones(6, 3), torch.tensor([5, 4, 3, 2, 1, 0])
+    accuracy = [knn_accuracy(bank, labels, torch.ones(1, 3), torch.tensor([c]), [1, 2, 6]) for c in range(6)]
+    assert [c for c in range(6) if accuracy[c][1][0]] == [5]
+    assert [c for c in range(6) if accuracy[c][2][0]] == [4]
+    assert [c for c in range(6) if accuracy[c][6][0]] == [0]
+    assert [c for c in range(6) if accuracy[c][6][1]] == [0, 1, 2, 3, 4]
 
 
 def test_unreadable_images_neither_vote_nor_count():
@@ -139,3 +180,30 @@ def test_ranks_with_unequal_or_no_rows_equal_one_process(world_size):
             blocks = [result[i][0][k] for result in results]
             assert tuple(map(len, blocks)) == sizes
             torch.testing.assert_close(torch.cat(blocks), votes[k], rtol=1e-5, atol=0)
+
+
+COPIES = {2: [(25, 28), (53, 0), (2, 51)], 3: [(17, 18, 18), (0, 7, 46), (31, 21, 1)]}  # rows of the bank on each rank
+
+
+def shards_of_copies(world_size):
+    bank, labels, queries, truth = copies()
+    q, t = (part.tensor_split(world_size)[rank()] for part in (queries, truth))
+    votes, accuracies = [], []
+    for sizes in COPIES[world_size]:
+        x, y = (part.split(sizes)[rank()] for part in (bank, labels))
+        for chunk in (1 << 26, 1):
+            votes.append(classify(x, y, q, [1, 4, 9, 20, 52], 0.07, 6, chunk))
+            assert torch.equal(classify(x, y, q, 9, 0.07, 6, chunk)[9], votes[-1][9])
+        accuracies.append(knn_accuracy(x, y, q, t, [1, 4, 9, 20, 52]))
+    return votes, accuracies
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_of_equally_near_rows_on_several_ranks_the_first_vote(world_size):
+    bank, labels, queries, truth = copies()
+    expected = classify(bank, labels, queries, [1, 4, 9, 20, 52], 0.07, 6)
+    accuracy = knn_accuracy(bank, labels, queries, truth, [1, 4, 9, 20, 52])
+    votes, accuracies = zip(*ranks(world_size, shards_of_copies, world_size))
+    assert all(a == accuracy for each in accuracies for a in each)
+    for parts in zip(*votes, strict=True):
+        assert all(torch.equal(torch.cat([part[k] for part in parts]), expected[k]) for k in expected)
