@@ -42,8 +42,8 @@ from common.run import Run, autocast_dtype, launch, start
 
 # ---------------------------------------------------------------------------------------------------------- recipes
 
-TINY = dict(arch="resnet10", width=0.5, stem="small", hidden=256, dim=64, crops=(1,), sizes=(32,), eval_size=48)
-TINY.update(scales=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, rotate=0.0, prototypes=100)
+TINY = dict(arch="resnet10", width=0.5, stem="small", crops=(1,), sizes=(32,), eval_size=48)
+TINY.update(scales=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, rotate=0.0, prototypes=50, memory_momentum=0.3)
 TINY.update(batch_size=32, lr=0.05, drop_epochs=())
 SHAPES = dict(TINY, sizes=(24,), eval_size=32, scales=(0.4, 1.0), jitter=(0.4, 0.4, 0.4, 0.2), epochs=5)
 RECIPES = {  # name: (ImageNet linear top-1 reported by the authors, what differs from the defaults of Config)

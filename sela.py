@@ -48,7 +48,7 @@ CIFAR = dict(arch="alexnet", scales=(0.2, 1.0), prototypes=128, lam=10.0, relabe
 CIFAR.update(batch_size=128, lr=0.03, weight_decay=5e-4, epochs=400, drop_epochs=(240, 320))
 TINY = dict(arch="resnet10", width=0.5, stem="small", crops=(1,), sizes=(32,), eval_size=48)
 TINY.update(scales=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, grey_first=False, prototypes=64, heads=4)
-TINY.update(relabellings=20, relabel_power=1, labelling="clean", batch_size=32, lr=0.05, drop_epochs=())
+TINY.update(relabellings=10, relabel_power=1, labelling="clean", batch_size=32, lr=0.05, drop_epochs=())
 SHAPES = dict(TINY, sizes=(24,), eval_size=32, scales=(0.4, 1.0), jitter=(0.4, 0.4, 0.4, 0.2), epochs=5, relabellings=5)
 RECIPES = {  # name: (ImageNet linear top-1 reported by the authors, what differs from the defaults of Config)
     "resnet50_10x3k": ("61.5; NMI 54.2, AMI 34.4, ARI 7.2", {}),
@@ -66,7 +66,7 @@ RECIPES = {  # name: (ImageNet linear top-1 reported by the authors, what differ
     "svhn_10x128": ("SVHN linear 94.5, k-NN 92.8; settings ours, number by the authors, not comparable", CIFAR),
     "shapes": ("not measured", dict(SHAPES)),
     "cifar": ("not measured", dict(TINY, epochs=20)),
-    "small": ("not measured", dict(TINY, epochs=50, relabellings=50)),
+    "small": ("not measured", dict(TINY, epochs=50, relabellings=25)),
 }
 REMEDY = """  try in this order: fewer --prototypes (ten per class you expect, a tenth of the images at most); fewer heads;
   more --relabellings; a lower --lr; milder --jitter and --scales"""

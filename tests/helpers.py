@@ -1,5 +1,6 @@
 """What several test files share: the golden numbers, and functions run by several processes."""
 
+import contextlib
 import gc
 import json
 import os
@@ -135,13 +136,23 @@ def same(a, b):
 
 
 def children(pid):
-    """Processes started by pid, oldest first."""
-    return sorted(int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split())
+    """Processes started by pid, oldest first; none if it ends meanwhile."""
+    try:
+        return sorted(int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split())
+    except (FileNotFoundError, ProcessLookupError):
+        return []
 
 
 def tree(pid):
     """The process and all that it and they started: torchrun, ranks, loader workers."""
     return [pid, *(below for child in children(pid) for below in tree(child))]
+
+
+def kill_tree(pid):
+    """kill -9 of the process and all below it; some may end by themselves meanwhile."""
+    for process in tree(pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
 
 
 def image_tree(root, classes=2, images=6, size=(70, 60), splits=("train", "val")):

@@ -1,6 +1,5 @@
 """deepcluster.py: uniform sampling, AlexNet, one process or many, and what becomes of a run that is killed."""
 
-import os
 import re
 import signal
 
@@ -8,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ROOT, command, finish, golden, image_tree, losses, metrics, ranks, run_here, same, saved, start, tree
+from helpers import ROOT, command, finish, golden, image_tree, kill_tree, losses, metrics, ranks, run_here, same, saved, start
 from test_parity import PRECISIONS, close, drawn, of, weight_by_rule
 from torch import nn
 
@@ -245,8 +244,7 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path, when):
     killed = start(*line, cwd=ROOT)
     for text in killed.stdout:
         if ("clustering" in text) if when == "while clustering" else ("step 8/20" in text):
-            for process in tree(killed.pid):
-                os.kill(process, signal.SIGKILL)
+            kill_tree(killed.pid)
             break
     _, err = killed.communicate()
     assert killed.returncode == -signal.SIGKILL, err

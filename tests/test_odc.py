@@ -1,6 +1,5 @@
 """odc.py: the memory against the reference's numbers, one process or many, and what becomes of a run that is killed."""
 
-import os
 import re
 import signal
 
@@ -8,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ROOT, command, finish, golden, losses, metrics, ranks, run_here, same, saved, start, tree
+from helpers import ROOT, command, finish, golden, kill_tree, losses, metrics, ranks, run_here, same, saved, start
 
 import odc
 from common import distributed
@@ -237,8 +236,7 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path, when):
     killed = start(*line, cwd=ROOT)
     for text in killed.stdout:
         if ("repairing" in text) if when == "while repairing" else ("step 8/20" in text):
-            for process in tree(killed.pid):
-                os.kill(process, signal.SIGKILL)
+            kill_tree(killed.pid)
             break
     _, err = killed.communicate()
     assert killed.returncode == -signal.SIGKILL, err

@@ -24,6 +24,7 @@ from helpers import (
     command,
     finish,
     image_tree,
+    kill_tree,
     losses,
     metrics,
     ranks,
@@ -88,8 +89,7 @@ def test_five_kills_at_random_steps_change_no_bit(tmp_path, world_size):
         for line in run.stdout:
             resumed += re.findall(r"resumed at step (\d+)", line)
             if re.search(rf"step {step}/120", line):
-                for process in tree(run.pid):
-                    os.kill(process, signal.SIGKILL)
+                kill_tree(run.pid)
                 break
         run.communicate()
     code, out, err = finish(start(*command(*shared, "--out", tmp_path / "killed", ranks=processes)))

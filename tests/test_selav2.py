@@ -1,13 +1,12 @@
 """selav2.py: balanced labels on the memory, one process or many, and what becomes of a run that is killed."""
 
-import os
 import re
 import signal
 
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, command, finish, losses, ranks, run_here, same, saved, start, tree
+from helpers import TINY, command, finish, kill_tree, losses, ranks, run_here, same, saved, start
 from torch import nn
 
 import selav2
@@ -68,8 +67,7 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path):
     killed = start(*command(*shared, "--out", tmp_path / "killed", script=SCRIPT))
     for text in killed.stdout:
         if "step 8/20" in text:
-            for process in tree(killed.pid):
-                os.kill(process, signal.SIGKILL)
+            kill_tree(killed.pid)
             break
     _, err = killed.communicate()
     assert killed.returncode == -signal.SIGKILL, err
