@@ -162,7 +162,7 @@ def test_every_way_to_hold_the_scores_gives_the_same(rule):
 
 
 def test_nothing_of_the_size_of_the_scores_is_made():
-    scores = logits(60_000, 50)  # many pieces
+    scores = logits(200_000, 50)  # many pieces
     largest, total = [0], [0]
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -176,7 +176,7 @@ def test_nothing_of_the_size_of_the_scores_is_made():
     with Watch():
         balanced_assignments(in_chunks(scores, 4000), tolerance=0.1, hold=False)
         balanced_assignments(scores, tolerance=0.1, in_place=True)
-    assert total[0] > 500 and largest[0] <= 2**20 < scores.numel() / 2
+    assert total[0] > 500 and largest[0] <= 3 * 2**20 < scores.numel() / 3
 
 
 def test_log_probabilities_do_as_logits_and_a_shift_changes_nothing():
