@@ -14,6 +14,8 @@ import os
 import signal
 import time
 import warnings
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +101,29 @@ def match_classes(queries, bank):
     numbers = torch.tensor([number.get(name, -1) for name in queries.classes])
     queries.labels = torch.where(queries.labels >= 0, numbers[queries.labels], queries.labels)
     queries.classes = bank.classes
+
+
+def read_assignments(path, images):
+    """The clusters of a set's images in each head, (H, N) int32, -1 for none, from the assignments.npz of a run: matched by path.
+
+    Raises DataError if path is no such file, or if it lacks an image of the set.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            table, paths = file["assignments"], bytes(file["paths"]).decode(errors="surrogateescape").split("\0")
+        if table.ndim != 2 or table.shape[1] != len(paths):
+            raise ValueError
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist: a run writes it at the end of its first epoch") from None
+    except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, zlib.error):
+        raise DataError(f"{path} is not an assignments.npz that a run wrote") from None
+    columns = {name: column for column, name in enumerate(paths)}
+    found = np.array([columns.get(name, -1) for name in images.paths])
+    if (found < 0).any():
+        lacking = int((found < 0).sum())
+        example = f"it lacks {lacking} of {len(images)}, such as {images.paths[int((found < 0).argmax())]!r}, and holds {paths[0]!r}"
+        raise DataError(f"{path} is of other images: {example}")
+    return table[:, found].astype(np.int32)
 
 
 def _numbered(images):

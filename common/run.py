@@ -473,10 +473,11 @@ class Run:
         checkpoint.export_backbone(path, self.backbone, {**self.info, "epoch": self.step / self.steps_per_epoch})
 
     def _write_assignments(self):
-        """Cluster of every image in each head, -1 if not seen yet: assignments.npz and, with the paths, assignments.csv."""
+        """Cluster of every image in each head, -1 if not seen yet: assignments.npz and assignments.csv, both with the paths."""
         table = self.meter.assignments.numpy()
+        paths = np.frombuffer("\0".join(self.images.paths).encode(errors="surrogateescape"), np.uint8)
         with checkpoint.writing(self.out / "assignments.npz") as file:
-            np.savez_compressed(file, assignments=table)
+            np.savez_compressed(file, assignments=table, paths=paths)
         with checkpoint.writing(self.out / "assignments.csv", text=True) as file:
             writer = csv.writer(file)
             writer.writerow(["path", *(f"head{h}" for h in range(len(table)))])
