@@ -31,10 +31,10 @@ from common.alexnet import alexnet
 from common.config import ArgumentError, option, parse, recipe
 from common.features import rows_of
 from common.meter import Meter
-from common.multicrop import MEAN, STD, Augmentation, MultiCrop, to_device
+from common.multicrop import MEAN, STD, Augmentation, CenterCrop, MultiCrop, to_device
 from common.optim import drops
 from common.resnet import ARCHITECTURES
-from common.run import Run, autocast_dtype, launch, say, start
+from common.run import Diverged, Run, autocast_dtype, launch, say, start
 from common.sinkhorn import balanced_assignments
 
 # Letters in shapes: B images of this rank, V crops, F features, H heads of K prototypes (one a label), N data set.
@@ -93,6 +93,9 @@ class Config:
     grey_p: float = option(0.2, "probability of grey")
     grey_first: bool = option(True, "grey before the jitter")
     blur_p: float = option(0.0, "probability of blur")
+    augs: int = option(
+        3, "how much of that, as the authors count: 0 centre crops, 1 flipped, 2 random crops, 3 colours too", choices=(0, 1, 2, 3)
+    )
 
     prototypes: int = option(3000, "number K of labels of each head", group="method")
     heads: int = option(10, "number H of heads, each with labels of its own")
@@ -193,7 +196,7 @@ def assign(memory, prototypes, features, heads, lam, tolerance):
     """New labels for the heads named, each used about equally often over the data set.
 
     features: (n, F) this rank's rows of the data set; a row of NaN is an image that cannot be read: label -100, ignored.
-    Raises DataError if fewer images than labels can be read.
+    Raises DataError if fewer images than labels can be read, Diverged if a head's scores are not finite or all alike.
     """
     K, seen = len(prototypes[0].weight), ~features[:, 0].isnan()
     readable = int(distributed.all_sum(seen.sum()))
@@ -206,11 +209,17 @@ def assign(memory, prototypes, features, heads, lam, tolerance):
         scores = head.weight.new_empty(len(features), len(head.weight))  # (n, K): the largest thing held
         for rows, block in zip(scores.split(4096), features.split(4096)):
             rows.copy_(head(block.to(head.weight.dtype)))
-        labels, log_r, _, iterations = balanced_assignments(scores, lam, tolerance, in_place=True, init=memory.scalings[h].to(scores))
+        try:
+            labels, log_r, _, iterations = balanced_assignments(scores, lam, tolerance, in_place=True, init=memory.scalings[h].to(scores))
+        except ValueError as error:  # on every rank
+            raise Diverged(f"head {h} cannot be labelled: {error}; a lower --lr may help") from None
         mine = torch.full((len(seen),), -100, device=scores.device)
         mine[seen] = labels
         mine = distributed.gather_rows(mine)  # (N,)
-        rounds.append([iterations, (mine != memory.targets[h]).double().mean(), torch.bincount(mine[mine >= 0]).max()])
+        largest = torch.bincount(mine[mine >= 0]).max()
+        if largest == readable and K > 1:
+            raise Diverged(f"head {h} has collapsed: it scores all images alike, so all get one label; a lower --lr may help")
+        rounds.append([iterations, (mine != memory.targets[h]).double().mean(), largest])
         memory.targets[h], memory.scalings[h] = mine, log_r.cpu()
     iterations, changed, largest = (float(sum(values)) / len(heads) for values in zip(*rounds))
     memory.figures = {"relabellings": memory.done + 1, "sinkhorn_iterations": iterations, "changed": changed, "largest_label": largest}
@@ -329,6 +338,9 @@ def main(config):
     if config.arch.startswith("alexnet") and (config.sizes, config.width, config.stem) != ((224,), 1, "imagenet"):
         raise ArgumentError(f"--arch {config.arch} takes crops of 224 pixels and has no other width or stem: --sizes 224")
 
+    if config.augs < 2 and config.crops != (1,):
+        raise ArgumentError(f"--augs {config.augs} is one crop an image: --crops 1")
+
     model = Model(config)
     model.to(device, torch.float64 if config.precision == "float64" else torch.float32, memory_format=torch.channels_last)
     if config.compile:
@@ -339,7 +351,12 @@ def main(config):
 
     scales = list(zip(config.scales[::2], config.scales[1::2]))
     augmentation = Augmentation(config.jitter, config.jitter_p, config.grey_p, config.grey_first, config.blur_p)
+    if config.augs < 3:
+        augmentation = Augmentation(jitter_p=0, grey_p=0, blur_p=0)
     crops = MultiCrop(images, config.crops, config.sizes, scales, augmentation, config.seed)
+    if config.augs < 2:
+        side = config.sizes[0]
+        crops = CenterCrop(images, side if config.stem == "small" else round(side * 8 / 7), side, config.seed, flip=config.augs == 1)
     loader = data.Loader(crops, config.workers, device.type == "cuda")
 
     size = config.eval_size or config.sizes[0]

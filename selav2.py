@@ -33,7 +33,7 @@ from common.meter import Meter
 from common.multicrop import MEAN, STD, Augmentation, MultiCrop, to_device
 from common.optim import LARC, warmup_cosine
 from common.resnet import ARCHITECTURES
-from common.run import Run, autocast_dtype, launch, start
+from common.run import Diverged, Run, autocast_dtype, launch, start
 from common.sinkhorn import balanced_assignments
 
 # Letters in shapes: B images of this rank, V crops (the first U large), D embedding, H heads of K prototypes, N data set.
@@ -196,14 +196,26 @@ class Memory:
 
 @torch.no_grad()
 def assign(memory, prototypes, temperature, lam, tolerance):
-    """Labels the memory once for each head, head h from bank h mod U, such that all labels are used about equally often."""
+    """Labels the memory once for each head, head h from bank h mod U, such that all labels are used about equally often.
+
+    Raises DataError if fewer images than labels can be read, Diverged if a head's scores are not finite or all alike.
+    """
+    K, filled = len(prototypes[0].weight), int(distributed.all_sum(memory.filled[:-1].sum()))
+    if filled < K:
+        raise data.DataError(f"--prototypes {K}: more than the {filled} images that can be read")
     memory.targets.fill_(-100)
     for h, head in enumerate(prototypes):
         scores = memory.rows(h % len(memory.banks)) @ (F.normalize(head.weight) / temperature).T  # (rows, K): the largest thing held
-        labels, memory.scalings[h], _, _ = balanced_assignments(scores, lam, tolerance, in_place=True, init=memory.scalings[h])
+        try:
+            labels, memory.scalings[h], _, _ = balanced_assignments(scores, lam, tolerance, in_place=True, init=memory.scalings[h])
+        except ValueError as error:  # on every rank
+            raise Diverged(f"head {h} cannot be labelled: {error}; a lower --lr may help") from None
         mine = torch.full((memory.own,), -100, device=labels.device)
         mine[memory.filled[:-1]] = labels
-        memory.targets[h] = distributed.gather_rows(mine)  # (N,)
+        mine = distributed.gather_rows(mine)  # (N,)
+        if torch.bincount(mine[mine >= 0]).max() == filled and K > 1:
+            raise Diverged(f"head {h} has collapsed: it scores all images alike, so all get one label; a lower --lr may help")
+        memory.targets[h] = mine
     memory.filled.fill_(False)  # from here on it is filled anew
 
 

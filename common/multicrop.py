@@ -73,7 +73,7 @@ class MultiCrop:
 
     def __getitem__(self, key):
         epoch, position, index = key
-        rng = random.Random((self.seed << 128) | (epoch << 64) | position)
+        rng = generator(self.seed, epoch, position)
         index, image = read_or_next(self.images, index)
         if image is None:
             return -1, [torch.zeros(n, 3, s, s, dtype=torch.uint8) for n, s in zip(self.crops, self.sizes)], torch.zeros(sum(self.crops), 8)
@@ -102,7 +102,7 @@ class RandomCrop:
 
     def __getitem__(self, key):
         epoch, position, index = key
-        rng = random.Random((self.seed << 128) | (epoch << 64) | position)
+        rng = generator(self.seed, epoch, position)
         index, image = read_or_next(self.images, index)
         if image is None:
             return -1, [torch.zeros(1, 3, self.size, self.size, dtype=torch.uint8)], torch.zeros(1, 8)
@@ -113,12 +113,15 @@ class RandomCrop:
 
 
 class CenterCrop:
-    """Map-style set like MultiCrop with one centre crop an image and nothing drawn: what evaluations look at."""
+    """Map-style set like MultiCrop with one centre crop an image and nothing drawn: what evaluations look at.
+
+    flip: half of the time it is flipped, which (seed, epoch, position) decide.
+    """
 
     views = 1
 
-    def __init__(self, images, resize, size):
-        self.images, self.resize, self.size = images, resize, size
+    def __init__(self, images, resize, size, seed=0, flip=False):
+        self.images, self.resize, self.size, self.seed, self.flip = images, resize, size, seed, flip
 
     def __len__(self):
         return len(self.images)
@@ -128,7 +131,10 @@ class CenterCrop:
         off = torch.tensor([[1.0, 1, 1, 0, -1, 0, 0, 0]]).expand(self.views, -1)
         if image is None:
             return -1, [torch.zeros(self.views, 3, self.size, self.size, dtype=torch.uint8)], off
-        return index, [self.cut(image)], off
+        crops = self.cut(image)
+        if self.flip and generator(self.seed, *key[:2]).random() < 0.5:
+            crops = crops.flip(-1)
+        return index, [crops], off
 
     def cut(self, image):
         return center(image, self.resize, self.size)[None]
@@ -148,6 +154,11 @@ class Warp(CenterCrop):
 
     def cut(self, image):
         return to_tensor(TF.resize(TF.resize(image, self.resize), (self.size, self.size)))[None]
+
+
+def generator(seed, epoch, position):
+    """Of all that is drawn for one image: the same on any rank, in any worker and after a resume."""
+    return random.Random((seed << 128) | (epoch << 64) | position)
 
 
 def to_tensor(image):

@@ -1,5 +1,6 @@
 """sela.py: times and labels against the reference's numbers, one process or many, and what becomes of a run that is killed."""
 
+import csv
 import re
 import signal
 
@@ -12,12 +13,15 @@ from test_parity import PRECISIONS, close, drawn, of, weight_by_rule
 from torch import nn
 
 import sela
-from common import distributed
+import selav2
+from common import data, distributed
 from common.alexnet import alexnet
 from common.checkpoint import load_backbone
 from common.config import recipe
 from common.features import rows_of
+from common.multicrop import center
 from common.optim import drops
+from common.run import Diverged
 
 SCRIPT = "sela.py"
 TINY = "--recipe shapes --width 0.125 --sizes 16 --prototypes 5 --heads 2 --batch-size 16 --workers 0 --log-every 1".split()
@@ -198,6 +202,81 @@ def test_assignments_are_the_labels_of_all_images(tmp_path):
     assert assignments.shape == (2, 80) and (assignments == saved(tmp_path)["memory"]["targets"].numpy()).all()
 
 
+def test_labels_are_read_back_by_path(tmp_path):
+    folder = image_tree(tmp_path / "images", images=8)
+    assert here(*SHARED, "--data", folder, "--prototypes", 2, "--epochs", 1, "--batch-size", 8, "--out", tmp_path / "run") == 0
+    images, file = data.open_images(str(folder)), tmp_path / "run" / "assignments.npz"
+    wanted = {path: column for path, *column in csv_rows(tmp_path / "run" / "assignments.csv")}
+    assert len(wanted) == len(images)
+    backwards = data.Files(str(folder), list(images.paths)[::-1])
+    for some in (images, backwards):
+        found = data.read_assignments(file, some)
+        assert [[str(c) for c in column] for column in found.T.tolist()] == [wanted[path] for path in some.paths]
+    others = data.open_images("shapes:20")
+    for path, message in {
+        file: "is of other images: it lacks 20 of 20, such as 'shapes/train/000000', and holds '",
+        tmp_path / "none.npz": "none.npz does not exist",
+        tmp_path / "run" / "assignments.csv": "is not an assignments.npz",
+        tmp_path / "run": "is not an assignments.npz",
+    }.items():
+        with pytest.raises(data.DataError, match=re.escape(message)):
+            data.read_assignments(path, others)
+
+
+def csv_rows(path):
+    with open(path, newline="") as file:
+        return list(csv.reader(file))[1:]
+
+
+@pytest.mark.parametrize("method", ["sela", "selav2"])
+def test_heads_that_cannot_be_labelled_are_named(method):
+    torch.manual_seed(0)
+    heads = nn.ModuleList(nn.Linear(4, 3, bias=False) for _ in range(2))
+    rows = F.normalize(torch.randn(30, 4))
+
+    def label(rows):
+        if method == "sela":
+            return sela.assign(sela.Memory(len(rows), 2, 3, 0), heads, rows, [0, 1], 10.0, 0.01)
+        memory = selav2.Memory(len(rows), 1, 4, 2, 3)
+        memory.update(torch.arange(len(rows)), rows[None])
+        selav2.assign(memory, heads, 1.0, 10.0, 0.01)
+
+    label(rows)
+    with pytest.raises(Diverged, match="head 0 has collapsed: it scores all images alike"):
+        label(rows[:1].expand(30, 4).contiguous())
+    with pytest.raises(data.DataError, match="--prototypes 3: more than the 2 images that can be read"):
+        label(rows[:2])
+    heads[1].weight.data[1] = torch.nan
+    with pytest.raises(Diverged, match=r"head 1 cannot be labelled: row 0 of 30 .* is not finite"):
+        label(rows)
+
+
+def test_levels_of_augmentation(tmp_path):
+    folder, crops = image_tree(tmp_path / "images", images=2, size=(40, 24)), {}
+
+    class Found(Exception):
+        pass
+
+    def loader(views, *_):
+        crops[level] = [views[epoch, 3, 0] for epoch in range(8)]
+        raise Found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sela.data, "Loader", loader)
+        for level in range(4):
+            with pytest.raises(Found):
+                here(*SHARED, "--data", folder, "--prototypes", 2, "--batch-size", 2, "--augs", level, "--out", tmp_path / "run")
+    images = data.open_images(str(folder))
+    centre = center(images.read(0), 16, 16)
+    kinds = {level: {tuple(pixels[0][0].flatten().tolist()) for _, pixels, _ in drawn} for level, drawn in crops.items()}
+    assert kinds[0] == {tuple(centre.flatten().tolist())}
+    assert kinds[1] == {tuple(c.flatten().tolist()) for c in (centre, centre.flip(-1))}
+    assert len(kinds[2]) == len(kinds[3]) == 8
+    off = torch.tensor([1.0, 1, 1, 0, -1, 0, 0, 0])
+    assert all((params == off).all() for level in (0, 1, 2) for _, _, params in crops[level])
+    assert any((params != off).any() for _, _, params in crops[3])
+
+
 def test_options_that_cannot_work(tmp_path, capsys):
     for options, message in {
         ("--prototypes", 81): "--prototypes 81: more than the 80 images",
@@ -205,6 +284,7 @@ def test_options_that_cannot_work(tmp_path, capsys):
         ("--lam", 0): "--lam 0.0: more than 0",
         ("--tolerance", 0): "--tolerance 0.0: more than 0",
         ("--heads", 0): "--heads 0: more than 0",
+        ("--augs", 1, "--crops", 2): "--augs 1 is one crop an image: --crops 1",
         ("--arch", "alexnet_small"): "--arch alexnet_small takes crops of 224 pixels",
     }.items():
         assert here(*SHARED, *options, "--out", tmp_path) == 2
