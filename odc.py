@@ -340,16 +340,16 @@ def train_one_epoch(net, optimizer, memory, loader, run, config, epoch):
         targets = memory.targets[index.to(run.device, non_blocking=True)]  # (B,)
         loss = prediction_loss(scores, targets, memory.loss_weight(), config.temperature)
 
-        # update
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
         # memory: the batch's embeddings and clusters; now and then the centroids; no cluster stays small
         changed = memory.update(index, z[: len(index)].detach())
         if (step + 1) % config.centroid_iters == 0:
             memory.refresh()
         memory.repair()
+
+        # update
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
 
         # log
         run.log(loss.detach(), lr, F.normalize(z[: len(index)].detach()), index, targets, changed=changed)

@@ -297,7 +297,7 @@ def train_one_epoch(net, optimizer, memory, crops, loader, run, config, epoch):
     batches = data.batches(len(run.images), config.batch_size, epoch, config.seed, distributed.rank(), distributed.world_size())
     times = label_times(config.epochs, config.relabellings, len(run.images), config.relabel_power)
     for step, (index, views, params) in run.steps(loader, batches, epoch):
-        # labels: at most once a step
+        # assign: all images, at the published times, at most once a step
         if memory.done < len(times) and step * config.batch_size >= times[memory.done]:
             relabel(model, memory, crops, run, config)
 
