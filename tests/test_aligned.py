@@ -102,3 +102,15 @@ def test_what_is_the_same_is_the_same_text():
 def test_make_diff_compares_all_methods():
     recipe = (ROOT / "Makefile").read_text()
     assert " ".join(f"{m}.py" for m in METHODS) in recipe
+
+
+def test_docs_link_to_the_lines_they_name():
+    text = (ROOT / "docs" / "methods.md").read_text()
+    links = re.findall(r"\[`(\w+)`\]\(\.\./([\w/]+\.py)#L(\d+)\)", text)
+    assert len(links) > 10
+    for name, path, number in links:
+        lines = (ROOT / path).read_text().splitlines()
+        here = [i for i, line in enumerate(lines, 1) if re.match(rf"\s*(def|class) {name}\b", line)]
+        assert int(number) in here, f"docs/methods.md: {name} of {path} is now in line {here}, not {number}"
+    for path in re.findall(r"\]\((\.\./[\w/.]+)", text):
+        assert (ROOT / "docs" / path).exists(), path
