@@ -40,6 +40,8 @@ def _load(arch, checkpoint):
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
-        what = "{arch} x{width:g}, {stem} stem".format(**info) if info else str(error).splitlines()[1].strip()
+        reason = str(error).splitlines()[1].strip()
+        sobel = ", Sobel" if info.get("sobel") else ""
+        what = f"{info['arch']} x{info['width']:g}, {info['stem']} stem{sobel}" if info else reason
         raise ValueError(f"{path} is no {arch} of torchvision: {what}") from None
     return network

@@ -378,9 +378,8 @@ def main(args):
     print(f"{path}: {info['method']}, {_architecture(info)}")
     if path.is_file():
         print(f"  sha256      {_sha256(path)}")
-    print(
-        f"  trunk       all {len(contents.trunk) - counters} tensors, {parameters / 1e6:.1f} M parameters, {model.backbone.feature_dim} features"
-    )
+    found, dim = len(contents.trunk) - counters, model.backbone.feature_dim
+    print(f"  trunk       {found} of {found} tensors, {parameters / 1e6:.1f} M parameters, {dim} features")
     if model.projection_head is not None:
         print("  projection  " + " -> ".join(str(layer.out_features) for layer in model.projection_head if isinstance(layer, nn.Linear)))
     print("  heads       " + (", ".join(f"{head.out_features} clusters" for head in model.heads) or "none: there are no clusters in it"))
