@@ -238,6 +238,12 @@ def lightning_any_name():
     return lightning("student_network.resnet.")
 
 
+def solo_learn():
+    saved, trunk, *rest = lightning()
+    saved["state_dict"].update(prefixed("momentum_backbone.", randomised(resnet50(width=0.125), 1).state_dict()))
+    return saved, trunk, *rest
+
+
 def lightly():
     saved, trunk, *_ = lightning()
     saved["state_dict"] = prefixed("backbone.", children(trunk.state_dict()))
@@ -270,7 +276,18 @@ def plain34():
 FAMILIES = (
     *(swav_released, swav_training, swav_wide_head_without_norm, deepclusterv2_released, vissl, vissl_extractor, vissl_flat),
     *(openselfsup_sobel, mmselfsup_swav, mmselfsup_old_swav, mmselfsup_odc, mmselfsup_deepcluster, sela_released, sela_released_older),
-    *(sela_preact, sela_training, sela_training_parallel, moco, mocov2, lightning, lightning_encoder, lightning_any_name, lightly),
+    *(
+        sela_preact,
+        sela_training,
+        sela_training_parallel,
+        moco,
+        mocov2,
+        lightning,
+        lightning_encoder,
+        lightning_any_name,
+        solo_learn,
+        lightly,
+    ),
     *(compiled, compiled_inside, plain18, plain34),
 )
 
