@@ -14,7 +14,6 @@ clusters get against shuffled labels: NMI and purity of many small clusters are 
 import csv
 import json
 import math
-import os
 import zipfile
 from pathlib import Path
 
