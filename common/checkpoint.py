@@ -10,8 +10,10 @@ import os
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
-from . import alexnet, resnet
+from . import alexnet, families, resnet
 from .multicrop import MEAN, STD
 
 MARK = b"SHA-256:"
@@ -155,6 +157,43 @@ def load_backbone(path):
     except RuntimeError as error:
         raise CheckpointError(f"{path}: {str(error).splitlines()[1].strip()}") from None
     return trunk, info
+
+
+class Model(nn.Module):
+    """A trunk with what clusters its features: images (B, 3, S, S), normalised, to H scores (B, K), whose arg-max is the cluster.
+
+    projection_head: a module or None. heads: H linear layers; those without bias are prototypes, whose scores are cosines.
+    relu: of the features, for a trunk that ends before its last one.
+    """
+
+    def __init__(self, backbone, projection_head, heads, relu=False):
+        super().__init__()
+        self.backbone, self.projection_head, self.relu = backbone, projection_head, relu
+        self.heads = nn.ModuleList(heads)
+
+    def forward(self, images):
+        z = self.backbone(images)  # (B, F)
+        z = F.relu(z) if self.relu else z
+        z = z if self.projection_head is None else self.projection_head(z)  # (B, D)
+        return [head(z if head.bias is not None else F.normalize(z)) for head in self.heads]
+
+
+def load_model(path):
+    """(Model, info) of a run directory, or of any file that `load_backbone` reads. Where the method or the file has none,
+    projection_head is None and heads are empty."""
+    path = Path(path)
+    backbone, info = load_backbone(path)
+    projection, heads = None, []
+    if path.is_dir():
+        try:
+            state = load(path / "checkpoint.pt")["model"]
+        except FileNotFoundError:
+            raise CheckpointError(f"{path / 'checkpoint.pt'} does not exist") from None
+        backbone.load_state_dict({name[9:]: tensor for name, tensor in state.items() if name.startswith("backbone.")})
+        projection, heads = families.heads(state)
+    projection = families.build_projection(projection, last_relu=bool(heads) and "bias" in heads[0]) if projection else None
+    model = Model(backbone, projection, [families.build_head(head) for head in heads], relu=info["arch"] == "alexnet")
+    return model, info
 
 
 def load_trunk(path, config):
