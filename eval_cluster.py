@@ -191,7 +191,7 @@ def by_run(folder, images):
         with open(listed, newline="", errors="surrogateescape") as file:
             paths = [row[0] for row in csv.reader(file)][1:]
     except FileNotFoundError as error:
-        raise checkpoint.CheckpointError(f"{error.filename} does not exist: --training needs the directory of a run") from None
+        raise checkpoint.CheckpointError(f"{error.filename} does not exist: --training needs a run that has ended an epoch") from None
     except (OSError, KeyError, IndexError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
         raise checkpoint.CheckpointError(f"the assignments in {folder} cannot be read ({error})") from None
     if clusters.ndim != 2 or clusters.shape[1] != len(paths):
@@ -282,6 +282,8 @@ def open_subject(args):
     """(training images or None, images to judge, what these are)."""
     if args.images:
         return None, data.open_images(args.images, "train", args.root), f"images of {args.images}"
+    if args.training and not args.kmeans and not Path(args.trunk).is_dir():
+        raise checkpoint.CheckpointError(f"{args.trunk} is no run: --training needs the directory of one, or --kmeans")
     spec, root, val = evaluation.sources(args)
     if not spec and not (val and not args.training and not args.kmeans):
         raise ArgumentError("--data is needed: labelled images, or --images DIR")
@@ -302,11 +304,13 @@ def check_head(args, heads):
         raise ArgumentError(f"--head {args.head}: {args.trunk} has {heads} head{'s' * (heads > 1)}, numbered from 0")
 
 
-def open_heads(args):
+def open_heads(args, device):
+    """The model that assigns, on the device, its info, and how to look at images with it."""
     model, info = distributed.from_main(checkpoint.load_model, args.trunk)
     if not len(model.heads):
         raise checkpoint.CheckpointError(f"{args.trunk} has no heads to cluster with: --kmeans K clusters its features")
-    return Assign(model), {**info, "resize": args.resize or info["resize"], "size": args.size or info["size"]}
+    info = {**info, "resize": args.resize or info["resize"], "size": args.size or info["size"]}
+    return Assign(model).to(device, memory_format=torch.channels_last), info, evaluation.extraction(args, info, device)
 
 
 def main(args):
@@ -314,7 +318,6 @@ def main(args):
     check(args)
     out = distributed.from_main(open_output, args)
     training, images, subject = distributed.from_main(open_subject, args)
-    assign = None
     if args.kmeans:
         check_head(args, 1)
         trunk, info = evaluation.open_trunk(args)
@@ -322,21 +325,19 @@ def main(args):
         how = evaluation.extraction(args, info, device)
         clusters, scores = by_kmeans(trunk, training or images, images, info, how, args.kmeans, args.seed)
         sizes, source = [args.kmeans], f"k-means on {'the same' if args.training or args.images else 'training'} features"
+    elif args.training:
+        clusters, sizes = distributed.from_main(by_run, args.trunk, images)
+        check_head(args, len(clusters))
+        assign, info, how = open_heads(args, device)
+        scores, source = None, "assignments.npz"
+        if args.samples:
+            scores = np.full(clusters.shape, np.nan)
+            scores[args.head] = typical(assign, images, clusters[args.head], args.head, info, how, 8 * args.samples)
     else:
-        assign, info = open_heads(args)
-        assign = assign.to(device, memory_format=torch.channels_last)
-        how = evaluation.extraction(args, info, device)
-        if args.training:
-            clusters, sizes = distributed.from_main(by_run, args.trunk, images)
-            check_head(args, len(clusters))
-            scores, source = None, "assignments.npz"
-            if args.samples:
-                scores = np.full(clusters.shape, np.nan)
-                scores[args.head] = typical(assign, images, clusters[args.head], args.head, info, how, 8 * args.samples)
-        else:
-            check_head(args, len(assign.model.heads))
-            clusters, scores = by_heads(assign, images, info, how)
-            sizes, source = assign.sizes, "the heads"
+        assign, info, how = open_heads(args, device)
+        check_head(args, len(assign.model.heads))
+        clusters, scores = by_heads(assign, images, info, how)
+        sizes, source = assign.sizes, "the heads"
 
     record = {
         "trunk": str(args.trunk),
@@ -351,6 +352,7 @@ def main(args):
     if labels is not None and len(labels[labels >= 0].unique()) > 1:
         for head, (figures, chance) in zip(record["heads"], distributed.from_main(compare, clusters, labels.numpy())):
             head.update(figures, chance=chance)
+        record["mean"] = {name: float(np.mean([head[name] for head in record["heads"]])) for name in figures}
     report(record)
     say(json.dumps(record))
     suffix = "_training" * args.training + "_images" * bool(args.images) + "_kmeans" * bool(args.kmeans) + "_random" * args.random_init
@@ -404,12 +406,12 @@ def describe(record, args, info):
     """What the gallery says above the clusters."""
     head = record["heads"][args.head]
     which = f", head {args.head} of {len(record['heads'])}" * (len(record["heads"]) > 1)
-    figures = [["images", f"{record['count']:,}", ""], ["clusters used", f"{head['used']:,} of {head['clusters']:,}", ""]]
-    names = {"nmi": "NMI", "ami": "AMI", "ari": "ARI", "hungarian": "Hungarian accuracy", "purity": "purity"}
+    figures = [["clusters used", f"{head['used']:,} of {head['clusters']:,}", ""]]
     if "nmi" in head:
-        figures += [[word, f"{head[name]:.1f}", f"chance {abs(head['chance'][name]):.1f}"] for name, word in names.items()]
-    title = f"{info['method']}, {record['images']}"
-    return {"title": title, "notes": [f"{evaluation.name(info)}; clusters by {record['clusters_by']}{which}"], "figures": figures}
+        names = {"nmi": "NMI", "ami": "AMI", "ari": "ARI", "hungarian": "Hungarian", "purity": "purity"}
+        figures += [[word, f"{head[name]:.1f}", f"chance {round(head['chance'][name], 1) + 0.0:.1f}"] for name, word in names.items()]
+    notes = [f"{evaluation.name(info)}; clusters by {record['clusters_by']}{which}"]
+    return {"title": f"Clusters of {record['count']:,} {record['images']}", "notes": notes, "figures": figures}
 
 
 def write_csv(path, images, clusters, scores):

@@ -11,9 +11,8 @@ from PIL import Image, ImageOps
 
 from . import checkpoint
 
-SIDE = 48  # pixels of a thumbnail
-LIMIT = 28_000_000  # bytes of thumbnails in a page
-MOST = 48_000  # thumbnails that are read to fill it
+SIDES = {3_000: 96, 24_000: 48}  # up to so many thumbnails, a side of so many pixels; more are not read
+LIMIT = 26_000_000  # bytes of thumbnails in a page, as base64
 
 
 def write(path, images, clusters, scores, k, about, samples=12, seed=0):
@@ -28,18 +27,21 @@ def write(path, images, clusters, scores, k, about, samples=12, seed=0):
     order = np.argsort(clusters, kind="stable")
     numbers, starts = np.unique(clusters[order], return_index=True)
     members = [(c, rows) for c, rows in zip(numbers.tolist(), np.split(order, starts[1:])) if c >= 0]
-    samples = max(1, min(samples, MOST // (2 * max(1, len(members)))))
+    samples = max(1, min(samples, max(SIDES) // (2 * max(1, len(members)))))
+    side = next((side for most, side in SIDES.items() if 2 * samples * len(members) <= most), min(SIDES.values()))
     picked = [choose(rows, scores, samples, rng) for _, rows in members]
     thumbnails = dict.fromkeys(i for kinds in picked for kind in kinds for i in kind.tolist())
     with ThreadPoolExecutor() as pool:
-        thumbnails = {i: jpeg for i, jpeg in zip(thumbnails, pool.map(lambda i: thumbnail(images, i), thumbnails)) if jpeg}
+        thumbnails = {i: jpeg for i, jpeg in zip(thumbnails, pool.map(lambda i: thumbnail(images, i, side), thumbnails)) if jpeg}
+
+    head = header(next(iter(thumbnails.values()), b""))
 
     def size(samples):
-        return sum(len(thumbnails.get(i, b"")) * 4 / 3 for kinds in picked for kind in kinds for i in kind[:samples].tolist())
+        shown = (i for kinds in picked for kind in kinds for i in kind[:samples].tolist() if i in thumbnails)
+        return sum(len(thumbnails[i]) - head[0] for i in shown) * 4 / 3
 
     while samples > 1 and size(samples) > LIMIT:
         samples -= 1
-    head = header(next(iter(thumbnails.values()), b""))
 
     def entry(i):
         body = base64.b64encode(thumbnails[i][head[0] :]).decode()
@@ -51,7 +53,7 @@ def write(path, images, clusters, scores, k, about, samples=12, seed=0):
         "classes": [] if images.labels is None else list(images.classes),
         "k": k,
         "images": int((clusters >= 0).sum()),
-        "side": SIDE,
+        "side": side,
         "head": base64.b64encode(head[1]).decode(),
         "clusters": [
             {
@@ -82,10 +84,10 @@ def choose(rows, scores, samples, rng):
     return typical, rng.permutation(others)[:samples]
 
 
-def thumbnail(images, i):
+def thumbnail(images, i, side):
     """The central square of an image as a JPEG file, or b"" if it cannot be read."""
     try:
-        image = ImageOps.fit(images.read(i), (SIDE, SIDE), Image.Resampling.LANCZOS)
+        image = ImageOps.fit(images.read(i), (side, side), Image.Resampling.LANCZOS)
     except Exception:  # Pillow's plug-ins raise a dozen kinds for damaged files
         return b""
     file = io.BytesIO()

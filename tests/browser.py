@@ -29,7 +29,12 @@ class Browser:
             os.dup2(64, 4)
 
         self.process = subprocess.Popen(
-            [CHROME, *flags], preexec_fn=take, pass_fds=(3, 4), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            [CHROME, *flags],
+            preexec_fn=take,
+            pass_fds=(3, 4),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         for fd in (ours[0], theirs[1], read, write):
             os.close(fd)
