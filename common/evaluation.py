@@ -16,15 +16,15 @@ from .run import autocast_dtype, say
 def parser(description, data_help, val_help):
     """A parser of the options that have one name and meaning in every evaluation."""
     p = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    p.add_argument("trunk", help="a run directory, a backbone.pt or a torchvision ResNet file")
+    p.add_argument("trunk", help="a run directory, a backbone.pt or another project's checkpoint")
     p.add_argument("--data", default="", help=data_help)
     if val_help:
         p.add_argument("--val", default="", help=val_help)
         p.add_argument("--root", default="", help="folder that relative paths of list files start from")
     p.add_argument(
-        "--resize", type=int, default=0, help="short side before the centre crop (default: as trained, 256 for a torchvision file)"
+        "--resize", type=int, default=0, help="short side before the centre crop (default: as trained, 256 for another project's)"
     )
-    p.add_argument("--size", type=int, default=0, help="side of the images in pixels (default: as trained, 224 for a torchvision file)")
+    p.add_argument("--size", type=int, default=0, help="side of the images in pixels (default: as trained, 224 for another project's)")
     p.add_argument("--random-init", action="store_true", help="replace the weights by random ones")
     p.add_argument("--workers", type=int, default=-1, help="loader processes per rank (default: its share of the CPU cores, at most 8)")
     p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
