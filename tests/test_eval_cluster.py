@@ -113,9 +113,12 @@ class Colours(nn.Module):
     def __init__(self, heads=2):
         super().__init__()
         self.backbone, self.projection_head = nn.AdaptiveAvgPool2d(1), None
-        self.heads = nn.ModuleList(nn.Linear(3, k, bias=False) for k in (3, 5)[:heads])
-        for head, rows in zip(self.heads, (torch.eye(3), torch.tensor([[0.0, 0, 0], [1, -1, 0], [-1, -1, -1], [-2, 0, -9], [-2, -9, 0]]))):
+        self.heads = nn.ModuleList(nn.Linear(3, k) for k in (3, 5)[:heads])
+        for head, rows, bias in zip(self.heads, (torch.eye(3), torch.zeros(5, 3)), ([0] * 3, [0, 0, -9, -9, -9])):
             head.weight.data.copy_(rows)
+            head.bias.data.copy_(torch.tensor(bias))
+        if heads > 1:
+            self.heads[1].weight.data[1, :2] = torch.tensor([1.0, -1])
 
     def forward(self, images):
         return [head(self.backbone(images).flatten(1)) for head in self.heads]
@@ -172,6 +175,20 @@ def test_known_heads_have_known_scores(tmp_path, capsys):
     assert "300 held-out images, clusters by the heads" in out and f"{'head 1':8}{'2 of 5':>16}" in out
     assert f"{'mean':24}" in out and f"{'chance':24}" in out
     assert b"head 1 of 2" in page
+
+
+def test_each_head_has_its_own_cluster_and_score(tmp_path):
+    how = dict(device=torch.device("cpu"))
+    clusters, scores = eval_cluster.by_heads(eval_cluster.Assign(Colours()), Plain(7), INFO, how)
+    assert clusters.tolist() == [[0, 1, 2, 0, 1, 2, 0], [1, 0, 0, 1, 0, 0, 1]]
+    strength = [((160 + i) / 255 - MEAN[i % 3]) / STD[i % 3] for i in range(7)]
+    other = [(60 / 255 - MEAN[1]) / STD[1], 0]  # red less green, or nothing
+    assert scores[0] == pytest.approx(strength, abs=1e-5)
+    assert scores[1] == pytest.approx([0 if i % 3 else strength[i] - other[0] for i in range(7)], abs=1e-5)
+    eval_cluster.write_csv(tmp_path / "clusters.csv", Plain(7), clusters, scores)
+    header, first, *_ = csv.reader((tmp_path / "clusters.csv").read_text().splitlines())
+    assert header == ["path", "head0", "score0", "head1", "score1"]
+    assert first == ["0.png", "0", f"{scores[0, 0]:.6g}", "1", f"{scores[1, 0]:.6g}"]
 
 
 def on_rank(out):
