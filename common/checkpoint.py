@@ -10,6 +10,7 @@ import os
 import pickle
 import re
 from argparse import RawDescriptionHelpFormatter
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -386,7 +387,8 @@ def main(args):
     if contents.labels is not None:
         print(f"  labels      {' x '.join(map(str, contents.labels.shape))}")
     if contents.unused:
-        print(f"  not used    {len(contents.unused)} tensors: {', '.join(contents.unused[:3])}{' ..' * (len(contents.unused) > 3)}")
+        groups = Counter(key.partition(".")[0] for key in contents.unused)
+        print(f"  not used    {', '.join(f'{name} ({count})' for name, count in groups.items())}")
     if not args.to:
         return
     if out.exists() and out.samefile(path):
