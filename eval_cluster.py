@@ -14,7 +14,6 @@ clusters get against shuffled labels: NMI and purity of many small clusters are 
 import csv
 import json
 import math
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -181,26 +180,14 @@ def by_kmeans(trunk, fitted, images, info, how, k, seed):
 
 def by_run(folder, images):
     """Clusters (H, N) that a run last gave to its training images, -1 where it has not seen one yet, and K."""
-    path, listed = Path(folder) / "assignments.npz", Path(folder) / "assignments.csv"
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            clusters = arrays["assignments"].astype(np.int64)
-        k = json.loads((Path(folder) / "config.json").read_text()).get("prototypes", 0)
-        with open(listed, newline="", errors="surrogateescape") as file:
-            paths = [row[0] for row in csv.reader(file)][1:]
-    except FileNotFoundError as error:
-        raise checkpoint.CheckpointError(f"{error.filename} does not exist: --training needs a run that has ended an epoch") from None
-    except (OSError, KeyError, IndexError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
-        raise checkpoint.CheckpointError(f"the assignments in {folder} cannot be read ({error})") from None
-    if clusters.ndim != 2 or clusters.shape[1] != len(paths):
-        raise checkpoint.CheckpointError(f"{path} and {listed.name} disagree: {clusters.shape} and {len(paths)} images")
-    if len(paths) != len(images):
-        raise data.DataError(f"{path} is of other images: of {len(paths)}, and --data has {len(images)}")
-    other = next((i for i, there in enumerate(paths) if there != images.paths[i]), None)
-    if other is not None:
-        raise data.DataError(f"{path} is of other images: one is {paths[other]!r} where --data has {images.paths[other]!r}")
+    path = Path(folder) / "assignments.npz"
+    clusters = data.read_assignments(path, images).astype(np.int64)
     if not (clusters >= 0).any():
         raise data.DataError(f"{path}: no image has a cluster yet")
+    try:
+        k = json.loads((Path(folder) / "config.json").read_text())["prototypes"]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise checkpoint.CheckpointError(f"{folder}/config.json cannot be read ({error})") from None
     return clusters, [max(k, int(clusters.max()) + 1)] * len(clusters)
 
 

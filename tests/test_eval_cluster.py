@@ -331,7 +331,8 @@ def test_errors(run, photos, tmp_path, capsys):
     empty, foreign, torn = tmp_path / "empty", tmp_path / "foreign", tmp_path / "torn"
     for copy in (empty, foreign, torn):
         shutil.copytree(run, copy)
-    np.savez(empty / "assignments.npz", assignments=np.full((1, 100), -1))
+    with np.load(run / "assignments.npz") as file:
+        np.savez(empty / "assignments.npz", assignments=np.full((1, 100), -1), paths=file["paths"])
     (torn / "assignments.npz").write_bytes(b"PK")
     (tmp_path / "file").touch()
     trunk = photos / "backbone.pt"
@@ -348,11 +349,11 @@ def test_errors(run, photos, tmp_path, capsys):
         ((run, "--kmeans", -1), 2, "nothing below 0"),
         ((run, "--data", photos / "val" / "red", "--training"), 3, "--data has no labels to compare clusters with"),
         ((run, "--data", tmp_path / "one"), 3, "--val has images of 1 class (n00)"),
-        ((run, "--data", tmp_path / "others", "--training"), 3, "is of other images: one is 'shapes/train/000000' where"),
-        ((run, "--data", photos, "--training"), 3, "is of other images: of 100, and --data has 36"),
+        ((run, "--data", tmp_path / "others", "--training"), 3, "is of other images: it lacks 100 of 100, such as"),
+        ((run, "--data", photos, "--training"), 3, "is of other images: it lacks 36 of 36, such as"),
         ((empty, "--training"), 3, "no image has a cluster yet"),
-        ((torn, "--training"), 4, "cannot be read"),
-        ((photos, "--data", photos, "--training"), 4, "--training needs a run that has ended an epoch"),
+        ((torn, "--training"), 3, "is not an assignments.npz"),
+        ((photos, "--data", photos, "--training"), 3, "assignments.npz does not exist: a run writes it"),
         ((run, "--images", tmp_path / "nothing"), 3, "nothing does not exist"),
         ((run, "--out", tmp_path / "file" / "below"), 2, "cannot be written"),
     ):
