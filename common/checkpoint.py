@@ -9,6 +9,7 @@ import hashlib
 import os
 import pickle
 import re
+import warnings
 from argparse import RawDescriptionHelpFormatter
 from collections import Counter
 from pathlib import Path
@@ -187,7 +188,7 @@ def torchvision_has(info):
 
 def _architecture(info):
     width, sobel = info.get("width") or 1, " with Sobel" if info.get("sobel") else ""
-    return f"{info['arch']} x{width:g}{sobel}, {info['stem']} stem"
+    return f"{info['arch']} x{width:g}{sobel}, {info.get('stem')} stem"
 
 
 def _weights(module):
@@ -217,7 +218,7 @@ def _open(path, trust_pickle):
     saved = _read(path, trust_pickle)
     try:
         contents = families.recognise(saved)
-        info = {"resize": 256, "size": 224, "mean": MEAN, "std": STD, **contents.info}
+        info = {"method": "unknown", "resize": 256, "size": 224, "mean": MEAN, "std": STD, **contents.info}
         trunk = build_backbone(info)
         _fill(trunk, contents.trunk, path, info)
     except families.Refused as error:
@@ -231,27 +232,23 @@ def _open(path, trust_pickle):
 
 def _read(path, trust_pickle):
     """What a file holds. The one place that may run code which is in a file: with trust_pickle alone."""
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist")
     try:
         if trust_pickle and path.suffix == ".pkl":
             return pickle.loads(path.read_bytes())
-        if trust_pickle:
-            return torch.load(path, map_location="cpu", weights_only=False, encoding="latin1")  # Python 2 wrote some
-        if path.suffix != ".pkl":
-            return torch.load(path, map_location="cpu", weights_only=True)
-        culprit = "a pickle" * path.exists()
-    except FileNotFoundError:
-        culprit = ""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of the protocol of a pickle that is refused
+            encoding = {"encoding": "latin1"} if trust_pickle else {}  # Python 2 wrote some
+            return torch.load(path, map_location="cpu", weights_only=not trust_pickle, **encoding)
     except Exception as error:  # torch raises several kinds for what it refuses
-        culprit = re.search(r"GLOBAL (\S+)|$", str(error))[1]
-        if trust_pickle or not culprit:
-            reason = "it is not what torch.save writes" if isinstance(error, pickle.UnpicklingError) else _first_line(error)
-            raise CheckpointError(f"{path} cannot be loaded: {reason}") from None
-    if not culprit:
-        raise CheckpointError(f"{path} does not exist")
-    convert = f"python -m common.checkpoint {path} --trust-pickle --to torchvision --out new.pt"
-    raise CheckpointError(
-        f"{path} cannot be loaded without running code that is in it ({culprit}): if you trust its origin, convert it: {convert}"
-    )
+        code = "a pickle" if path.suffix == ".pkl" else re.search(r"GLOBAL (\S+)|$", str(error))[1]
+        if code and not trust_pickle:
+            convert = f"python -m common.checkpoint {path} --trust-pickle --to torchvision --out new.pt"
+            reason = f"without running code that is in it ({code}): if you trust its origin, convert it: {convert}"
+            raise CheckpointError(f"{path} cannot be loaded {reason}") from None
+        reason = "it is not what torch.save writes" if isinstance(error, pickle.UnpicklingError) else _first_line(error)
+        raise CheckpointError(f"{path} cannot be loaded: {reason}") from None
 
 
 def _first_line(error):

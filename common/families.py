@@ -76,7 +76,7 @@ def recognise(saved):
     if {"format", "method", "config", "model"} <= saved.keys():
         raise Refused("is the checkpoint of a run: name the run's directory")
     labels = next((saved[key] for key in ("L", "labels") if isinstance(saved.get(key), torch.Tensor)), None)
-    if isinstance(saved.get("info"), dict):  # written here
+    if isinstance(saved.get("info"), dict) and "arch" in saved["info"]:  # written here
         clusters = {
             **saved.get("clusters", {}),
             **{f"top_layer.{key[3:]}": x for key, x in saved["state_dict"].items() if key[:3] == "fc."},
