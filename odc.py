@@ -36,7 +36,7 @@ from common.meter import Meter
 from common.multicrop import MEAN, STD, Augmentation, MultiCrop, to_device
 from common.optim import drops
 from common.resnet import ARCHITECTURES
-from common.run import Run, autocast_dtype, launch, start
+from common.run import Run, autocast_dtype, launch, say, start
 
 # Letters in shapes: B images of this rank, W ranks, V crops, D embedding, K prototypes (one a cluster), N data set.
 
@@ -47,12 +47,12 @@ TINY.update(scales=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, rotate
 TINY.update(batch_size=32, lr=0.05, drop_epochs=())
 SHAPES = dict(TINY, sizes=(24,), eval_size=32, scales=(0.4, 1.0), jitter=(0.4, 0.4, 0.4, 0.2), epochs=5)
 RECIPES = {  # name: (ImageNet linear top-1 reported by the authors, what differs from the defaults of Config)
-    "odc_440ep": ("53.4, best layer 57.7, VOC07 SVM 78.4, 20-NN 39.1 (OpenSelfSup)", {}),
+    "odc_440ep": ("53.4, F1 to F5 14.8 31.8 42.4 55.8 57.7, VOC07 SVM 78.4, 20-NN 39.1 (OpenSelfSup)", {}),
     "shapes": ("not measured", dict(SHAPES)),
-    "cifar": ("not measured", dict(TINY, epochs=20)),
-    "small": ("not measured", dict(TINY, epochs=50)),
+    "cifar": ("20-NN 39.7 from 10,000 images of CIFAR-10, untrained 35.0: measured here", dict(TINY, epochs=20)),
+    "small": ("settings of cifar for longer: not measured", dict(TINY, epochs=50)),
 }
-REMEDY = """  try in this order: fewer --prototypes (ten per class you expect, a tenth of the images at most); a larger --min-cluster;
+REMEDY = """  try in this order: fewer --prototypes (ten per class you expect, a tenth of the images at most);
   a lower --lr; milder --jitter and --scales"""
 
 
@@ -373,7 +373,9 @@ def main(config):
     trunk = [*model.backbone.parameters(), *model.projection_head.parameters()]
     groups = [{"params": trunk}, {"params": list(model.prototypes.parameters()), "momentum": 0.0}]
     optimizer = torch.optim.SGD(groups, config.lr, config.momentum, weight_decay=config.weight_decay)
-    smallest = min(config.min_cluster, len(images) // (6 * config.prototypes))  # or merging and splitting would never rest
+    smallest = min(config.min_cluster, max(1, len(images) // (6 * config.prototypes)))  # or merging and splitting would never rest
+    if smallest < config.min_cluster:
+        say(f"--min-cluster is {smallest} here: a sixth of the {len(images) / config.prototypes:.3g} images a cluster")
     state = (config.memory_momentum, config.reweight, smallest, device, model.prototypes.weight.dtype)
     memory = Memory(len(images), config.dim, config.prototypes, *state)
 

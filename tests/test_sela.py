@@ -251,6 +251,14 @@ def test_heads_that_cannot_be_labelled_are_named(method):
         label(rows)
 
 
+def test_features_that_are_not_finite_end_the_run(tmp_path, capsys):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sela.Run, "look", lambda run, model, loader: torch.full((80, model.feature_dim), torch.nan))
+        assert here(*SHARED, "--labelling", "clean", "--out", tmp_path) == 5
+    error = capsys.readouterr().err
+    assert "features of images that can be read are not finite" in error and error.count("\n") == 1
+
+
 def test_levels_of_augmentation(tmp_path):
     folder, crops = image_tree(tmp_path / "images", images=2, size=(40, 24)), {}
 
@@ -311,5 +319,6 @@ def test_published_recipes():
         c = get(name)
         assert (c.arch, c.heads, c.prototypes, c.epochs, c.batch_size, c.lr, c.weight_decay) == ("alexnet", 10, 128, 400, 128, 0.03, 5e-4)
         assert (c.drop_epochs, c.lam, c.relabellings, c.relabel_power, c.one_head, c.scales) == ((240, 320), 10, 400, 1, True, (0.2, 1.0))
+        assert (c.jitter, c.jitter_p, c.grey_p, c.grey_first) == ((0.4,) * 4, 1, 0.2, False)
     for name, value in {"resnet50_10x3k": 61.5, "alexnet_1x1k": 42.1, "alexnet_1x10k": 43.8, "resnet50_10x3k_strong": 68.8}.items():
         assert sela.RECIPES[name][0].startswith(str(value))
