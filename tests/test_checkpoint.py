@@ -175,6 +175,28 @@ def sela_released_older():
     return sela_released("L")
 
 
+def preact_features(state, x):
+    """The forward pass of SeLa's resnetv2, from its own names."""
+
+    def convolution(name, y, stride=1, padding=0):
+        return F.conv2d(y, state[f"{name}.weight"], stride=stride, padding=padding)
+
+    def activated(name, y):
+        parts = (state[f"{name}.{part}"] for part in ("running_mean", "running_var", "weight", "bias"))
+        return F.relu(F.batch_norm(y, *parts))
+
+    x = F.max_pool2d(convolution("features.0", x, 2, 3), 3, 2, 1)
+    for stage, depth in ((2, 3), (3, 4), (4, 6), (5, 3)):
+        for i in range(depth):
+            block, stride = f"features.{stage}.{i}.", 2 if stage > 2 and i == 0 else 1
+            y = activated(block + "bn1", x)
+            shortcut = convolution(block + "shortcut.0", y, stride) if i == 0 else x
+            y = activated(block + "bn2", convolution(block + "conv1", y))
+            y = activated(block + "bn3", convolution(block + "conv2", y, stride, 1))
+            x = convolution(block + "conv3", y) + shortcut
+    return F.adaptive_avg_pool2d(x, 1).flatten(1)
+
+
 def sela_preact():
     trunk, heads = randomised(PreactResNet50()), [linear(9, 2048, seed=h) for h in range(2)]
     state = {}
@@ -183,7 +205,8 @@ def sela_preact():
         place = 0 if stage == "conv1" else int(stage[-1]) + 1
         state[f"features.{place}.{rest.replace('shortcut.', 'shortcut.0.')}"] = tensor
     assert len(state) == 293 and "features.5.0.shortcut.0.weight" in state and "features.2.2.bn1.running_mean" in state
-    return {**state, **under({f"top_layer{h}": head for h, head in enumerate(heads)})}, trunk, logits(heads), "SeLa"
+    saved = {**state, **under({f"top_layer{h}": head for h, head in enumerate(heads)})}
+    return saved, lambda x: preact_features(state, x), logits(heads), "SeLa"
 
 
 def children(state):
@@ -581,6 +604,7 @@ def test_the_model_of_a_run_scores_as_its_method_does(tmp_path, method, options)
     assert (model.projection_head is None) == (method in (sela, deepcluster))
     with torch.no_grad():  # ODC's ends with a ReLU
         assert model.projection_head is None or (model.projection_head(model.backbone(images(16))).min() >= 0) == (method is odc)
+    assert model.projection_head is None or (model.projection_head[1].weight is None) == (method is odc)
     (tmp_path / "checkpoint.pt").rename(tmp_path / "elsewhere.pt")
     checkpoint.load_backbone(tmp_path)
     with pytest.raises(checkpoint.CheckpointError, match=r"checkpoint.pt does not exist"):
