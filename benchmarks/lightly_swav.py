@@ -15,13 +15,13 @@ from lightly.models.modules import SwaVProjectionHead, SwaVPrototypes
 from lightly.transforms import SwaVTransform
 from torch import nn
 
-import swav
 from common import data
 from common.config import parse, recipe
 from common.meter import Meter
 from common.multicrop import MEAN, STD, generator
 from common.resnet import ARCHITECTURES
 from common.run import Run, launch, start
+from swav import Config
 
 # docs/source/getting_started/benchmarks/cifar10_benchmark.py of lightly's repository (the package does not hold it) has
 #   SwaVTransform(crop_sizes=[32], crop_counts=[2], crop_min_scales=[0.14], cj_strength=0.5, gaussian_blur=0),
@@ -97,7 +97,7 @@ def main(config):
     objects, meter = {"model": model, "optimizer": optimizer}, Meter(config.prototypes, len(images), device=device)
     run = Run(config, "lightly_swav", images, len(images) // config.batch_size, meter, objects, model.backbone, info, device)
     parameters = sum(p.numel() for p in model.parameters())
-    run.report(recipe(swav.Config, RECIPES, config.recipe), parameters, config.batch_size, 8 * len(images))
+    run.report(recipe(Config, RECIPES, config.recipe), parameters, config.batch_size, 8 * len(images))
     run.resume()
     for epoch in run.epochs():
         train_one_epoch(model, criterion, optimizer, loader, run, config, epoch)
@@ -106,4 +106,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    launch(main, parse(swav.Config, RECIPES, __doc__))
+    launch(main, parse(Config, RECIPES, __doc__))

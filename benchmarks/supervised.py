@@ -17,6 +17,7 @@ from common.multicrop import MEAN, STD, Augmentation, MultiCrop, to_device
 from common.optim import warmup_cosine
 from common.resnet import ARCHITECTURES
 from common.run import Run, autocast_dtype, launch, start
+from swav import Config
 
 USUAL = dict(lr=0.05, final_lr=0.0, weight_decay=5e-4)  # SGD with momentum on CIFAR-10; not tuned
 RECIPES = {"cifar": ("with labels: the ceiling", dict(swav.RECIPES["cifar"][1], **USUAL))}
@@ -59,7 +60,7 @@ def main(config):
     objects, meter = {"model": model, "optimizer": optimizer}, Meter(len(images.classes), len(images), device=device)
     run = Run(config, "supervised", images, len(images) // config.batch_size, meter, objects, model.backbone, info, device)
     parameters = sum(p.numel() for p in model.parameters())
-    run.report(recipe(swav.Config, RECIPES, config.recipe), parameters, len(images), 8 * len(images))
+    run.report(recipe(Config, RECIPES, config.recipe), parameters, len(images), 8 * len(images))
     run.resume()
     for epoch in run.epochs():
         train_one_epoch(model, optimizer, loader, run, config, epoch)
@@ -68,4 +69,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    launch(main, parse(swav.Config, RECIPES, __doc__))
+    launch(main, parse(Config, RECIPES, __doc__))
