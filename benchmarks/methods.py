@@ -21,12 +21,17 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from benchmarks import report
 from benchmarks.record import RESULTS, command, machine, versions
 from common import data, features
+from common.checkpoint import build_backbone, load_backbone
 from common.config import differences, recipe
+from common.kmeans import kmeans, nearest
+from common.run import autocast_dtype
+from eval_cluster import ami, hungarian_accuracy, nmi
 
 METHODS = {"swav": "SwAV", "deepclusterv2": "DeepCluster-v2", "selav2": "SeLa-v2"}
 METHODS |= {"deepcluster": "DeepCluster", "odc": "ODC", "sela": "SeLa"}
@@ -129,42 +134,44 @@ class Pixels(nn.Module):
         return x.flatten(1)
 
 
-def evaluated(folder, *words):
-    """The record that an evaluation script prints last. It is kept in the folder until the trunk there is a younger one."""
-    kept = folder / f"judged_{'_'.join(word.strip('-') for word in words if not word.startswith(str(folder)))}.json"
-    trunk = folder / "backbone.pt"
-    if not kept.exists() or (trunk.exists() and kept.stat().st_mtime < trunk.stat().st_mtime):
-        print(f"{command(words)}", flush=True)
-        lines = python(words, stdout=subprocess.PIPE).stdout.splitlines()
-        kept.write_text(lines[-1] + "\n")
-    return json.loads(kept.read_text())
-
-
-def figures_of(folder, classes, *options):
-    """A trunk's figures, in percent. Clusters are k-means' on its features, as many as there are classes."""
-    knn = evaluated(folder, "eval_knn", str(folder), *options)
-    linear = evaluated(folder, "eval_linear", str(folder), "--cache", *options)
-    (clusters,) = evaluated(folder, "eval_cluster", str(folder), "--kmeans", str(classes), "--samples", "0", *options)["heads"]
+def judge(trunk, info, images, queries, folder, workers):
+    """Figures of a trunk's features in percent, as the evaluation scripts find them: 20-NN, a linear classifier (last epoch, the
+    best of its rates), and how k-means with as many clusters as there are classes, fitted to the training images, sorts the
+    held-out ones. Kept in the folder until the trunk there is a younger one."""
+    kept, file, saved = folder / f"figures_{info['size']}.json", folder / f"features_{info['size']}.npz", folder / "backbone.pt"
+    if kept.exists() and not (saved.exists() and saved.stat().st_mtime > kept.stat().st_mtime):
+        return json.loads(kept.read_text())
+    folder.mkdir(parents=True, exist_ok=True)
+    device, classes = torch.device("cpu"), len(images.classes)
+    how = dict(workers=workers, precision=autocast_dtype("auto", device))
+    bank, held_out = (features.extract(trunk, part, info["resize"], info["size"], device, **how) for part in (images, queries))
+    features.save(file, bank, held_out, info)
+    linear = last_line(python(["eval_linear", str(file)], stdout=subprocess.PIPE))
+    centroids, *_ = kmeans(F.normalize(bank[0].float()), classes, 50, generator=torch.Generator().manual_seed(0))
+    clusters, labels = nearest(F.normalize(held_out[0].float()), centroids)[0].numpy(), held_out[1].numpy()
     (probe,) = linear["chosen"].values()
-    return {"knn": knn["top1"]["20"], "linear": probe["top1"], **{name: clusters[name] for name in ("nmi", "ami", "hungarian")}}
+    figures = {
+        "knn": features.knn_accuracy(*bank, *held_out, k=20)[20][0],
+        "linear": probe["top1"],
+    }
+    for metric in (nmi, ami, hungarian_accuracy):
+        figures[metric.__name__] = 100 * metric(clusters, labels)
+    kept.write_text(json.dumps(figures) + "\n")
+    print(f"{folder}: {figures}", flush=True)
+    return figures
 
 
 def own_clusters(folder):
-    """The same of the clusters that a method's own heads make of the held-out images: mean over heads."""
-    heads = evaluated(folder, "eval_cluster", str(folder), "--samples", "0")["heads"]
+    """What a method's own heads, mean over them, make of the held-out images."""
+    kept = folder / "eval_cluster.json"
+    if not kept.exists() or kept.stat().st_mtime < (folder / "backbone.pt").stat().st_mtime:
+        python(["eval_cluster", str(folder), "--samples", "0"])
+    heads = json.loads(kept.read_text())["heads"]
     return {name: statistics.mean(head[name] for head in heads) for name in ("clusters", "used", "nmi", "ami")}
 
 
-def pixel_figures(folder, images, queries, size):
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "pixels.npz"
-    if not file.exists():
-        device = torch.device("cpu")
-        rows = [features.extract(Pixels(), part, size, size, device) for part in (images, queries)]
-        features.save(file, *rows, {"size": size, "method": "pixels", "classes": len(images.classes)})
-    knn, linear = evaluated(folder, "eval_knn", str(file)), evaluated(folder, "eval_linear", str(file))
-    (probe,) = linear["chosen"].values()
-    return {"knn": knn["top1"]["20"], "linear": probe["top1"]}
+def last_line(process):
+    return json.loads(process.stdout.splitlines()[-1])
 
 
 def curve_of(folder):
@@ -178,29 +185,30 @@ def curve_of(folder):
 
 def collect(args, images, queries, seconds):
     """Everything that methods.json holds, of the finished runs in --out."""
-    classes, found, floors = len(images.classes), {}, {}
+    found, floors = {}, {}
     for name, title in CONTENDERS.items():
-        seeds = sorted(int(path.name[len(name) + 1 :]) for path in args.out.glob(f"{name}_[0-9]*"))
+        seeds = sorted(int(path.name.removeprefix(f"{name}_")) for path in args.out.glob(f"{name}_[0-9]*"))
         folders = {seed: folder for seed in seeds if (folder := finished(name, args, seed))}
-        if not folders:
-            continue
         runs = []
         for seed, folder in folders.items():
-            figures = figures_of(folder, classes)
+            trunk, info = load_backbone(folder)
+            figures = judge(trunk, info, images, queries, folder, args.workers)
+            small = {**info, "resize": 32, "size": 32}
+            if name == "lightly_swav":  # its own benchmark looks at images of this size
+                figures["knn_at_32_px"] = judge(trunk, small, images, queries, folder, args.workers)["knn"]
             own = {"own_clusters": own_clusters(folder)} if name in METHODS else {}
-            words = training(name, args, seed, folder)
-            runs.append({"seed": seed, "command": command(words), **figures, **own, "curve": curve_of(folder)})
-        config = config_of(name, args, 0)
-        times = {"first_epoch_s": seconds[name][0], "epoch_s": seconds[name][1]} if name in seconds else {}
-        found[name] = {"title": title, "crops": config.crops[0], "batch_size": config.batch_size, **times, "runs": runs}
-        if name == "lightly_swav":  # its own benchmark looks at images as large as the crops
-            small = evaluated(folder, "eval_knn", str(folder), "--resize", str(config.sizes[0]), "--size", str(config.sizes[0]))
-            found[name]["knn_at_the_crops_size"] = small["top1"]["20"]
-        floors = floors or {"random": {"title": "random weights", **figures_of(folder, classes, "--random-init")}}
+            words = command(training(name, args, seed, folder))
+            runs.append({"seed": seed, "command": words, **figures, **own, "curve": curve_of(folder)})
+        if runs:
+            config = config_of(name, args, 0)
+            times = {"first_epoch_s": seconds[name][0], "epoch_s": seconds[name][1]} if name in seconds else {}
+            found[name] = {"title": title, "crops": config.crops[0], "batch_size": config.batch_size, **times, "runs": runs}
     if not found:
         sys.exit(f"error: {args.out} holds no finished run")
-    floors["pixels"] = {"title": "pixels", **pixel_figures(args.out / "pixels", images, queries, config.sizes[0])}
-    settings = dict(data=Path(args.data).name, images=len(images), held_out=len(queries), classes=classes, epochs=args.epochs)
+    torch.manual_seed(0)
+    for name, trunk, info in (("random weights", build_backbone(info), info), ("pixels", Pixels(), small)):
+        floors[name] = judge(trunk, info, images, queries, args.out / name.replace(" ", "_"), args.workers)
+    settings = dict(data=Path(args.data).name, images=len(images), held_out=len(queries), classes=len(images.classes), epochs=args.epochs)
     settings.update(trunk=f"{config.arch} x{config.width:g}", px=config.eval_size)
     about = {"machine": machine(torch.device("cpu")), "versions": versions(), "command": command(["benchmarks.methods", *sys.argv[1:]])}
     return {**about, "settings": settings, "methods": found, "floors": floors}

@@ -82,9 +82,8 @@ def table(results):
         if time:
             cells += [f"{seconds(method, s['epochs']) / 60:.0f}", f"{accuracy_at(method, epochs_in(method, time)):.1f}"]
         lines.append(f"| {method['title']} | {len(method['runs'])} | {method['crops']} | {' | '.join(cells)} |")
-    for floor in results["floors"].values():
-        cells = [f"{floor[key]:.1f}" if key in floor else "" for key in COLUMNS] + [""] * 2 * bool(time)
-        lines.append(f"| {floor['title']} | | | {' | '.join(cells)} |")
+    for title, floor in results["floors"].items():
+        lines.append(f"| {title} | | | {' | '.join(f'{floor[key]:.1f}' for key in COLUMNS)} |{' |' * 2 * bool(time)}")
     return "\n".join([*lines, *peer(results)])
 
 
@@ -98,8 +97,9 @@ def peer(results):
     if not ours or not theirs or not shortest(results):
         return []
     mine, other = (statistics.mean(run["knn"] for run in m["runs"]) for m in (ours, theirs))
+    at_32_px = statistics.mean(run["knn_at_32_px"] for run in theirs["runs"])
     text = f"SwAV at equal images seen: {mine:.1f} % 20-NN here, {other:.1f} % with lightly's"
-    text += f" ({theirs['knn_at_the_crops_size']:.1f} % looking at images of the crops' size, as its own benchmark does)."
+    text += f" ({at_32_px:.1f} % on images of 32 px, at which its own benchmark looks)."
     needed = epochs_to(ours, curve(theirs)[-1][1])
     if needed:
         took, takes = seconds(ours, needed) / 60, seconds(theirs, epochs) / 60
