@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test test-all bench lint diff loc
+.PHONY: help demo test test-all bench results lint diff loc
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -36,6 +36,9 @@ bench: .venv/bench  ## against lightly, faiss, scikit-learn: PHOTOS=folder for t
 	$(BIN)/python -m benchmarks.kmeans
 	$(BIN)/python -m benchmarks.pca
 	$(if $(PHOTOS),$(BIN)/python -m benchmarks.pipeline --data $(PHOTOS),@echo "make bench PHOTOS=folder also measures the input pipeline")
+
+results: .venv/bench  ## all methods side by side, hours: DATA=folder or list, ROOT=, VAL= (default: cifar10); writes README's table
+	$(BIN)/python -m benchmarks.methods $(if $(DATA),--data $(DATA)) $(if $(ROOT),--root $(ROOT)) $(if $(VAL),--val $(VAL))
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -70,7 +70,7 @@ def config_of(name, args, seed):
 def training(name, args, seed, out, **others):
     """What follows `python -m` to make a run."""
     options = dict(recipe="cifar", data=args.data, root=args.root, val=args.val, epochs=args.epochs, seed=seed, workers=args.workers)
-    options.update(eval_every=max(1, args.epochs // 4), out=out, **others)
+    options |= dict(eval_every=max(1, args.epochs // 4), out=out) | others
     words = [(f"--{key.replace('_', '-')}", str(value)) for key, value in options.items() if value != ""]
     return [module_of(name).__name__, *(word for pair in words for word in pair)]
 
@@ -112,8 +112,8 @@ def speeds(names, args, images):
         for name in names:
             shutil.rmtree(folder / name, ignore_errors=True)
             steps = count // config_of(name, args, 0).batch_size
-            often = dict(max_steps=3 * steps, log_every=steps, eval_every=0, save_every=1e6)
-            python(training(name, args, 0, folder / name, **{**spec, **often}))
+            often = dict(epochs=max(3, args.epochs), max_steps=3 * steps, log_every=steps, eval_every=0, save_every=1e6)
+            python(training(name, args, 0, folder / name, **spec, **often))
             records = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
             seconds = [len(images) / record["images_per_s"] for record in records if "images_per_s" in record]
             taken[name].append((seconds[0], statistics.mean(seconds[1:])))
@@ -150,12 +150,9 @@ def judge(trunk, info, images, queries, folder, workers):
     centroids, *_ = kmeans(F.normalize(bank[0].float()), classes, 50, generator=torch.Generator().manual_seed(0))
     clusters, labels = nearest(F.normalize(held_out[0].float()), centroids)[0].numpy(), held_out[1].numpy()
     (probe,) = linear["chosen"].values()
-    figures = {
-        "knn": features.knn_accuracy(*bank, *held_out, k=20)[20][0],
-        "linear": probe["top1"],
-    }
-    for metric in (nmi, ami, hungarian_accuracy):
-        figures[metric.__name__] = 100 * metric(clusters, labels)
+    figures = {"knn": features.knn_accuracy(*bank, *held_out, k=20)[20][0], "linear": probe["top1"]}
+    for name, metric in {"nmi": nmi, "ami": ami, "hungarian": hungarian_accuracy}.items():
+        figures[name] = 100 * metric(clusters, labels)
     kept.write_text(json.dumps(figures) + "\n")
     print(f"{folder}: {figures}", flush=True)
     return figures
@@ -206,8 +203,8 @@ def collect(args, images, queries, seconds):
     if not found:
         sys.exit(f"error: {args.out} holds no finished run")
     torch.manual_seed(0)
-    for name, trunk, info in (("random weights", build_backbone(info), info), ("pixels", Pixels(), small)):
-        floors[name] = judge(trunk, info, images, queries, args.out / name.replace(" ", "_"), args.workers)
+    for name, trunk, sight in (("random weights", build_backbone(info), info), ("pixels", Pixels(), small)):
+        floors[name] = judge(trunk, sight, images, queries, args.out / name.replace(" ", "_"), args.workers)
     settings = dict(data=Path(args.data).name, images=len(images), held_out=len(queries), classes=len(images.classes), epochs=args.epochs)
     settings.update(trunk=f"{config.arch} x{config.width:g}", px=config.eval_size)
     about = {"machine": machine(torch.device("cpu")), "versions": versions(), "command": command(["benchmarks.methods", *sys.argv[1:]])}

@@ -44,7 +44,7 @@ def versions():
 
 def command(words):
     """The command line `python -m ...` in words, of files and folders only the names."""
-    return " ".join(["python", "-m", *(Path(word).name if os.path.exists(word) else str(word) for word in words)])
+    return " ".join(["python", "-m", *(Path(word).name if os.path.isabs(word) or os.path.exists(word) else str(word) for word in words)])
 
 
 def write(name, device, settings, figures):

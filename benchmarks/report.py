@@ -186,8 +186,8 @@ def main():
 
 
 def section(results):
-    """The table between its marks."""
-    return f"{MARKS[0]}\n{table(results)}\n{MARKS[1]}"
+    """What stands in the README, with its marks."""
+    return f"{MARKS[0]}\n{table(results)}\n\n![Learning curves](docs/{FIGURE.name})\n{MARKS[1]}"
 
 
 if __name__ == "__main__":
