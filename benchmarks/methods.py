@@ -49,7 +49,7 @@ def arguments(argv=None):
     parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 1 2 for swav and deepclusterv2, 0 for the others")
     parser.add_argument("--out", type=Path, default=Path("runs/methods"))
     parser.add_argument("--workers", type=int, default=-1)
-    parser.add_argument("--rounds", type=int, default=3, help="in which all are timed; medians are reported (default: 3)")
+    parser.add_argument("--rounds", type=int, default=3, help="in which all are timed; 0: none (default: 3)")
     parser.add_argument("--train-only", action="store_true", help="make the runs, and stop")
     parser.add_argument("--results", type=Path, default=RESULTS / "methods.json", help="the README follows the default one")
     return parser.parse_args(argv)
@@ -227,7 +227,7 @@ def main():
     kept = args.out / "speed" / "speed.json"
     seconds = json.loads(kept.read_text()) if kept.exists() else {}
     missing = [name for name in CONTENDERS if name not in seconds and finished(name, args, 0)]
-    if missing:  # those that were timed another day are timed again: they must take turns
+    if missing and args.rounds:  # those that were timed another day are timed again: they must take turns
         seconds = speeds([name for name in CONTENDERS if name in seconds or name in missing], args, images)
         kept.write_text(json.dumps(seconds) + "\n")
     results = collect(args, images, queries, seconds)
