@@ -28,13 +28,15 @@ test-all: .venv/dev lint  ## the sweeps too
 	$(BIN)/python -m pytest -n 2 -m "not gpu"
 
 .venv/bench: .venv/run
-	$(BIN)/pip install --quiet --disable-pip-version-check lightly==1.6.0 faiss-cpu scikit-learn
+	$(BIN)/pip install --quiet --disable-pip-version-check lightly==1.6.0 faiss-cpu scikit-learn pot
 	@touch $@
 
-bench: .venv/bench  ## against lightly, faiss, scikit-learn: PHOTOS=folder for the input pipeline (results in benchmarks/results)
+bench: .venv/bench  ## against lightly, faiss, scikit-learn, POT: PHOTOS=folder for the input pipeline (results in benchmarks/results)
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.kmeans
 	$(BIN)/python -m benchmarks.pca
+	$(BIN)/python -m benchmarks.sinkhorn
+	$(BIN)/python -m benchmarks.odc_memory
 	$(if $(PHOTOS),$(BIN)/python -m benchmarks.pipeline --data $(PHOTOS),@echo "make bench PHOTOS=folder also measures the input pipeline")
 
 results: .venv/bench  ## all methods side by side, hours: DATA=folder or list, ROOT=, VAL= (default: cifar10); writes README's table

@@ -95,7 +95,7 @@ class Config:
     max_steps: int = option(0, "stop, saved, after this many steps; 0: never", free=True)
     batch_size: int = option(512, "images a step over all ranks; the recipe's learning rates follow it linearly")
     lr: float = option(0.1, "peak learning rate at this batch size")
-    final_lr: float = option(0.1, "learning rate that the cosine ends at; the peak's: constant")
+    final_lr: float = option(0.1, "learning rate that the cosine ends at")
     warmup_epochs: int = option(0, "epochs of linear warm-up")
     start_lr: float = option(0.0, "learning rate that the warm-up starts from")
     momentum: float = option(0.9, "of SGD, in the trunk; the classifier has none")
@@ -104,7 +104,7 @@ class Config:
     recipe: str = option("resnet50_sobel_200ep", "named settings; options given on the command line win", group="run", free=True)
     out: str = option("", "run directory; the same command resumes (default: runs/METHOD_RECIPE)", free=True)
     fresh: bool = option(False, "start over, deleting what the run directory holds", free=True)
-    init_from: str = option("", "trunk to start from: a run, a backbone.pt or a torchvision ResNet file", free=True)
+    init_from: str = option("", "trunk to start from: a run, a backbone.pt or another project's checkpoint", free=True)
     precision: str = option(
         "auto", "auto is bfloat16 where the hardware is made for it, else float32", choices=("auto", "bfloat16", "float32", "float64")
     )

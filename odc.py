@@ -100,7 +100,7 @@ class Config:
     recipe: str = option("odc_440ep", "named settings; options given on the command line win", group="run", free=True)
     out: str = option("", "run directory; the same command resumes (default: runs/METHOD_RECIPE)", free=True)
     fresh: bool = option(False, "start over, deleting what the run directory holds", free=True)
-    init_from: str = option("", "trunk to start from: a run, a backbone.pt or a torchvision ResNet file", free=True)
+    init_from: str = option("", "trunk to start from: a run, a backbone.pt or another project's checkpoint", free=True)
     precision: str = option(
         "auto", "auto is bfloat16 where the hardware is made for it, else float32", choices=("auto", "bfloat16", "float32", "float64")
     )
@@ -340,16 +340,16 @@ def train_one_epoch(net, optimizer, memory, loader, run, config, epoch):
         targets = memory.targets[index.to(run.device, non_blocking=True)]  # (B,)
         loss = prediction_loss(scores, targets, memory.loss_weight(), config.temperature)
 
-        # update
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
         # memory: the batch's embeddings and clusters; now and then the centroids; no cluster stays small
         changed = memory.update(index, z[: len(index)].detach())
         if (step + 1) % config.centroid_iters == 0:
             memory.refresh()
         memory.repair()
+
+        # update
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
 
         # log
         run.log(loss.detach(), lr, F.normalize(z[: len(index)].detach()), index, targets, changed=changed)

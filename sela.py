@@ -123,7 +123,7 @@ class Config:
     recipe: str = option("resnet50_10x3k", "named settings; options given on the command line win", group="run", free=True)
     out: str = option("", "run directory; the same command resumes (default: runs/METHOD_RECIPE)", free=True)
     fresh: bool = option(False, "start over, deleting what the run directory holds", free=True)
-    init_from: str = option("", "trunk to start from: a run, a backbone.pt or a torchvision ResNet file", free=True)
+    init_from: str = option("", "trunk to start from: a run, a backbone.pt or another project's checkpoint", free=True)
     precision: str = option(
         "auto", "auto is bfloat16 where the hardware is made for it, else float32", choices=("auto", "bfloat16", "float32", "float64")
     )
@@ -297,7 +297,7 @@ def train_one_epoch(net, optimizer, memory, crops, loader, run, config, epoch):
     batches = data.batches(len(run.images), config.batch_size, epoch, config.seed, distributed.rank(), distributed.world_size())
     times = label_times(config.epochs, config.relabellings, len(run.images), config.relabel_power)
     for step, (index, views, params) in run.steps(loader, batches, epoch):
-        # labels: at most once a step
+        # assign: all images, at the published times, at most once a step
         if memory.done < len(times) and step * config.batch_size >= times[memory.done]:
             relabel(model, memory, crops, run, config)
 

@@ -99,7 +99,7 @@ class Config:
     recipe: str = option("selav2_400ep_bs1024", "named settings; options given on the command line win", group="run", free=True)
     out: str = option("", "run directory; the same command resumes (default: runs/METHOD_RECIPE)", free=True)
     fresh: bool = option(False, "start over, deleting what the run directory holds", free=True)
-    init_from: str = option("", "trunk to start from: a run, a backbone.pt or a torchvision ResNet file", free=True)
+    init_from: str = option("", "trunk to start from: a run, a backbone.pt or another project's checkpoint", free=True)
     precision: str = option(
         "auto", "auto is bfloat16 where the hardware is made for it, else float32", choices=("auto", "bfloat16", "float32", "float64")
     )

@@ -16,15 +16,15 @@ from .run import autocast_dtype, say
 def parser(description, data_help, val_help):
     """A parser of the options that have one name and meaning in every evaluation."""
     p = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    p.add_argument("trunk", help="a run directory, a backbone.pt or a torchvision ResNet file")
+    p.add_argument("trunk", help="a run directory, a backbone.pt or another project's checkpoint")
     p.add_argument("--data", default="", help=data_help)
     if val_help:
         p.add_argument("--val", default="", help=val_help)
         p.add_argument("--root", default="", help="folder that relative paths of list files start from")
     p.add_argument(
-        "--resize", type=int, default=0, help="short side before the centre crop (default: as trained, 256 for a torchvision file)"
+        "--resize", type=int, default=0, help="short side before the centre crop (default: as trained, 256 for another project's)"
     )
-    p.add_argument("--size", type=int, default=0, help="side of the images in pixels (default: as trained, 224 for a torchvision file)")
+    p.add_argument("--size", type=int, default=0, help="side of the images in pixels (default: as trained, 224 for another project's)")
     p.add_argument("--random-init", action="store_true", help="replace the weights by random ones")
     p.add_argument("--workers", type=int, default=-1, help="loader processes per rank (default: its share of the CPU cores, at most 8)")
     p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
@@ -88,16 +88,9 @@ def open_labelled(args):
 
 
 def _open_labelled(args):
-    saved = Path(args.trunk) / "config.json"
-    try:
-        run = json.loads(saved.read_text()) if saved.is_file() else {}
-    except ValueError:
-        raise checkpoint.CheckpointError(f"{saved} is damaged") from None
-    spec = args.data or run.get("data") or ("shapes" if run else "")
+    spec, root, val = sources(args)
     if not spec:
         raise ArgumentError("--data is needed: labelled images")
-    # What the run was trained on comes with its own root and held-out images; other data does not.
-    root, val = (args.root, args.val) if args.data else (args.root or run.get("root", ""), args.val or run.get("val", ""))
     images = data.open_images(spec, "train", root)
     queries = data.open_queries(spec, val, root)
     if queries.fingerprint == images.fingerprint and _folder(queries) == _folder(images):
@@ -107,6 +100,20 @@ def _open_labelled(args):
             raise data.DataError(f"{name} has no labels: class folders, or a list with labels, are needed")
     data.match_classes(queries, images)
     return images, queries
+
+
+def sources(args):
+    """(data, root, val) as the arguments name them, or as the run that the trunk belongs to has them; data is "" if nobody does."""
+    saved = Path(args.trunk) / "config.json"
+    try:
+        run = json.loads(saved.read_text()) if saved.is_file() else {}
+    except ValueError:
+        raise checkpoint.CheckpointError(f"{saved} is damaged") from None
+    spec = args.data or run.get("data") or ("shapes" if run else "")
+    # What the run was trained on comes with its own root and held-out images; other data does not.
+    if args.data:
+        return spec, args.root, args.val
+    return spec, args.root or run.get("root", ""), args.val or run.get("val", "")
 
 
 def _folder(images):

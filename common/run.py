@@ -128,7 +128,7 @@ class Run:
         self.unwritten = ""  # what metrics.jsonl could not take yet
         self.queries = distributed.from_main(self._held_out) if config.eval_every else None
         starts = config.fresh or not (self.out / "checkpoint.pt").exists()
-        self.trunk = checkpoint.load_trunk(config.init_from, config) if config.init_from and starts else None
+        self.trunk = checkpoint.load_trunk(config.init_from, info) if config.init_from and starts else None
         distributed.from_main(self._open)  # last: with --fresh it deletes
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._on_signal)

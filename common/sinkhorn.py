@@ -77,12 +77,12 @@ def balanced_assignments(
     published = rule == "reference"
     if tolerance is None:
         tolerance = 0.1 if published else 1e-3
-    kernel = _Kernel(log_probs, lam, chunk, hold, in_place)
-    del chunk
     f = torch.zeros(K, dtype=torch.float64, device=device) if init is None else init.to(device, torch.float64)  # log r
+    kernel = _Kernel(log_probs, lam, chunk, hold, in_place, f)
+    del chunk
     with torch.autocast(device.type, enabled=False):
         # m are the columns' masses for r and the c that makes the rows right, or for c = 1/N where the published rule starts.
-        log_km, log_c = kernel.first(f, published and init is None)  # log(K m), (K,)
+        log_km, log_c = kernel.first(published and init is None)  # log(K m), (K,)
         iterations, off = 0, math.inf if published else _imbalance(log_km)
         while not off <= tolerance and iterations < max_iterations:  # NaN does not end it
             f = f - log_km
@@ -107,11 +107,13 @@ def _imbalance(log_km):
 class _Kernel:
     """The matrix exp(lam * scores + base) in pieces, whose every row is divided by its largest entry, exp(top).
 
-    Were base always 0, entries that matter would underflow: r reaches e^90. So base is the log r of an earlier iteration, and
-    moves up once r has drifted from it. What is too small to matter until then may matter afterwards: see encode.
+    Were base always what it was at the start, entries that matter would underflow: r reaches e^90. So base is the log r of an
+    earlier iteration, and moves up once r has drifted from it. What is too small to matter until then may matter afterwards: see
+    encode. What outlives a pass is allocated before it, a chunk at a time: small tensors between the pieces' temporaries would
+    keep the freed memory from being used again.
     """
 
-    def __init__(self, scores, lam, chunk, hold, in_place):
+    def __init__(self, scores, lam, chunk, hold, in_place, base):
         self.dtype = torch.promote_types(chunk.dtype, torch.float32)
         if in_place and chunk.dtype != self.dtype:
             raise ValueError(f"in_place=True needs float32 or float64 scores: got {chunk.dtype}")
@@ -119,34 +121,60 @@ class _Kernel:
         self.floor = int(math.log(torch.finfo(self.dtype).tiny)) + 12  # -75 in float32
         # A piece is read twice in an iteration: the second time from the cache, if it has about this many numbers.
         self.rows = max(1, (2**24 if chunk.is_cuda else 2**20) // chunk.shape[1])
-        self.base, self.held = torch.zeros(chunk.shape[1], dtype=torch.float64, device=chunk.device), []
+        self.base, self.held, self.encoded = base, [], False
+        self.numbers = []  # (n, 2) for each chunk: top, and the sum of the row
 
     def scaled(self):
-        """Pieces of lam * (scores - their row's largest), (B, K), and lam * the largest, (B, 1)."""
+        """Pieces of lam * scores + base - top, (B, K), and their numbers, (B, 2); they lie where they are held, if they are."""
+        self.numbers, base = [], self.base.to(self.dtype)
         for chunk in self.scores() if callable(self.scores) else [self.scores]:
-            for x in chunk.split(self.rows) if len(chunk) else []:
-                x = x if self.in_place else x.to(self.dtype, copy=True)
+            kept = chunk if self.in_place else torch.empty_like(chunk, dtype=self.dtype) if self.hold else None
+            self.numbers.append(torch.empty(len(chunk), 2, dtype=torch.float64, device=chunk.device))
+            for rows in [slice(i, i + self.rows) for i in range(0, len(chunk), self.rows)]:
+                x = chunk[rows].to(self.dtype, copy=True) if kept is None else kept[rows]
+                if self.hold and not self.in_place:
+                    x.copy_(chunk[rows])
                 top = x.amax(1, keepdim=True)
-                yield x.sub_(top).mul_(self.lam), top.double().mul_(self.lam)
+                x.sub_(top).mul_(self.lam).add_(base)
+                peak = x.amax(1, keepdim=True)
+                self.numbers[-1][rows, :1] = top.double().mul_(self.lam).add_(peak)
+                yield x.sub_(peak), self.numbers[-1][rows]
 
-    def first(self, f, uniform):
-        """log(K m), (K,), and log c, (N,), for log r = f; in logarithms throughout, as nothing is known yet about the range."""
-        log_mass, log_c, bad, count = torch.full_like(f, -math.inf), [f[:0]], None, 0
-        for x, top in self.scaled():
+    def first(self, uniform):
+        """log(K m), (K,), and log c, (N,), for log r = base. uniform: m is that of c = 1/N, not of the c that makes the rows right."""
+        mass, shift, bad, self.count = torch.zeros_like(self.base), self.base.new_tensor(-math.inf), None, 0
+        for x, numbers in self.scaled():
             if bad is None and not (finite := x.amin(1).isfinite()).all():
-                bad = count + int(finite.logical_not().nonzero()[0])
-            log_q = x + f.to(x.dtype)  # (B, K)
-            norm = -top.to(x.dtype) if uniform else _logsumexp(log_q, 1)  # (B, 1)
-            log_mass = torch.logaddexp(log_mass, _logsumexp(log_q.sub_(norm), 0)[0].double())
-            log_c.append(-(norm + top)[:, 0])
-            count += len(x)
+                bad = self.count + int(finite.logical_not().nonzero()[0])
+            block = x.clamp(min=self.floor).exp_()
+            if uniform:
+                highest = torch.maximum(shift, numbers[:, 0].amax())
+                mass = mass * (shift - highest).exp() + (numbers[:, 0] - highest).exp().to(self.dtype) @ block
+                shift = highest
+            else:
+                sums = block.sum(1)  # (B,)
+                mass += sums.reciprocal() @ block
+                numbers[:, 1] = sums
+            self.count += len(x)
             if self.hold:
-                self.held.append((self.encode(x), top))
-        start, self.total = _place(count, f.device)
-        if self.total < len(f):
-            raise ValueError(f"balanced assignment needs a sample for each class: {self.total} samples for {len(f)} classes")
-        _refuse_bad_rows(bad, start, self.total, f.device)
-        return _log_sum_over_ranks(log_mass) + math.log(len(f) / self.total), torch.cat(log_c) - math.log(self.total)
+                self.held.append((x, numbers))
+        start, self.total = _place(self.count, mass.device)
+        if self.total < len(mass):
+            raise ValueError(f"balanced assignment needs a sample for each class: {self.total} samples for {len(mass)} classes")
+        _refuse_bad_rows(bad, start, self.total, mass.device)
+        log_c = mass.new_full((self.count,), -math.log(self.total)) if uniform else self.log_c()
+        log_mass = mass.log() + (shift if uniform and self.count else 0)
+        if mass.min() < self.count * math.exp(self.floor / 2):  # what was too small to be counted may have been all of a class's mass
+            log_mass = torch.full_like(mass, -math.inf)
+            for x, numbers in self.held or self.scaled():
+                log_norm = -numbers[:, :1].to(self.dtype) if uniform else _logsumexp(x, 1)  # (B, 1)
+                log_mass = torch.logaddexp(log_mass, _logsumexp(x - log_norm, 0)[0].double())
+        return _log_sum_over_ranks(log_mass) + math.log(len(mass) / self.total), log_c
+
+    def log_c(self):
+        """Of the c that makes the rows right, from the last sums: (N,)."""
+        top, sums = torch.cat([self.base.new_empty(0, 2), *self.numbers]).unbind(1)
+        return -(sums.log() + top) - math.log(self.total)
 
     def encode(self, x):
         """Logarithms x <= 0 -> exp(x), in place; but exp(floor) / (1 + floor - x) below the floor.
@@ -163,34 +191,35 @@ class _Kernel:
     def ratios(self, f):
         """log r relative to the base, (K,); moves the base to f if that is far."""
         log_r = f - self.base
-        if log_r.abs().max() <= -self.floor / 4:
+        if self.encoded == self.hold and log_r.abs().max() <= -self.floor / 4:
             return log_r  # entries below the floor are still less than exp(floor / 2) of their rows
-        for held, top in self.held:
-            x = self.decode(held).add_(log_r.to(held.dtype))
+        for held, numbers in self.held:
+            x = (self.decode(held) if self.encoded else held).add_(log_r.to(held.dtype))
             peak = x.amax(1, keepdim=True)
-            held.copy_(self.encode(x.sub_(peak)))
-            top.add_(peak)
-        self.base = f
+            x = self.encode(x.sub_(peak))
+            if self.encoded:
+                held.copy_(x)
+            numbers[:, :1] += peak
+        self.base, self.encoded = f, self.hold
         return torch.zeros_like(f)
 
     def blocks(self):
-        """Pieces of the matrix (B, K), and their tops (B, 1)."""
+        """Pieces of the matrix (B, K), and their numbers (B, 2)."""
         if self.hold:
             yield from self.held
         else:
-            for x, top in self.scaled():
-                peak = x.add_(self.base.to(x.dtype)).amax(1, keepdim=True)
-                yield x.sub_(peak).clamp_(min=self.floor).exp_(), top.add_(peak)
+            for x, numbers in self.scaled():
+                yield x.clamp_(min=self.floor).exp_(), numbers
 
     def balance(self, f, before):
         """One reading of the matrix, for log r = f: log(K m), (K,); log c, (N,); the sum over all samples of |before / c - 1|."""
         log_r = self.ratios(f)
-        r, mass, log_c = log_r.exp().to(self.dtype), torch.zeros_like(f), [f[:0]]
-        for block, top in self.blocks():
+        r, mass = log_r.exp().to(self.dtype), torch.zeros_like(f)
+        for block, numbers in self.blocks():
             sums = block @ r  # (B,)
             mass += sums.reciprocal() @ block  # (K,), added up in float64
-            log_c.append(-sums.double().log_() - top[:, 0])
-        log_c = torch.cat(log_c) - math.log(self.total)
+            numbers[:, 1] = sums
+        log_c = self.log_c()
         change = (before - log_c).expm1_().abs_().sum()
         mass, change = _over_ranks(torch.cat([mass, change[None]])).split([len(f), 1])
         # These masses add up to 1. Were rounding allowed to change that, r and c would drift apart and the change would not end.
@@ -198,8 +227,11 @@ class _Kernel:
 
     def assign(self, f):
         """The class with the largest entry of each row, times r: (N,)."""
-        r, empty = self.ratios(f).exp().to(self.dtype), torch.empty(0, dtype=torch.int64, device=f.device)
-        return torch.cat([empty, *((block * r).argmax(1) for block, _ in self.blocks())])
+        r, y, done = self.ratios(f).exp().to(self.dtype), torch.empty(self.count, dtype=torch.int64, device=f.device), 0
+        for block, _ in self.blocks():
+            y[done : done + len(block)] = (block * r).argmax(1)
+            done += len(block)
+        return y
 
 
 def _logsumexp(x, dim):

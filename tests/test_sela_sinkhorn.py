@@ -233,7 +233,7 @@ def test_what_underflows_comes_back_when_the_base_moves(monkeypatch):
 def test_logarithms_of_all_sizes_are_held_without_loss():
     for dtype in (torch.float32, torch.float64):
         scores = torch.zeros(1, 1, dtype=dtype)
-        kernel = module._Kernel(scores, 25.0, scores, True, False)
+        kernel = module._Kernel(scores, 25.0, scores, True, False, torch.zeros(1))
         x = torch.cat([-torch.logspace(-6, 5, 1000, dtype=dtype), kernel.floor + torch.linspace(-1, 1, 1001).to(dtype)])
         held = kernel.encode(x.clone())
         assert held.min() >= torch.finfo(dtype).tiny  # no denormal number

@@ -1,0 +1,134 @@
+"""Remove what prevents collapse and watch it happen; and take DeepCluster-v2 apart, one improvement at a time.
+
+    python -m benchmarks.ablations                         # all of them on shapes, 5 epochs each: an hour on two cores
+    python -m benchmarks.ablations --only "swav*"          # some of them
+    python -m benchmarks.ablations --list
+
+Where an option does it, the run has that option; where none does, a line below puts another function in the script's place. After
+the runs a table: loss as a share of ln K, clusters in use, the largest cluster's share of the images, and 20-NN accuracy on
+held-out images. A run is kept in --out and not made twice.
+"""
+
+import argparse
+import dataclasses
+import fnmatch
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+import deepcluster
+import deepclusterv2
+import odc
+import sela
+import swav
+from benchmarks.record import write
+from common.config import recipe
+
+METHODS = {"swav": swav, "deepcluster": deepcluster, "odc": odc, "sela": sela, "deepclusterv2": deepclusterv2}
+
+
+def drawn_from_all_images(targets, length, generator):
+    return torch.randperm(len(targets), generator=generator)[:length]
+
+
+def likeliest(memory, prototypes, features, heads, *settings):
+    for h in heads:
+        memory.targets[h] = prototypes[h](features.to(prototypes[h].weight.dtype)).argmax(1)
+    memory.figures = {"relabellings": memory.done + 1}
+
+
+def clustered_once(assign=deepclusterv2.assign):
+    def first_time(memory, *settings):
+        if memory.epoch < 0:
+            assign(memory, *settings)
+        memory.filled.fill_(False)
+
+    return first_time
+
+
+class LinearHead(deepclusterv2.Model):
+    def __init__(self, config):
+        super().__init__(config)
+        self.projection_head = nn.Linear(self.backbone.feature_dim, config.dim)
+
+
+# name: options given to the method's recipe, functions of its script replaced
+EXPERIMENTS = {
+    "swav": ({}, {}),
+    "swav, 0 Sinkhorn iterations": (dict(sinkhorn_iterations=0), {}),
+    "deepcluster": ({}, {}),
+    "deepcluster, no uniform sampling": ({}, dict(uniform_order=drawn_from_all_images)),
+    "odc": ({}, {}),
+    "odc, no merging and splitting, no weights": (dict(min_cluster=0, reweight=0.0), {}),
+    "sela": ({}, {}),
+    "sela, the likeliest label": ({}, dict(assign=likeliest)),
+    "deepclusterv2": ({}, {}),
+    "deepclusterv2, clustered once": ({}, dict(assign=clustered_once)),
+    "deepclusterv2, crops and flips alone": (dict(jitter=(0.0, 0.0, 0.0, 0.0), blur_p=0.0), {}),
+    "deepclusterv2, linear head": ({}, dict(Model=LinearHead)),
+    "deepclusterv2, constant learning rate": (dict(final_lr=0.8), {}),
+    "deepclusterv2, temperature 1": (dict(temperature=1.0), {}),
+    "deepclusterv2, one clustering": (dict(heads=1), {}),
+    "deepclusterv2, two crops": (dict(crops=(2,)), {}),
+}
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="", help="default: that of the recipe")
+    parser.add_argument("--root", default="")
+    parser.add_argument("--val", default="")
+    parser.add_argument("--recipe", default="shapes")
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="*", help="a pattern of names")
+    parser.add_argument("--list", action="store_true", help="names, and nothing else")
+    parser.add_argument("--out", type=Path, default=Path("runs/ablations"))
+    parser.add_argument("--workers", type=int, default=-1)
+    return parser.parse_args()
+
+
+def train(name, args, out):
+    method = METHODS[name.split(",")[0]]
+    options, functions = EXPERIMENTS[name]
+    kept = {function: getattr(method, function) for function in functions}
+    for function, other in functions.items():
+        setattr(method, function, other() if other is clustered_once else other)
+    given = dict(data=args.data, root=args.root, val=args.val, epochs=args.epochs, seed=args.seed, workers=args.workers)
+    config = recipe(method.Config, method.RECIPES, args.recipe)
+    method.main(dataclasses.replace(config, **{**given, **options}, recipe=args.recipe, out=str(out), fresh=True, eval_every=args.epochs))
+    for function, own in kept.items():
+        setattr(method, function, own)
+
+
+def figures_of(out):
+    """Of a finished run: loss / ln K, clusters in use, the largest one's share of the images in percent, 20-NN top-1."""
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    with np.load(out / "assignments.npz") as file:
+        first = file["assignments"][0]
+    counts = np.bincount(first[first >= 0])
+    loss = [r["loss_per_ln_k"] for r in records if "loss_per_ln_k" in r][-1]
+    return loss, int((counts > 0).sum()), 100 * counts.max() / counts.sum(), [r["knn_top1"] for r in records if "knn_top1" in r][-1]
+
+
+def main():
+    args = arguments()
+    names = [name for name in EXPERIMENTS if fnmatch.fnmatch(name, args.only)]
+    if args.list:
+        return print("\n".join(names))
+    figures = {}
+    for name in EXPERIMENTS:
+        out = args.out / name.replace(", ", "-").replace(" ", "_")
+        if not (out / "done.json").exists() and name in names:
+            train(name, args, out)
+        if (out / "done.json").exists():
+            for what, value in zip(("loss / ln K", "clusters in use", "largest cluster, %", "20-NN %"), figures_of(out)):
+                figures[f"{name}: {what}"] = value
+    write("ablations", torch.device("cpu"), dict(recipe=args.recipe, epochs=args.epochs, seed=args.seed), figures)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""The pre-activation ResNet-50 of SeLa's first release, to use its weights. Imports torch alone: one file to lift.
+
+Batch norm and ReLU come before each convolution; none follows the first convolution or the last sum. Written after
+models/resnetv2.py of yukimasano/self-label: channels and layers, not code.
+"""
+
+import torch.nn.functional as F
+from torch import nn
+
+
+class Block(nn.Module):
+    def __init__(self, inputs, channels, stride):
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(inputs), nn.Conv2d(inputs, channels, 1, bias=False)
+        self.bn2, self.conv2 = nn.BatchNorm2d(channels), nn.Conv2d(channels, channels, 3, stride, 1, bias=False)
+        self.bn3, self.conv3 = nn.BatchNorm2d(channels), nn.Conv2d(channels, channels * 4, 1, bias=False)
+        self.shortcut = nn.Conv2d(inputs, channels * 4, 1, stride, bias=False) if inputs != channels * 4 else None
+
+    def forward(self, x):
+        y = F.relu(self.bn1(x))
+        shortcut = x if self.shortcut is None else self.shortcut(y)
+        y = self.conv2(F.relu(self.bn2(self.conv1(y))))
+        return self.conv3(F.relu(self.bn3(y))) + shortcut
+
+
+class PreactResNet50(nn.Module):
+    """Trunk: (B, 3, H, W) -> (B, 2048), the average of the last sum, which may be negative."""
+
+    feature_dim = 2048
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
+        inputs = 64
+        for i, (channels, depth) in enumerate(((64, 3), (128, 4), (256, 6), (512, 3))):
+            strides = (2 if i else 1, *(depth - 1) * (1,))
+            layer = [Block(inputs if j == 0 else channels * 4, channels, stride) for j, stride in enumerate(strides)]
+            setattr(self, f"layer{i + 1}", nn.Sequential(*layer))
+            inputs = channels * 4
+
+    def stages(self, x):
+        """Maps by name: "conv1" (before the max-pool), "layer1" .. "layer4"."""
+        maps = {"conv1": self.conv1(x)}
+        x = F.max_pool2d(maps["conv1"], 3, 2, 1)
+        for name in ("layer1", "layer2", "layer3", "layer4"):
+            x = maps[name] = getattr(self, name)(x)
+        return maps
+
+    def forward(self, x):
+        return F.adaptive_avg_pool2d(self.stages(x)["layer4"], 1).flatten(1)  # (B, 2048)

@@ -1,0 +1,47 @@
+"""The trunks in torchvision's own networks, for any project: nothing of this repository is imported.
+
+    network = torch.hub.load("path/to/this/repository", "resnet50", checkpoint="runs/swav", source="local")
+    features = network.eval()(images)  # (B, 2048), of normalised images
+
+checkpoint: a run directory, a backbone.pt, or what `python -m common.checkpoint FILE --to torchvision` or `--to model` wrote.
+"""
+
+from pathlib import Path
+
+import torch
+import torchvision
+
+dependencies = ["torch", "torchvision"]
+
+
+def resnet18(checkpoint):
+    return _load("resnet18", checkpoint)
+
+
+def resnet34(checkpoint):
+    return _load("resnet34", checkpoint)
+
+
+def resnet50(checkpoint):
+    return _load("resnet50", checkpoint)
+
+
+def _load(arch, checkpoint):
+    """torchvision's network with a checkpoint's weights: its `fc` is the cluster head where the file has one, else the identity.
+
+    Raises ValueError if the file holds another network."""
+    path = Path(checkpoint)
+    path = path / "backbone.pt" if path.is_dir() else path
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    state, info = saved.get("state_dict", saved), saved.get("info", {})
+    network = torchvision.models.get_model(arch, num_classes=len(state.get("fc.weight", [0])))
+    if "fc.weight" not in state:
+        network.fc = torch.nn.Identity()
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()
+        sobel = ", Sobel" if info.get("sobel") else ""
+        what = f"{info['arch']} x{info['width']:g}, {info['stem']} stem{sobel}" if info else reason
+        raise ValueError(f"{path} is no {arch} of torchvision: {what}") from None
+    return network

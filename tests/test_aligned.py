@@ -1,0 +1,116 @@
+"""`diff` between two methods shows the algorithms: banners, options, names and the steps of the loop are the same in all."""
+
+import ast
+import dataclasses
+import importlib
+import re
+
+import pytest
+from helpers import ROOT
+
+METHODS = ["swav", "selav2", "deepclusterv2", "deepcluster", "odc", "sela"]  # as `make diff` has them
+BANNERS = ["recipes", "model", "algorithm", "training"]
+STEPS = ["assign", "schedule", "move", "forward", "assign", "loss", "memory", "update", "log"]
+# Options whose help names what the method does with them; everything else is said in the same words everywhere.
+OWN_WORDS = {"prototypes", "heads", "crops", "eval_size", "kmeans_iterations", "lr", "momentum"}
+
+
+def source(method):
+    return (ROOT / f"{method}.py").read_text()
+
+
+def fields(method):
+    return {f.name: f for f in dataclasses.fields(importlib.import_module(method).Config)}
+
+
+def functions(method):
+    """{name: text} of the top-level functions and classes, in order."""
+    text = source(method)
+    return {node.name: ast.get_source_segment(text, node) for node in ast.parse(text).body if hasattr(node, "name")}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_anatomy(method):
+    text = source(method)
+    docstring = ast.get_docstring(ast.parse(text))
+    assert len(docstring.splitlines()) <= 25 and "arXiv" in docstring and f"{method}.py --eval-every 5" in docstring
+    assert re.findall(r"^# -+ (\w+)$", text, re.M) == BANNERS
+    names = list(functions(method))
+    assert [n for n in names if n in ("Config", "Model", "Memory", "assign", "prediction_loss", "train_one_epoch", "main")] == [
+        "Config",
+        "Model",
+        "Memory",
+        "assign",
+        "prediction_loss",
+        "train_one_epoch",
+        "main",
+    ]
+    assert names[0] == "Config" and names[-2:] == ["train_one_epoch", "main"]
+    assert text.index("\nRECIPES = ") < text.index("\nREMEDY = ")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_loop_has_the_same_steps_in_the_same_order(method):
+    steps = re.findall(r"^        # (\w+)(?=:|$)", functions(method)["train_one_epoch"], re.M)
+    wanted = iter(STEPS)
+    assert all(step in wanted for step in steps), steps  # a subsequence
+    assert {"schedule", "move", "forward", "loss", "update", "log"} <= set(steps) and len(steps) == len(set(steps))
+
+
+@pytest.mark.parametrize("one", METHODS)
+def test_shared_options_are_the_same(one):
+    mine = fields(one)
+    for other in METHODS:
+        theirs = fields(other)
+        shared = [name for name in mine if name in theirs]
+        assert shared == [name for name in theirs if name in mine], f"order of options in {one} and {other}"
+        for name in shared:
+            a, b = mine[name], theirs[name]
+            assert a.type == b.type, (one, other, name)
+            assert a.metadata.get("free") == b.metadata.get("free") or name == "eval_size", (one, other, name)
+            assert a.metadata["help"] == b.metadata["help"] or name in OWN_WORDS, (one, other, name)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_option_is_dead(method):
+    """Each option is read by the script, or by what all scripts share."""
+    text = source(method)
+    shared = "".join((ROOT / "common" / f"{name}.py").read_text() for name in ("run", "config", "checkpoint", "data"))
+    body = text[text.index("class Model") :]
+    for name in fields(method):
+        assert re.search(rf"\bconfig\.{name}\b", body) or re.search(rf"\b(c|config)\.{name}\b|\"{name}\"", shared), name
+
+
+def test_what_is_the_same_is_the_same_text():
+    """Where methods do the same, a bug is mended by the same patch."""
+    for name, methods in {
+        "prediction_loss": ["deepclusterv2", "selav2", "sela"],
+        "fill": ["deepclusterv2", "selav2"],
+    }.items():
+        bodies = [[ast.unparse(line) for line in ast.parse(functions(m)[name]).body[0].body[1:]] for m in methods]  # without docstring
+        assert all(body == bodies[0] for body in bodies), name
+    for lines in (
+        "    net = distributed.parallel(model)\n",
+        "    run.resume()\n    for epoch in run.epochs():\n",
+        '    loader = data.Loader(crops, config.workers, device.type == "cuda")\n',
+        "    launch(main, parse(Config, RECIPES, __doc__))\n",
+        "        optimizer.zero_grad()\n        loss.backward()\n",
+    ):
+        assert all(source(method).count(lines) == 1 for method in METHODS), lines
+
+
+def test_make_diff_compares_all_methods():
+    recipe = (ROOT / "Makefile").read_text()
+    assert " ".join(f"{m}.py" for m in METHODS) in recipe
+
+
+def test_docs_link_to_the_lines_they_name():
+    text = (ROOT / "docs" / "methods.md").read_text()
+    links = re.findall(r"\[`(\w+)`\]\(\.\./([\w/]+\.py)#L(\d+)\)", text)
+    assert len(links) > 10
+    for name, path, number in links:
+        lines = (ROOT / path).read_text().splitlines()
+        here = [i for i, line in enumerate(lines, 1) if re.match(rf"\s*(def|class) {name}\b", line)]
+        assert int(number) in here, f"docs/methods.md: {name} of {path} is now in line {here}, not {number}"
+    for path in re.findall(r"\]\((\.\./[\w/.]+)", text):
+        assert (ROOT / "docs" / path).exists(), path

@@ -1,0 +1,392 @@
+"""eval_cluster.py: its figures against other people's, and the script from the outside."""
+
+import csv
+import itertools
+import json
+import shutil
+import types
+
+import numpy as np
+import pytest
+import torch
+from helpers import TINY, golden, image_tree, ranks, swav_here
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import nn
+
+import eval_cluster
+from common import checkpoint, data, features
+from common.multicrop import MEAN, STD
+from common.resnet import resnet10
+from common.run import launch
+from eval_cluster import ami, ari, contingency, hungarian_accuracy, nmi, purity
+
+
+def cluster_here(*arguments):
+    """Runs the command in this process; returns its exit code."""
+    try:
+        launch(eval_cluster.main, eval_cluster.arguments([str(a) for a in arguments]))
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def record_of(capsys):
+    return next(json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{"))
+
+
+# ---- the metrics
+
+
+def test_scikit_learns_numbers():
+    numbers = golden("cluster_metrics")
+    for i in range(int(numbers["n_pairs"])):
+        a, b = numbers[f"a_{i}"], numbers[f"b_{i}"]
+        found = nmi(a, b), ami(a, b), ari(a, b), nmi(a, b, geometric=True)
+        assert found == pytest.approx([float(numbers[name][i]) for name in ("nmi", "ami", "ari", "nmi_geometric")], abs=1e-9), i
+
+
+labellings = st.integers(1, 40).flatmap(lambda n: st.tuples(*[st.lists(st.integers(-3, 6), min_size=n, max_size=n)] * 2))
+
+
+@settings(max_examples=50, deadline=None)
+@given(labellings)
+def test_metrics_agree_with_scikit_learn_whatever_the_labels(pair):
+    from sklearn import metrics
+
+    a, b = pair
+    assert nmi(a, b) == pytest.approx(metrics.normalized_mutual_info_score(a, b), abs=1e-9)
+    assert ari(a, b) == pytest.approx(metrics.adjusted_rand_score(a, b), abs=1e-9)
+    if abs(sum(eval_cluster._information(a, b)[1:3]) / 2 - eval_cluster.expected_information(*eval_cluster._information(a, b)[3:])) > 1e-9:
+        assert ami(a, b) == pytest.approx(metrics.adjusted_mutual_info_score(a, b), abs=1e-9)
+    # Names do not matter; all but purity are symmetric.
+    renamed = [{value: -value * 10**12 for value in a}[value] for value in a]
+    for metric in (nmi, ami, ari, hungarian_accuracy, purity):
+        assert metric(renamed, b) == pytest.approx(metric(a, b), abs=1e-12)
+        assert metric(a, a) == pytest.approx(1)
+        assert metric is purity or metric(b, a) == pytest.approx(metric(a, b), abs=1e-12)
+
+
+def test_expected_information_of_many_images_leaves_out_nothing_that_counts():
+    from sklearn.metrics.cluster import expected_mutual_information
+
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(0, 12, 20_000) ** 2, rng.geometric(0.05, 20_000)
+    _, _, _, size_a, size_b = eval_cluster._information(a, b)
+    assert eval_cluster.expected_information(size_a, size_b) == pytest.approx(
+        expected_mutual_information(contingency(a, b).tocsr(), 20_000), rel=1e-9
+    )
+
+
+def test_random_labels_have_a_high_nmi_and_no_ami():
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(0, 1000, 50_000), rng.integers(0, 1000, 50_000)
+    assert nmi(a, b) == pytest.approx(0.435, abs=0.002)
+    assert abs(ami(a, b)) < 0.001 and abs(ari(a, b)) < 0.001
+
+
+def test_hungarian_accuracy_is_the_best_one_to_one_matching():
+    rng = np.random.default_rng(1)
+    for clusters, classes in ((3, 5), (5, 3), (4, 4)):
+        a, b = rng.integers(0, clusters, 60), rng.integers(0, classes, 60)
+        counts = contingency(a, b).toarray()
+        counts = counts if clusters <= classes else counts.T
+        best = max(sum(counts[i, j] for i, j in enumerate(order)) for order in itertools.permutations(range(counts.shape[1]), len(counts)))
+        assert hungarian_accuracy(a, b) == best / 60
+    # Five clusters of two classes: two of them find a class, purity counts all.
+    assert hungarian_accuracy([0, 1, 2, 3, 4, 4], [0, 0, 0, 1, 1, 1]) == 3 / 6 and purity([0, 1, 2, 3, 4, 4], [0, 0, 0, 1, 1, 1]) == 1
+
+
+def test_labellings_of_different_items_are_refused():
+    for a, b in (([1, 2], [1, 2, 3]), ([], []), ([[1]], [[1]])):
+        with pytest.raises(ValueError, match="of the same items"):
+            nmi(a, b)
+
+
+# ---- a model whose heads are known
+
+
+class Colours(nn.Module):
+    """Two heads: that of the strongest channel, and one that knows red alone."""
+
+    def __init__(self, heads=2):
+        super().__init__()
+        self.backbone, self.projection_head = nn.AdaptiveAvgPool2d(1), None
+        self.heads = nn.ModuleList(nn.Linear(3, k) for k in (3, 5)[:heads])
+        for head, rows, bias in zip(self.heads, (torch.eye(3), torch.zeros(5, 3)), ([0] * 3, [0, 0, -9, -9, -9])):
+            head.weight.data.copy_(rows)
+            head.bias.data.copy_(torch.tensor(bias))
+        if heads > 1:
+            self.heads[1].weight.data[1, :2] = torch.tensor([1.0, -1])
+
+    def forward(self, images):
+        return [head(self.backbone(images).flatten(1)) for head in self.heads]
+
+
+class Plain:
+    """Images of one colour each, N of them, without files: red, green and blue in turn, the red ones of two kinds."""
+
+    classes = ("red", "green", "blue")
+
+    def __init__(self, n):
+        self.labels = torch.arange(n) % 3
+        self.paths = [f"{i}.png" for i in range(n)]
+        self.fingerprint = f"{n} plain"
+
+    def __len__(self):
+        return len(self.labels)
+
+    def read(self, i):
+        colour = [60, 60, 60]
+        colour[i % 3] += 100 + i % 60
+        return Image.new("RGB", (8, 8), tuple(colour))
+
+
+INFO = dict(arch="resnet10", width=0.5, stem="small", channels=3, mean=MEAN, std=STD, method="colours", resize=8, size=8, epoch=1)
+
+
+def of_colours(out, n, *arguments, heads=2):
+    """Runs the script on the model above and N images; returns what it wrote."""
+    load, images = checkpoint.load_model, data.open_queries
+    checkpoint.load_model, data.open_queries = (lambda *_: (Colours(heads), dict(INFO))), (lambda *_: Plain(n))
+    try:
+        options = ["--data", "shapes", "--workers", 0, "--precision", "float32", "--out", out, *arguments]
+        eval_cluster.main(eval_cluster.arguments([str(a) for a in ("colours.pt", *options)]))
+    finally:
+        checkpoint.load_model, data.open_queries = load, images
+    return json.loads((out / "eval_cluster.json").read_text()), (out / "gallery.html").read_bytes() if (
+        out / "gallery.html"
+    ).exists() else b""
+
+
+def test_known_heads_have_known_scores(tmp_path, capsys):
+    record, page = of_colours(tmp_path, 300, "--head", 1)
+    first, second = record["heads"]
+    assert [first[name] for name in ("nmi", "ami", "ari", "hungarian", "purity")] == pytest.approx([100] * 5)
+    assert (first["used"], first["clusters"], second["used"], second["clusters"]) == (3, 3, 2, 5)
+    # Red in one cluster, green and blue together in the other: two of three images are matched, one to one.
+    assert second["hungarian"] == second["purity"] == pytest.approx(200 / 3)
+    entropies = np.log(3), -np.log(1 / 3) / 3 - 2 * np.log(2 / 3) / 3
+    assert second["nmi"] == pytest.approx(100 * entropies[1] / np.mean(entropies))
+    assert record["mean"]["purity"] == pytest.approx(250 / 3)
+    assert abs(first["chance"]["ami"]) < 3 and 33 < first["chance"]["purity"] < 45
+    out = capsys.readouterr().out
+    assert "300 held-out images, clusters by the heads" in out and f"{'head 1':8}{'2 of 5':>16}" in out
+    assert f"{'mean':24}" in out and f"{'chance':24}" in out
+    assert b"head 1 of 2" in page
+
+
+def test_each_head_has_its_own_cluster_and_score(tmp_path):
+    how = dict(device=torch.device("cpu"))
+    clusters, scores = eval_cluster.by_heads(eval_cluster.Assign(Colours()), Plain(7), INFO, how)
+    assert clusters.tolist() == [[0, 1, 2, 0, 1, 2, 0], [1, 0, 0, 1, 0, 0, 1]]
+    strength = [((160 + i) / 255 - MEAN[i % 3]) / STD[i % 3] for i in range(7)]
+    other = [(60 / 255 - MEAN[1]) / STD[1], 0]  # red less green, or nothing
+    assert scores[0] == pytest.approx(strength, abs=1e-5)
+    assert scores[1] == pytest.approx([0 if i % 3 else strength[i] - other[0] for i in range(7)], abs=1e-5)
+    eval_cluster.write_csv(tmp_path / "clusters.csv", Plain(7), clusters, scores)
+    header, first, *_ = csv.reader((tmp_path / "clusters.csv").read_text().splitlines())
+    assert header == ["path", "head0", "score0", "head1", "score1"]
+    assert first == ["0.png", "0", f"{scores[0, 0]:.6g}", "1", f"{scores[1, 0]:.6g}"]
+
+
+def on_rank(out):
+    record, page = of_colours(out, 4999)
+    return record, page
+
+
+def test_two_processes_find_what_one_finds(tmp_path):
+    one = of_colours(tmp_path, 4999)
+    assert one[0]["count"] == 4999 and one[0]["heads"][0]["purity"] == 100
+    assert ranks(2, on_rank, tmp_path) == [one, one]
+
+
+def test_a_score_that_is_no_number_is_an_error(tmp_path):
+    load = Colours.forward
+    try:
+        Colours.forward = lambda self, images: [scores * float("nan") for scores in load(self, images)]
+        with pytest.raises(checkpoint.CheckpointError, match="not finite"):
+            of_colours(tmp_path, 30)
+    finally:
+        Colours.forward = load
+
+
+# ---- a run, and its files
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "swav"
+    assert swav_here("--data", "shapes:100", *TINY, "--epochs", 1, "--out", out) == 0
+    return out
+
+
+def test_held_out_images_by_the_heads_of_a_run(run, capsys):
+    capsys.readouterr()
+    assert cluster_here(run, "--workers", 0, "--precision", "float32") == 0
+    record = record_of(capsys)
+    assert (record["method"], record["images"], record["count"], record["unassigned"]) == ("swav", "held-out images", 20, 0)
+    model, info = checkpoint.load_model(run)
+    images = data.open_images("shapes:100", "val")
+
+    def scores(x):
+        return model(x)[0]
+
+    class Scores(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            return scores(x)
+
+    rows, labels = features.extract(Scores(), images, info["resize"], info["size"], torch.device("cpu"))
+    clusters = rows.argmax(dim=1)
+    assert record["heads"][0]["nmi"] == pytest.approx(100 * nmi(clusters, labels))
+    assert record["heads"][0]["used"] == len(clusters.unique()) and record["heads"][0]["clusters"] == 12
+    assert json.loads((run / "eval_cluster.json").read_text()) == record
+    assert "Clusters of 20 held-out images" in (run / "gallery.html").read_text()
+
+
+def test_training_images_as_the_run_has_them(run, capsys):
+    assert cluster_here(run, "--training", "--workers", 0) == 0
+    record = record_of(capsys)
+    clusters = np.load(run / "assignments.npz")["assignments"][0]
+    seen = clusters >= 0
+    assert (record["images"], record["clusters_by"], record["count"]) == ("training images", "assignments.npz", 100)
+    assert record["unassigned"] == (~seen).sum() == 4  # 6 batches of 16
+    assert record["heads"][0]["ari"] == pytest.approx(100 * ari(clusters[seen], np.arange(100)[seen] % 10))
+    page = (run / "gallery_training.html").read_text()
+    page = json.loads(page[page.index('id="data">') + 10 :].partition("</script>")[0])
+    assert sum(c["size"] for c in page["clusters"]) == 96
+    for c in page["clusters"]:
+        shown = [int(name.rpartition("/")[2]) for _, name, *_ in c["typical"] + c["random"]]
+        assert all(clusters[i] == c["id"] for i in shown) and len(set(shown)) == len(shown) == min(len(c["typical"]) + 12, c["size"])
+    # The heads' own opinion says what is typical, where it is that of the run.
+    assert any(c["typical"] for c in page["clusters"])
+    assert [t[3] for t in page["clusters"][0]["typical"]] == sorted((t[3] for t in page["clusters"][0]["typical"]), reverse=True)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Three colours under noise, and a trunk that need not be trained to tell them apart."""
+    root, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for split, count in (("train", 12), ("val", 5)):
+        for c, name in enumerate(("blue", "green", "red")):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = np.full((24, 20, 3), 40.0)
+                pixels[..., 2 - c] = 200
+                Image.fromarray(rng.normal(pixels, 8).clip(0, 255).astype(np.uint8)).save(root / split / name / f"{i}.png")
+    torch.manual_seed(0)
+    checkpoint.export_backbone(
+        root / "backbone.pt", resnet10(width=0.125, stem="small"), {**INFO, "width": 0.125, "resize": 20, "size": 20}
+    )
+    return root
+
+
+def test_kmeans_on_pooled_features(photos, tmp_path, capsys):
+    options = ["--data", photos, "--kmeans", 3, "--seed", 2, "--workers", 0, "--precision", "float32", "--out", tmp_path]
+    assert cluster_here(photos / "backbone.pt", *options) == 0
+    record = record_of(capsys)
+    assert (record["count"], record["clusters_by"]) == (15, "k-means on training features")
+    assert record["heads"][0]["nmi"] == pytest.approx(100)  # colours are easy
+    assert cluster_here(photos / "backbone.pt", *options, "--training") == 0
+    assert record_of(capsys)["count"] == 36 and (tmp_path / "gallery_training_kmeans.html").exists()
+    assert cluster_here(photos / "backbone.pt", *options, "--kmeans", 37) == 2
+    assert "--kmeans 37 needs as many images" in capsys.readouterr().err
+
+
+def test_new_images_without_labels(photos, tmp_path, capsys):
+    folder = tmp_path / "new"
+    shutil.copytree(photos / "val" / "red", folder)
+    for path in (photos / "val" / "green").glob("*.png"):
+        shutil.copy(path, folder / f'green, "{path.name}')
+    (folder / "9.png").write_text("no image")
+    options = ["--images", folder, "--kmeans", 2, "--workers", 0, "--precision", "float32", "--out", tmp_path / "out"]
+    assert cluster_here(photos / "backbone.pt", *options) == 0
+    out = capsys.readouterr().out
+    assert "11 images of" in out and "warning: 1 images cannot be read" in out and "NMI" not in out
+    with open(tmp_path / "out" / "clusters.csv", newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["path", "head0", "score0"] and [row[0] for row in rows] == list(data.open_images(folder).paths)
+    found = {name: (int(cluster), score) for name, cluster, score in rows}
+    assert found["9.png"] == (-1, "")
+    groups = [{found[name][0] for name in found if name.startswith("green") == green and name != "9.png"} for green in (True, False)]
+    assert sorted(map(len, groups)) == [1, 1] and groups[0] != groups[1]
+    assert all(float(score) <= 0 for cluster, score in found.values() if cluster >= 0)
+    assert (tmp_path / "out" / "gallery_images_kmeans.html").exists()
+
+
+def test_new_images_by_the_heads(run, photos, tmp_path, capsys):
+    assert cluster_here(run, "--images", photos / "val", "--workers", 0, "--out", tmp_path, "--samples", 0) == 0
+    assert "NMI" in capsys.readouterr().out  # the folder has classes
+    assert len((tmp_path / "clusters.csv").read_text().splitlines()) == 16 and not list(tmp_path.glob("*.html"))
+
+
+def test_errors(run, photos, tmp_path, capsys):
+    image_tree(tmp_path / "one", classes=1)
+    image_tree(tmp_path / "others", classes=2, images=50, size=(8, 8))
+    empty, foreign, torn = tmp_path / "empty", tmp_path / "foreign", tmp_path / "torn"
+    for copy in (empty, foreign, torn):
+        shutil.copytree(run, copy)
+    with np.load(run / "assignments.npz") as file:
+        np.savez(empty / "assignments.npz", assignments=np.full((1, 100), -1), paths=file["paths"])
+    (torn / "assignments.npz").write_bytes(b"PK")
+    (tmp_path / "file").touch()
+    trunk = photos / "backbone.pt"
+    for arguments, code, words in (
+        ((trunk, "--data", photos), 4, "has no heads to cluster with: --kmeans K"),
+        ((trunk,), 2, "--data is needed"),
+        ((trunk, "--data", photos, "--training"), 4, "--training needs the directory of one"),
+        ((trunk, "--data", photos, "--random-init"), 2, "--random-init needs --kmeans"),
+        ((run, "--head", 1), 2, "has 1 head, numbered from 0"),
+        ((run, "--head", 1, "--training"), 2, "has 1 head, numbered from 0"),
+        ((run, "--head", 1, "--kmeans", 3), 2, "has 1 head, numbered from 0"),
+        ((run, "--training", "--images", photos), 2, "choose one"),
+        ((run, "--batch-size", 0), 2, "at least 1 image a batch"),
+        ((run, "--kmeans", -1), 2, "nothing below 0"),
+        ((run, "--data", photos / "val" / "red", "--training"), 3, "--data has no labels to compare clusters with"),
+        ((run, "--data", tmp_path / "one"), 3, "--val has images of 1 class (n00)"),
+        ((run, "--data", tmp_path / "others", "--training"), 3, "is of other images: it lacks 100 of 100, such as"),
+        ((run, "--data", photos, "--training"), 3, "is of other images: it lacks 36 of 36, such as"),
+        ((empty, "--training"), 3, "no image has a cluster yet"),
+        ((torn, "--training"), 3, "is not an assignments.npz"),
+        ((photos, "--data", photos, "--training"), 3, "assignments.npz does not exist: a run writes it"),
+        ((run, "--images", tmp_path / "nothing"), 3, "nothing does not exist"),
+        ((run, "--out", tmp_path / "file" / "below"), 2, "cannot be written"),
+    ):
+        given = arguments if "--out" in arguments else (*arguments, "--out", tmp_path / "out")
+        assert cluster_here(*given, "--workers", 0, "--precision", "float32") == code, arguments
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and words in error and error.count("\n") == 1, error
+
+
+def test_images_that_all_cannot_be_read(run, tmp_path, capsys):
+    image_tree(tmp_path, images=2)
+    for path in tmp_path.glob("val/*/*"):
+        path.write_text("no image")
+    assert cluster_here(run, "--data", tmp_path, "--workers", 0, "--out", tmp_path) == 3
+    assert "no image has both a cluster and a label" in capsys.readouterr().err
+
+
+def test_typical_images_are_scored_where_the_heads_agree():
+    scores = torch.tensor([[3.0, 0], [2, 0], [0, 5], [0, 4], [9, 0]])
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.anchor = nn.Parameter(torch.zeros(1))
+
+        def forward(self, x):
+            return [scores[(x[:, 0, 0, 0] * STD[0] + MEAN[0]).mul(255).round().long()]]
+
+    images = types.SimpleNamespace(read=lambda i: Image.new("RGB", (4, 4), (i, 0, 0)))
+    how = dict(device=torch.device("cpu"))
+    clusters = np.array([0, 0, 1, 1, 1])  # the heads have the last one in cluster 0
+    assert eval_cluster.typical(
+        eval_cluster.Assign(Model()), images, clusters, 0, {"resize": 4, "size": 4}, how, 5
+    ).tolist() == pytest.approx([3, 2, 5, 4, np.nan], nan_ok=True)
+    few = eval_cluster.typical(eval_cluster.Assign(Model()), images, clusters, 0, {"resize": 4, "size": 4}, how, 1)
+    assert np.isfinite(few[:2]).sum() == 1 and np.isfinite(few[2:]).sum() <= 1
