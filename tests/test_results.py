@@ -6,9 +6,11 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from helpers import TINY, losses, run_here
+import torch
+from helpers import TINY, losses, metrics, run_here
 
 from benchmarks import methods, report, supervised
+from common import data
 from common.config import parse
 
 
@@ -135,6 +137,21 @@ def test_the_ceiling_learns_the_labels(tmp_path):
     assert run_here(supervised, "--recipe", "cifar", "--data", "shapes:64", *options, "--out", tmp_path) == 0
     found = losses(tmp_path)
     assert sum(found[-4:]) < 0.6 * sum(found[:4])
+
+
+def test_the_peer_draws_by_position_and_learns(tmp_path):
+    pytest.importorskip("lightly")
+    from benchmarks import lightly_swav
+
+    config = methods.config_of("lightly_swav", SimpleNamespace(epochs=1), 0)
+    views = lightly_swav.Views(data.open_images("shapes:8"), config)
+    draws = [views[key][1][0] for key in ((0, 3, 5), (0, 3, 5), (0, 4, 5), (1, 3, 5))]  # (2, 3, 32, 32)
+    assert draws[0].shape == (2, 3, 32, 32) and torch.equal(draws[0], draws[1]) and not torch.equal(draws[0][0], draws[0][1])
+    assert not any(torch.equal(draws[0], other) for other in draws[2:])
+    options = [*TINY, "--width", 0.25, "--prototypes", 10, "--lr", 0.01, "--epochs", 6]
+    assert run_here(lightly_swav, "--recipe", "cifar", "--data", "shapes:64", *options, "--out", tmp_path) == 0
+    found = losses(tmp_path)
+    assert sum(found[-4:]) < sum(found[:4]) and [m["lr"] for m in metrics(tmp_path) if "lr" in m][4] < 0.01
 
 
 @pytest.mark.slow
