@@ -134,10 +134,11 @@ class Pixels(nn.Module):
         return x.flatten(1)
 
 
-def judge(trunk, info, images, queries, folder, workers):
+def judge(trunk, info, images, queries, folder, linear_words, workers):
     """Figures of a trunk's features in percent, as the evaluation scripts find them: 20-NN, a linear classifier (last epoch, the
     best of its rates), and how k-means with as many clusters as there are classes, fitted to the training images, sorts the
-    held-out ones. Kept in the folder until the trunk there is a younger one."""
+    held-out ones. Kept in the folder until the trunk there is a younger one. linear_words: what eval_linear.py takes; without
+    any it gets the features."""
     kept, file, saved = folder / f"figures_{info['size']}.json", folder / f"features_{info['size']}.npz", folder / "backbone.pt"
     if kept.exists() and not (saved.exists() and saved.stat().st_mtime > kept.stat().st_mtime):
         return json.loads(kept.read_text())
@@ -145,11 +146,12 @@ def judge(trunk, info, images, queries, folder, workers):
     device, classes = torch.device("cpu"), len(images.classes)
     how = dict(workers=workers, precision=autocast_dtype("auto", device))
     bank, held_out = (features.extract(trunk, part, info["resize"], info["size"], device, **how) for part in (images, queries))
-    features.save(file, bank, held_out, info)
-    linear = last_line(python(["eval_linear", str(file)], stdout=subprocess.PIPE))
+    if not linear_words:
+        features.save(file, bank, held_out, info)
+    process = python(["eval_linear", *(linear_words or [str(file)]), "--workers", str(workers)], stdout=subprocess.PIPE)
+    (probe,) = json.loads(process.stdout.splitlines()[-1])["chosen"].values()
     centroids, *_ = kmeans(F.normalize(bank[0].float()), classes, 50, generator=torch.Generator().manual_seed(0))
     clusters, labels = nearest(F.normalize(held_out[0].float()), centroids)[0].numpy(), held_out[1].numpy()
-    (probe,) = linear["chosen"].values()
     figures = {"knn": features.knn_accuracy(*bank, *held_out, k=20)[20][0], "linear": probe["top1"]}
     for name, metric in {"nmi": nmi, "ami": ami, "hungarian": hungarian_accuracy}.items():
         figures[name] = 100 * metric(clusters, labels)
@@ -167,10 +169,6 @@ def own_clusters(folder):
     return {name: statistics.mean(head[name] for head in heads) for name in ("clusters", "used", "nmi", "ami")}
 
 
-def last_line(process):
-    return json.loads(process.stdout.splitlines()[-1])
-
-
 def curve_of(folder):
     """[(epoch, 20-NN accuracy)] as the run measured it on its way."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -182,20 +180,22 @@ def curve_of(folder):
 
 def collect(args, images, queries, seconds):
     """Everything that methods.json holds, of the finished runs in --out."""
-    found, floors = {}, {}
+    found = {}
     for name, title in CONTENDERS.items():
         seeds = sorted(int(path.name.removeprefix(f"{name}_")) for path in args.out.glob(f"{name}_[0-9]*"))
         folders = {seed: folder for seed in seeds if (folder := finished(name, args, seed))}
         runs = []
         for seed, folder in folders.items():
             trunk, info = load_backbone(folder)
-            figures = judge(trunk, info, images, queries, folder, args.workers)
+            words = [str(folder), "--cache"]
+            figures = judge(trunk, info, images, queries, folder, words, args.workers)
             small = {**info, "resize": 32, "size": 32}
             if name == "lightly_swav":  # its own benchmark looks at images of this size
-                figures["knn_at_32_px"] = judge(trunk, small, images, queries, folder, args.workers)["knn"]
+                smaller = [*words, "--resize", "32", "--size", "32"]
+                figures["knn_at_32_px"] = judge(trunk, small, images, queries, folder, smaller, args.workers)["knn"]
             own = {"own_clusters": own_clusters(folder)} if name in METHODS else {}
-            words = command(training(name, args, seed, folder))
-            runs.append({"seed": seed, "command": words, **figures, **own, "curve": curve_of(folder)})
+            made = command(training(name, args, seed, folder))
+            runs.append({"seed": seed, "command": made, **figures, **own, "curve": curve_of(folder)})
         if runs:
             config = config_of(name, args, 0)
             times = {"first_epoch_s": seconds[name][0], "epoch_s": seconds[name][1]} if name in seconds else {}
@@ -203,8 +203,9 @@ def collect(args, images, queries, seconds):
     if not found:
         sys.exit(f"error: {args.out} holds no finished run")
     torch.manual_seed(0)
-    for name, trunk, sight in (("random weights", build_backbone(info), info), ("pixels", Pixels(), small)):
-        floors[name] = judge(trunk, sight, images, queries, args.out / name.replace(" ", "_"), args.workers)
+    untrained, there = build_backbone(info), args.out / "random_weights"
+    floors = {"random weights": judge(untrained, info, images, queries, there, [*words, "--random-init"], args.workers)}
+    floors["pixels"] = judge(Pixels(), small, images, queries, args.out / "pixels", [], args.workers)
     settings = dict(data=Path(args.data).name, images=len(images), held_out=len(queries), classes=len(images.classes), epochs=args.epochs)
     settings.update(trunk=f"{config.arch} x{config.width:g}", px=config.eval_size)
     about = {"machine": machine(torch.device("cpu")), "versions": versions(), "command": command(["benchmarks.methods", *sys.argv[1:]])}
