@@ -31,18 +31,28 @@ def machine(device):
     return f"{names[0] if names else platform.processor()}, {len(os.sched_getaffinity(0))} cores"
 
 
-def write(name, device, settings, figures):
-    """Prints the figures and writes them to results/NAME_DEVICE.json with versions, machine, command and settings."""
-    versions = {"python": platform.python_version()}
+def versions():
+    """{package: version} of what the figures may depend on; None for what is not installed."""
+    found = {"python": platform.python_version()}
     for package in ("torch", "torchvision", "pillow", "lightly"):
         try:
-            versions[package] = version(package)
+            found[package] = version(package)
         except PackageNotFoundError:
-            versions[package] = None
+            found[package] = None
+    return found
+
+
+def command(words):
+    """The command line `python -m ...` in words, of files and folders only the names."""
+    return " ".join(["python", "-m", *(Path(word).name if os.path.isabs(word) or os.path.exists(word) else str(word) for word in words)])
+
+
+def write(name, device, settings, figures):
+    """Prints the figures and writes them to results/NAME_DEVICE.json with versions, machine, command and settings."""
     record = {
         "machine": machine(device),
-        "versions": versions,
-        "command": " ".join(["python", "-m", f"benchmarks.{name}", *(Path(a).name if os.path.isdir(a) else a for a in sys.argv[1:])]),
+        "versions": versions(),
+        "command": command([f"benchmarks.{name}", *sys.argv[1:]]),
         "settings": settings,
         "figures": {key: float(f"{value:.4g}") for key, value in figures.items()},
     }

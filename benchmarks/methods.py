@@ -1,0 +1,243 @@
+"""All methods side by side: same trunk, images, epochs and evaluations, between a floor and a ceiling and beside a peer.
+
+    python -m benchmarks.methods --data list.txt --root train --val val     # 10,000 images: hours on two CPU cores
+    python -m benchmarks.methods --data shapes:400 --epochs 1 --out runs/try --results runs/try/methods.json       # minutes
+
+Every run is made by its own script with its recipe `cifar`, in OUT/NAME_SEED; a finished one is not made again, and a stopped
+one goes on, so the same command resumes. Then each is judged by the evaluation scripts, and timed in turns on a machine that
+should do nothing else. Floors: the network with random weights, and the pixels themselves. Ceiling: the network trained with
+labels. Peer: lightly's SwAV. Whatever finished runs OUT holds come into benchmarks/results/methods.json and, from that file,
+into the README's table and the figure of learning curves.
+"""
+
+import argparse
+import importlib
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from benchmarks import report
+from benchmarks.record import RESULTS, command, machine, versions
+from common import data, features
+from common.checkpoint import build_backbone, load_backbone
+from common.config import differences, recipe
+from common.kmeans import kmeans, nearest
+from common.run import autocast_dtype
+from eval_cluster import ami, hungarian_accuracy, nmi
+
+METHODS = {"swav": "SwAV", "deepclusterv2": "DeepCluster-v2", "selav2": "SeLa-v2"}
+METHODS |= {"deepcluster": "DeepCluster", "odc": "ODC", "sela": "SeLa"}
+CONTENDERS = {**METHODS, "lightly_swav": "SwAV of lightly", "supervised": "with labels"}
+SEVERAL = {"swav": [0, 1, 2], "deepclusterv2": [0, 1, 2]}  # seeds; the others have one
+
+
+def arguments(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="cifar10", help="labelled images; labels train nothing but the ceiling (default: cifar10)")
+    parser.add_argument("--root", default="", help="folder that relative paths of a list file start from")
+    parser.add_argument("--val", default="", help="held-out images (default: the val split of --data)")
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--methods", nargs="+", default=list(CONTENDERS), choices=CONTENDERS, help="runs to make (default: all)")
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 1 2 for swav and deepclusterv2, 0 for the others")
+    parser.add_argument("--out", type=Path, default=Path("runs/methods"))
+    parser.add_argument("--workers", type=int, default=-1)
+    parser.add_argument("--rounds", type=int, default=3, help="in which all are timed; 0: none (default: 3)")
+    parser.add_argument("--train-only", action="store_true", help="make the runs, and stop")
+    parser.add_argument("--results", type=Path, default=RESULTS / "methods.json", help="the README follows the default one")
+    return parser.parse_args(argv)
+
+
+# ------------------------------------------------------------------------------------------------------------- runs
+
+
+def module_of(name):
+    return importlib.import_module(name if name in METHODS else f"benchmarks.{name}")
+
+
+def config_of(name, args, seed):
+    module = module_of(name)
+    return replace(recipe(module.Config, module.RECIPES, "cifar"), epochs=args.epochs, seed=seed)
+
+
+def training(name, args, seed, out, **others):
+    """What follows `python -m` to make a run."""
+    options = dict(recipe="cifar", data=args.data, root=args.root, val=args.val, epochs=args.epochs, seed=seed, workers=args.workers)
+    options |= dict(eval_every=max(1, args.epochs // 4), out=out) | others
+    words = [(f"--{key.replace('_', '-')}", str(value)) for key, value in options.items() if value != ""]
+    return [module_of(name).__name__, *(word for pair in words for word in pair)]
+
+
+def finished(name, args, seed):
+    """The directory of a finished run, or None. Ends the program if it was made with other options."""
+    run = args.out / f"{name}_{seed}"
+    if not (run / "done.json").exists():
+        return None
+    config = config_of(name, args, seed)
+    saved = {**asdict(type(config)()), **json.loads((run / "config.json").read_text())}  # an older run lacks younger options
+    changed = [f"--{key} {getattr(args, key)} (saved {saved[key]})" for key in ("data", "root", "val") if getattr(args, key) != saved[key]]
+    changed += differences(config, saved)
+    if changed:
+        sys.exit(f"error: {run} was made with other options: {', '.join(changed)}; take another --out, or delete it")
+    return run
+
+
+def python(words, **how):
+    return subprocess.run([sys.executable, "-m", *words], check=True, text=True, **how)
+
+
+def speeds(names, args, images):
+    """{name: (seconds of the first epoch, of a later one)}: medians of rounds in which all take turns, three epochs each.
+
+    Passes over the data, clustering and labelling are in; SeLa labels in every other epoch, so of two later ones the mean
+    counts. Of files a quarter is enough: every part grows with their number.
+    """
+    folder = args.out / "speed"
+    folder.mkdir(parents=True, exist_ok=True)
+    spec, count = dict(data=args.data, root=args.root), len(images)
+    if isinstance(images, data.Files):
+        some = range(0, count, 4)
+        lines = [f"{images.paths[i]},{images.classes[images.labels[i]]}\n" for i in some]
+        (folder / "images.txt").write_text("".join(lines), errors="surrogateescape")
+        spec, count = dict(data=folder / "images.txt", root=images.root), len(some)
+    taken = {name: [] for name in names}
+    for _ in range(args.rounds):
+        for name in names:
+            shutil.rmtree(folder / name, ignore_errors=True)
+            steps = count // config_of(name, args, 0).batch_size
+            often = dict(epochs=max(3, args.epochs), max_steps=3 * steps, log_every=steps, eval_every=0, save_every=1e6)
+            python(training(name, args, 0, folder / name, **spec, **often))
+            records = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+            seconds = [len(images) / record["images_per_s"] for record in records if "images_per_s" in record]
+            taken[name].append((seconds[0], statistics.mean(seconds[1:])))
+    return {name: [statistics.median(column) for column in zip(*rounds)] for name, rounds in taken.items()}
+
+
+# ------------------------------------------------------------------------------------------------------ evaluations
+
+
+class Pixels(nn.Module):
+    """In the place of a trunk: the image itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.unused = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        return x.flatten(1)
+
+
+def judge(trunk, info, images, queries, folder, linear_words, workers):
+    """Figures of a trunk's features in percent, as the evaluation scripts find them: 20-NN, a linear classifier (last epoch, the
+    best of its rates), and how k-means with as many clusters as there are classes, fitted to the training images, sorts the
+    held-out ones. Kept in the folder until the trunk there is a younger one. linear_words: what eval_linear.py takes; without
+    any it gets the features."""
+    kept, file, saved = folder / f"figures_{info['size']}.json", folder / f"features_{info['size']}.npz", folder / "backbone.pt"
+    if kept.exists() and not (saved.exists() and saved.stat().st_mtime > kept.stat().st_mtime):
+        return json.loads(kept.read_text())
+    folder.mkdir(parents=True, exist_ok=True)
+    device, classes = torch.device("cpu"), len(images.classes)
+    how = dict(workers=workers, precision=autocast_dtype("auto", device))
+    bank, held_out = (features.extract(trunk, part, info["resize"], info["size"], device, **how) for part in (images, queries))
+    if not linear_words:
+        features.save(file, bank, held_out, info)
+    process = python(["eval_linear", *(linear_words or [str(file)]), "--workers", str(workers)], stdout=subprocess.PIPE)
+    (probe,) = json.loads(process.stdout.splitlines()[-1])["chosen"].values()
+    centroids, *_ = kmeans(F.normalize(bank[0].float()), classes, 50, generator=torch.Generator().manual_seed(0))
+    clusters, labels = nearest(F.normalize(held_out[0].float()), centroids)[0].numpy(), held_out[1].numpy()
+    figures = {"knn": features.knn_accuracy(*bank, *held_out, k=20)[20][0], "linear": probe["top1"]}
+    for name, metric in {"nmi": nmi, "ami": ami, "hungarian": hungarian_accuracy}.items():
+        figures[name] = 100 * metric(clusters, labels)
+    kept.write_text(json.dumps(figures) + "\n")
+    print(f"{folder}: {figures}", flush=True)
+    return figures
+
+
+def own_clusters(folder):
+    """What a method's own heads, mean over them, make of the held-out images."""
+    kept = folder / "eval_cluster.json"
+    if not kept.exists() or kept.stat().st_mtime < (folder / "backbone.pt").stat().st_mtime:
+        python(["eval_cluster", str(folder), "--samples", "0"])
+    heads = json.loads(kept.read_text())["heads"]
+    return {name: statistics.mean(head[name] for head in heads) for name in ("clusters", "used", "nmi", "ami")}
+
+
+def curve_of(folder):
+    """[(epoch, 20-NN accuracy)] as the run measured it on its way."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(record["epoch"], record["knn_top1"]) for record in records if "knn_top1" in record]
+
+
+# ---------------------------------------------------------------------------------------------------------- results
+
+
+def collect(args, images, queries, seconds):
+    """Everything that methods.json holds, of the finished runs in --out."""
+    found = {}
+    for name, title in CONTENDERS.items():
+        seeds = sorted(int(path.name.removeprefix(f"{name}_")) for path in args.out.glob(f"{name}_[0-9]*"))
+        folders = {seed: folder for seed in seeds if (folder := finished(name, args, seed))}
+        runs = []
+        for seed, folder in folders.items():
+            trunk, info = load_backbone(folder)
+            words = [str(folder), "--cache"]
+            figures = judge(trunk, info, images, queries, folder, words, args.workers)
+            small = {**info, "resize": 32, "size": 32}
+            if name == "lightly_swav":  # its own benchmark looks at images of this size
+                smaller = [*words, "--resize", "32", "--size", "32"]
+                figures["knn_at_32_px"] = judge(trunk, small, images, queries, folder, smaller, args.workers)["knn"]
+            own = {"own_clusters": own_clusters(folder)} if name in METHODS else {}
+            made = command(training(name, args, seed, folder))
+            runs.append({"seed": seed, "command": made, **figures, **own, "curve": curve_of(folder)})
+        if runs:
+            config = config_of(name, args, 0)
+            times = {"first_epoch_s": seconds[name][0], "epoch_s": seconds[name][1]} if name in seconds else {}
+            found[name] = {"title": title, "crops": config.crops[0], "batch_size": config.batch_size, **times, "runs": runs}
+    if not found:
+        sys.exit(f"error: {args.out} holds no finished run")
+    torch.manual_seed(0)
+    untrained, there = build_backbone(info), args.out / "random_weights"
+    floors = {"random weights": judge(untrained, info, images, queries, there, [*words, "--random-init"], args.workers)}
+    floors["pixels"] = judge(Pixels(), small, images, queries, args.out / "pixels", [], args.workers)
+    settings = dict(data=Path(args.data).name, images=len(images), held_out=len(queries), classes=len(images.classes), epochs=args.epochs)
+    settings.update(trunk=f"{config.arch} x{config.width:g}", px=config.eval_size)
+    about = {"machine": machine(torch.device("cpu")), "versions": versions(), "command": command(["benchmarks.methods", *sys.argv[1:]])}
+    return {**about, "settings": settings, "methods": found, "floors": floors}
+
+
+def main():
+    args = arguments()
+    images = data.open_images(args.data, "train", args.root)
+    queries = data.open_queries(args.data, args.val, args.root)
+    data.match_classes(queries, images)
+    for name in args.methods:
+        for seed in args.seeds or SEVERAL.get(name, [0]):
+            if not finished(name, args, seed):
+                words = training(name, args, seed, args.out / f"{name}_{seed}")
+                print(command(words), flush=True)
+                python(words)
+    if args.train_only:
+        return
+    kept = args.out / "speed" / "speed.json"
+    seconds = json.loads(kept.read_text()) if kept.exists() else {}
+    missing = [name for name in CONTENDERS if name not in seconds and finished(name, args, 0)]
+    if missing and args.rounds:  # those that were timed another day are timed again: they must take turns
+        seconds = speeds([name for name in CONTENDERS if name in seconds or name in missing], args, images)
+        kept.write_text(json.dumps(seconds) + "\n")
+    results = collect(args, images, queries, seconds)
+    args.results.parent.mkdir(parents=True, exist_ok=True)
+    args.results.write_text(json.dumps(results, indent=1) + "\n")
+    print(f"written to {args.results}\n\n{report.table(results)}")
+    if args.results == RESULTS / "methods.json":
+        report.main()
+
+
+if __name__ == "__main__":
+    main()

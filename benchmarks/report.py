@@ -1,0 +1,194 @@
+"""What benchmarks/results/methods.json says, as the README's table and as learning curves, docs/curves.svg.
+
+python -m benchmarks.report
+"""
+
+import itertools
+import json
+import statistics
+from pathlib import Path
+
+from common.checkpoint import writing
+
+ROOT = Path(__file__).parents[1]
+RESULTS, README, FIGURE = ROOT / "benchmarks/results/methods.json", ROOT / "README.md", ROOT / "docs/curves.svg"
+MARKS = "<!-- results: python -m benchmarks.report writes what stands here -->", "<!-- end of results -->"
+COLUMNS = {"knn": "20-NN", "linear": "linear", "nmi": "NMI", "ami": "AMI", "hungarian": "matched"}
+
+
+# ---------------------------------------------------------------------------------------------------------- figures
+
+
+def curve(method):
+    """[(epoch, mean, least, most)] of the 20-NN accuracies that the runs measured on their way, over seeds."""
+    rows = zip(*(run["curve"] for run in method["runs"]))  # of runs of one length: at the same epochs
+    return [(row[0][0], statistics.mean(a for _, a in row), min(a for _, a in row), max(a for _, a in row)) for row in rows]
+
+
+def seconds(method, epochs):
+    """Time that so many epochs take. The first has what is done once."""
+    return min(epochs, 1) * method["first_epoch_s"] + max(0, epochs - 1) * method["epoch_s"]
+
+
+def epochs_in(method, time):
+    """The inverse of `seconds`."""
+    return min(1, time / method["first_epoch_s"]) + max(0, time - method["first_epoch_s"]) / method["epoch_s"]
+
+
+def accuracy_at(method, epoch):
+    """20-NN accuracy after so many epochs, by straight lines between those measured."""
+    points = curve(method)
+    for (a, low, *_), (b, high, *_) in itertools.pairwise(points):
+        if epoch <= b:
+            return low + (high - low) * (epoch - a) / (b - a)
+    return points[-1][1]
+
+
+def epochs_to(method, accuracy):
+    """Epochs after which the 20-NN accuracy is first reached, by the same lines; None if it never is."""
+    points = curve(method)
+    if points[0][1] >= accuracy:
+        return 0.0
+    for (a, low, *_), (b, high, *_) in itertools.pairwise(points):
+        if low < accuracy <= high:
+            return a + (b - a) * (accuracy - low) / (high - low)
+    return None
+
+
+def shortest(results):
+    """Seconds of the quickest method's whole training; None without times."""
+    epochs = results["settings"]["epochs"]
+    times = [seconds(m, epochs) for name, m in results["methods"].items() if "epoch_s" in m and name not in ("lightly_swav", "supervised")]
+    return min(times, default=None)
+
+
+# ------------------------------------------------------------------------------------------------------------ table
+
+
+def table(results):
+    """The README's section: what was measured, the table, and the peer."""
+    s, methods, time = results["settings"], results["methods"], shortest(results)
+    timed = f" minutes | 20-NN at {time / 60:.0f} minutes |" if time else ""
+    lines = [
+        f"{s['images']:,} images of {s['classes']} classes, {s['epochs']} epochs ({s['images'] * s['epochs']:,} images seen), {s['trunk']},"
+        f" judged on {s['held_out']:,} held-out images of {s['px']} px; {results['machine']}. In percent; with several seeds the"
+        " mean and half the range.",
+        "",
+        f"| method | seeds | crops | {' | '.join(COLUMNS.values())} |{timed}",
+        "|---" * (3 + len(COLUMNS) + 2 * bool(time)) + "|",
+    ]
+    for method in sorted(methods.values(), key=lambda m: -statistics.mean(run["knn"] for run in m["runs"])):
+        cells = [spread([run[key] for run in method["runs"]]) for key in COLUMNS]
+        if time:
+            cells += [f"{seconds(method, s['epochs']) / 60:.0f}", f"{accuracy_at(method, epochs_in(method, time)):.1f}"]
+        lines.append(f"| {method['title']} | {len(method['runs'])} | {method['crops']} | {' | '.join(cells)} |")
+    for title, floor in results["floors"].items():
+        lines.append(f"| {title} | | | {' | '.join(f'{floor[key]:.1f}' for key in COLUMNS)} |{' |' * 2 * bool(time)}")
+    return "\n".join([*lines, *peer(results)])
+
+
+def spread(values):
+    return f"{statistics.mean(values):.1f}" + (f" ± {(max(values) - min(values)) / 2:.1f}" if len(values) > 1 else "")
+
+
+def peer(results):
+    """A paragraph on SwAV beside lightly's, where both were run and timed."""
+    ours, theirs, epochs = results["methods"].get("swav"), results["methods"].get("lightly_swav"), results["settings"]["epochs"]
+    if not ours or not theirs or not shortest(results):
+        return []
+    mine, other = (statistics.mean(run["knn"] for run in m["runs"]) for m in (ours, theirs))
+    at_32_px = statistics.mean(run["knn_at_32_px"] for run in theirs["runs"])
+    text = f"SwAV at equal images seen: {mine:.1f} % 20-NN here, {other:.1f} % with lightly's"
+    text += f" ({at_32_px:.1f} % on images of 32 px, at which its own benchmark looks)."
+    needed = epochs_to(ours, curve(theirs)[-1][1])
+    if needed:
+        took, takes = seconds(ours, needed) / 60, seconds(theirs, epochs) / 60
+        text += f" What lightly's reaches in {takes:.1f} minutes, ours reaches in {took:.1f}, {takes / took:.1f} times as fast."
+    return ["", text]
+
+
+# ----------------------------------------------------------------------------------------------------------- figure
+
+# A colour for what belongs together, the older or foreign one dashed: (colour, dashes).
+STYLES = {"swav": ("blue", ""), "lightly_swav": ("blue", "6 4"), "deepclusterv2": ("orange", ""), "deepcluster": ("orange", "6 4")}
+STYLES |= {"selav2": ("green", ""), "sela": ("green", "6 4"), "odc": ("purple", ""), "supervised": ("grey", ""), "pixels": ("grey", "1 5")}
+LIGHT = dict(page="#ffffff", ink="#1f2328", grid="#d8dee4", grey="#6e7781")
+LIGHT.update(blue="#0969da", orange="#c4500b", green="#11813a", purple="#8250df")
+DARK = dict(page="#0d1117", ink="#e6edf3", grid="#30363d", grey="#8b949e")
+DARK.update(blue="#58a6ff", orange="#f0883e", green="#3fb950", purple="#bc8cff")
+
+
+def figure(results):
+    """Learning curves as SVG: 20-NN accuracy against images seen, means over seeds, shaded what lies between the seeds."""
+    width, height, left, right, top, bottom = 780, 440, 52, 588, 34, 392
+    methods, settings, pixels = results["methods"], results["settings"], results["floors"]["pixels"]["knn"]
+    curves = {name: curve(method) for name, method in methods.items()}
+    curves["pixels"] = [(0, pixels, pixels, pixels), (settings["epochs"], pixels, pixels, pixels)]
+    accuracies = [accuracy for points in curves.values() for point in points for accuracy in point[1:]]
+    low, high = 10 * int(min(accuracies) // 10), 10 * int(max(accuracies) // 10 + 1)
+
+    def x(epoch):
+        return round(left + (right - left) * epoch / settings["epochs"], 1)
+
+    def y(accuracy):
+        return round(bottom - (bottom - top) * (accuracy - low) / (high - low), 1)
+
+    def path(points, style, **more):
+        more = "".join(f' {key.replace("_", "-")}="{value}"' for key, value in more.items() if value)
+        return f'<path d="M{" ".join(f"{a},{b}" for a, b in points)}" style="{style}"{more}/>'
+
+    def text(a, b, words, anchor="start"):
+        return f'<text x="{a}" y="{b}" text-anchor="{anchor}">{words}</text>'
+
+    light, dark = ("".join(f" --{name}: {value};" for name, value in colours.items()) for colours in (LIGHT, DARK))
+    css = f":root {{{light} }} @media (prefers-color-scheme: dark) {{ :root {{{dark} }} }}"
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">']
+    parts += [f"<style>{css} text {{ font: 13px system-ui, sans-serif; fill: var(--ink); }}</style>"]
+    parts += [f'<rect width="{width}" height="{height}" style="fill: var(--page)"/>', text(8, 20, "20-NN accuracy, %")]
+    for accuracy in range(low, high + 1, 10):
+        parts += [
+            path([(left, y(accuracy)), (right, y(accuracy))], "stroke: var(--grid)"),
+            text(left - 8, y(accuracy) + 4, accuracy, "end"),
+        ]
+    for share in range(5):
+        seen = settings["images"] * settings["epochs"] * share // 4
+        parts.append(text(x(settings["epochs"] * share / 4), bottom + 20, f"{seen:,}", "middle"))
+    parts.append(text((left + right) / 2, bottom + 40, "images seen", "middle"))
+
+    for name, points in curves.items():
+        colour, dashes = STYLES[name]
+        colour = f"var(--{colour})"
+        if any(least < most for _, _, least, most in points):
+            band = [(x(e), y(most)) for e, _, _, most in points] + [(x(e), y(least)) for e, _, least, _ in reversed(points)]
+            parts.append(path(band, f"fill: {colour}", fill_opacity="0.2"))
+        line = [(x(e), y(mean)) for e, mean, *_ in points]
+        parts.append(path(line, f"fill: none; stroke: {colour}; stroke-width: 2", stroke_dasharray=dashes))
+        parts += [f'<circle cx="{a}" cy="{b}" r="3" style="fill: {colour}"/>' for a, b in line if name in methods]
+    free = height
+    for end, name in sorted((points[-1][1], name) for name, points in curves.items()):  # from below, each as near its line as it can be
+        free = min(y(end), free - 17)
+        title = methods[name]["title"] if name in methods else name
+        parts.append(path([(right + 5, y(end)), (right + 20, free)], f"stroke: var(--{STYLES[name][0]})"))
+        parts.append(text(right + 25, free + 4, f"{title} {end:.1f}"))
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def main():
+    results = json.loads(RESULTS.read_text())
+    before, found, rest = README.read_text().partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    if not found or not end:
+        raise SystemExit(f"error: {README} has no lines {MARKS[0]} and {MARKS[1]}")
+    with writing(README, text=True) as file:
+        file.write(f"{before}{section(results)}{after}")
+    FIGURE.write_text(figure(results))
+    print(f"written to {README.name} and {FIGURE.relative_to(ROOT)}")
+
+
+def section(results):
+    """What stands in the README, with its marks."""
+    return f"{MARKS[0]}\n{table(results)}\n\n![Learning curves](docs/{FIGURE.name})\n{MARKS[1]}"
+
+
+if __name__ == "__main__":
+    main()

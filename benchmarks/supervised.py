@@ -1,0 +1,72 @@
+"""The ceiling: the trunk of the small recipes trained with labels, on the same crops and for as many epochs as swav.py.
+
+    python -m benchmarks.supervised --recipe cifar --data cifar10 --eval-every 5
+
+A linear classifier on the trunk's features and plain cross-entropy over all crops. The options are swav.py's.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import swav
+from common import data
+from common.config import parse, recipe
+from common.meter import Meter
+from common.multicrop import MEAN, STD, Augmentation, MultiCrop, to_device
+from common.optim import warmup_cosine
+from common.resnet import ARCHITECTURES
+from common.run import Run, autocast_dtype, launch, start
+from swav import Config
+
+USUAL = dict(lr=0.05, final_lr=0.0, weight_decay=5e-4)  # SGD with momentum on CIFAR-10; not tuned
+RECIPES = {"cifar": ("with labels: the ceiling", dict(swav.RECIPES["cifar"][1], **USUAL))}
+
+
+class Model(nn.Module):
+    def __init__(self, config, classes):
+        super().__init__()
+        self.backbone = ARCHITECTURES[config.arch](config.width, config.stem)
+        self.classifier = nn.Linear(self.backbone.feature_dim, classes)
+
+
+def train_one_epoch(model, optimizer, loader, run, config, epoch):
+    dtype = autocast_dtype(config.precision, run.device)
+    batches = data.batches(len(run.images), config.batch_size, epoch, config.seed, 0, 1)
+    for step, (index, crops, params) in run.steps(loader, batches, epoch):
+        lr = warmup_cosine(step, len(batches), config.epochs, config.lr, config.final_lr, config.warmup_epochs, config.start_lr)
+        optimizer.param_groups[0]["lr"] = lr
+        (crops,) = to_device(crops, params, run.device)  # (V B, 3, s, s)
+        with torch.autocast(run.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            features = model.backbone(crops)  # (V B, F)
+        scores = model.classifier(features.float())  # (V B, C)
+        loss = F.cross_entropy(scores, run.images.labels[index].repeat(config.crops[0]).to(run.device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        run.log(loss.detach(), lr, F.normalize(features[: len(index)].detach().float()), index, scores[: len(index)].argmax(dim=1))
+
+
+def main(config):
+    device = start(config)
+    images = data.open_images(config.data or "shapes", "train", config.root)
+    model = Model(config, len(images.classes)).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, nesterov=True)
+    augmentation = Augmentation(jitter=config.jitter, blur_p=config.blur_p)
+    crops = MultiCrop(images, config.crops, config.sizes, (config.scales,), augmentation, config.seed)
+    loader = data.Loader(crops, config.workers, device.type == "cuda")
+    info = dict(arch=config.arch, width=config.width, stem=config.stem, channels=3, mean=MEAN, std=STD, method="supervised")
+    info.update(recipe=config.recipe, resize=config.eval_size, size=config.eval_size)
+    objects, meter = {"model": model, "optimizer": optimizer}, Meter(len(images.classes), len(images), device=device)
+    run = Run(config, "supervised", images, len(images) // config.batch_size, meter, objects, model.backbone, info, device)
+    parameters = sum(p.numel() for p in model.parameters())
+    run.report(recipe(Config, RECIPES, config.recipe), parameters, len(images), 8 * len(images))
+    run.resume()
+    for epoch in run.epochs():
+        train_one_epoch(model, optimizer, loader, run, config, epoch)
+        run.end_epoch(epoch)
+    run.finish()
+
+
+if __name__ == "__main__":
+    launch(main, parse(Config, RECIPES, __doc__))
