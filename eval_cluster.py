@@ -169,7 +169,7 @@ def by_kmeans(trunk, fitted, images, info, how, k, seed):
 
     rows, readable = features(fitted)
     if int(distributed.all_sum(readable.sum())) < k:
-        raise ArgumentError(f"--kmeans {k} needs as many images: {len(fitted)} are there")
+        raise ArgumentError(f"--kmeans {k} needs as many images: {int(distributed.all_sum(readable.sum()))} of {len(fitted)} can be read")
     centroids, *_ = kmeans(rows[readable], k, iterations=50, generator=torch.Generator().manual_seed(seed))
     if images is not fitted:
         rows, readable = features(images)
@@ -247,6 +247,10 @@ def check(args):
         raise ArgumentError(f"{given}: nothing below 0 is possible, and at least 1 image a batch")
     if args.training and args.images:
         raise ArgumentError("--training and --images: choose one, the images to judge")
+    if args.val and (args.training or args.images):
+        raise ArgumentError(f"--val {args.val} is not judged beside {'--training' if args.training else '--images'}: leave one of them out")
+    if args.images and args.data and not args.kmeans:
+        raise ArgumentError(f"--data {args.data} is not looked at beside --images, but with --kmeans, which is fitted to it")
     if args.random_init and not args.kmeans:
         raise ArgumentError("--random-init needs --kmeans: heads of random weights say nothing")
 
@@ -266,7 +270,9 @@ def open_output(args):
 def open_subject(args):
     """(training images or None, images to judge, what these are)."""
     if args.images:
-        return None, data.open_images(args.images, "train", args.root), f"images of {args.images}"
+        folder = Path(args.images).is_dir()  # all of it, also where it holds a train/
+        images = data.open_images(args.images, "" if folder else "train", args.root)
+        return data.open_images(args.data, "train", args.root) if args.data else None, images, f"images of {args.images}"
     if args.training and not args.kmeans and not Path(args.trunk).is_dir():
         raise checkpoint.CheckpointError(f"{args.trunk} is no run: --training needs the directory of one, or --kmeans")
     spec, root, val = evaluation.sources(args)
@@ -309,7 +315,7 @@ def main(args):
         trunk = trunk.to(device, memory_format=torch.channels_last)
         how = evaluation.extraction(args, info, device)
         clusters, scores = by_kmeans(trunk, training or images, images, info, how, args.kmeans, args.seed)
-        sizes, source = [args.kmeans], f"k-means on {'the same' if args.training or args.images else 'training'} features"
+        sizes, source = [args.kmeans], f"k-means on {'the same' if training in (None, images) else 'training'} features"
     elif args.training:
         clusters, sizes = distributed.from_main(by_run, args.trunk, images)
         check_head(args, len(clusters))
@@ -343,8 +349,9 @@ def main(args):
     suffix = "_training" * args.training + "_images" * bool(args.images) + "_kmeans" * bool(args.kmeans) + "_random" * args.random_init
     try:
         if args.images:
-            distributed.from_main(write_csv, out / "clusters.csv", images, clusters, scores)
-            say(f"clusters: {out / 'clusters.csv'}")
+            table = out / f"clusters{'_kmeans' * bool(args.kmeans)}.csv"
+            distributed.from_main(write_csv, table, images, clusters, scores)
+            say(f"clusters: {table}")
         if args.samples:
             about = describe(record, args, info)
             arguments = images, clusters[args.head], None if scores is None else scores[args.head], sizes[args.head], about, args.samples

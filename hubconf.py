@@ -32,7 +32,11 @@ def _load(arch, checkpoint):
     Raises ValueError if the file holds another network."""
     path = Path(checkpoint)
     path = path / "backbone.pt" if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist")
     saved = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(saved, dict):
+        raise ValueError(f"{path} holds no weights")
     state, info = saved.get("state_dict", saved), saved.get("info", {})
     network = torchvision.models.get_model(arch, num_classes=len(state.get("fc.weight", [0])))
     if "fc.weight" not in state:
@@ -42,6 +46,7 @@ def _load(arch, checkpoint):
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip()
         sobel = ", Sobel" if info.get("sobel") else ""
-        what = f"{info['arch']} x{info['width']:g}, {info['stem']} stem{sobel}" if info else reason
+        convert = f"{reason}; if it is another project's: python -m common.checkpoint {path} --to torchvision --out new.pt"
+        what = f"{info['arch']} x{info['width']:g}, {info['stem']} stem{sobel}" if info else convert
         raise ValueError(f"{path} is no {arch} of torchvision: {what}") from None
     return network

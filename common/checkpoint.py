@@ -31,6 +31,10 @@ class CheckpointError(ValueError):
     exit_code = 4
 
 
+class HeadsDoNotFit(CheckpointError):
+    """A file whose trunk can be used, but not its heads."""
+
+
 class Damaged(CheckpointError):
     """A file that is not whole, or not what was written."""
 
@@ -320,7 +324,7 @@ def _open_model(path, trust_pickle):
         model = Model(backbone, projection, heads, relu=info["arch"] == "alexnet")
         model.eval().scores(torch.zeros(1, backbone.feature_dim))  # raises if they do not fit
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: its heads do not fit its {info['arch']} ({_first_line(error)})") from None
+        raise HeadsDoNotFit(f"{path}: its heads do not fit its {info['arch']} ({_first_line(error)})") from None
     return model.train(), info, contents
 
 
@@ -370,7 +374,14 @@ def main(args):
     if bool(args.to) != bool(args.out):
         raise ArgumentError("--to and --out go together: what to write, and where")
     path, out = Path(args.file), Path(args.out)
-    model, info, contents = _open_model(path, args.trust_pickle)
+    try:
+        model, info, contents = _open_model(path, args.trust_pickle)
+    except HeadsDoNotFit as error:
+        if args.to == "model":
+            raise
+        print(f"warning: {error}: they are left out")
+        backbone, info, contents = _open(path, args.trust_pickle)
+        model, contents = Model(backbone, None, nn.ModuleList()), contents._replace(labels=None)
     parameters = sum(p.numel() for p in model.backbone.parameters())
     counters = sum(name.endswith("num_batches_tracked") for name in contents.trunk)
     print(f"{path}: {info['method']}, {_architecture(info)}")

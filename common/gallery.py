@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from . import checkpoint
 
 SIDES = {3_000: 96, 24_000: 48}  # up to so many thumbnails, a side of so many pixels; more are not read
-LIMIT = 26_000_000  # bytes of thumbnails in a page, as base64
+LIMIT = 26_000_000  # bytes of thumbnails, as base64, and their names in a page
 
 
 def write(path, images, clusters, scores, k, about, samples=12, seed=0):
@@ -21,12 +21,15 @@ def write(path, images, clusters, scores, k, about, samples=12, seed=0):
     images: a set of common/data.py; clusters (N,): the cluster of each image, below 0 for none; scores (N,): higher is more
     typical of its cluster, NaN where not known, or None; k: number of clusters, also the empty ones.
     about: {"title": str, "notes": [str], "figures": [[name, value, chance level]]}, shown as they are.
-    samples: thumbnails of each kind a cluster, fewer if the page would become too large for a browser.
+    samples: thumbnails of each kind a cluster, fewer if the page would become too large for a browser; of more than 12,000
+    clusters it shows the largest.
     """
     rng = np.random.default_rng(seed)
     order = np.argsort(clusters, kind="stable")
     numbers, starts = np.unique(clusters[order], return_index=True)
     members = [(c, rows) for c, rows in zip(numbers.tolist(), np.split(order, starts[1:])) if c >= 0]
+    used = len(members)
+    members = sorted(sorted(members, key=lambda m: -len(m[1]))[: max(SIDES) // 2], key=lambda m: m[0])
     samples = max(1, min(samples, max(SIDES) // (2 * max(1, len(members)))))
     side = next((side for most, side in SIDES.items() if 2 * samples * len(members) <= most), min(SIDES.values()))
     picked = [choose(rows, scores, samples, rng) for _, rows in members]
@@ -36,17 +39,23 @@ def write(path, images, clusters, scores, k, about, samples=12, seed=0):
 
     head = header(next(iter(thumbnails.values()), b""))
 
+    def named(i):
+        name = images.paths[i]
+        return name if len(name) <= 150 else "…" + name[-149:]
+
     def size(samples):
         shown = (i for kinds in picked for kind in kinds for i in kind[:samples].tolist() if i in thumbnails)
-        return sum(len(thumbnails[i]) - head[0] for i in shown) * 4 / 3
+        return sum((len(thumbnails[i]) - head[0]) * 4 / 3 + len(json.dumps(named(i))) for i in shown)
 
     while samples > 1 and size(samples) > LIMIT:
         samples -= 1
+    if used > len(members):
+        about = {**about, "notes": [*about["notes"], f"the largest {len(members):,} of {used:,} clusters"]}
 
     def entry(i):
         body = base64.b64encode(thumbnails[i][head[0] :]).decode()
         score = None if scores is None or np.isnan(scores[i]) else round(float(scores[i]), 4)
-        return [body, images.paths[i], -1 if images.labels is None else int(images.labels[i]), score]
+        return [body, named(i), -1 if images.labels is None else int(images.labels[i]), score]
 
     page = {
         **about,

@@ -505,13 +505,18 @@ def test_counters_may_be_missing(tmp_path):
     assert torch.equal(trunk.eval()(images()), expected(images()))
 
 
-def test_heads_that_do_not_fit(tmp_path):
+def test_heads_that_do_not_fit(tmp_path, capsys):
     saved = swav_released()[0]
     saved["module.prototypes.weight"] = torch.zeros(7, 5)
     torch.save(saved, tmp_path / "file.pth")
     checkpoint.load_backbone(tmp_path / "file.pth")
     with pytest.raises(checkpoint.CheckpointError, match="its heads do not fit its resnet50"):
         checkpoint.load_model(tmp_path / "file.pth")
+    new = tmp_path / "new.pt"
+    checkpoint.main(checkpoint.arguments([str(tmp_path / "file.pth"), "--to", "torchvision", "--out", str(new)]))
+    assert "they are left out" in capsys.readouterr().out and not len(checkpoint.load_model(new)[0].heads)
+    with pytest.raises(checkpoint.CheckpointError, match="do not fit"):
+        checkpoint.main(checkpoint.arguments([str(tmp_path / "file.pth"), "--to", "model", "--out", str(new)]))
 
 
 class Code:

@@ -308,7 +308,7 @@ def test_new_images_without_labels(photos, tmp_path, capsys):
     assert cluster_here(photos / "backbone.pt", *options) == 0
     out = capsys.readouterr().out
     assert "11 images of" in out and "warning: 1 images cannot be read" in out and "NMI" not in out
-    with open(tmp_path / "out" / "clusters.csv", newline="") as file:
+    with open(tmp_path / "out" / "clusters_kmeans.csv", newline="") as file:
         header, *rows = csv.reader(file)
     assert header == ["path", "head0", "score0"] and [row[0] for row in rows] == list(data.open_images(folder).paths)
     found = {name: (int(cluster), score) for name, cluster, score in rows}
@@ -345,6 +345,9 @@ def test_errors(run, photos, tmp_path, capsys):
         ((run, "--head", 1, "--training"), 2, "has 1 head, numbered from 0"),
         ((run, "--head", 1, "--kmeans", 3), 2, "has 1 head, numbered from 0"),
         ((run, "--training", "--images", photos), 2, "choose one"),
+        ((run, "--images", photos, "--val", photos), 2, "--val"),
+        ((run, "--training", "--val", photos), 2, "is not judged beside --training"),
+        ((run, "--images", photos, "--data", photos), 2, "is not looked at beside --images, but with --kmeans"),
         ((run, "--batch-size", 0), 2, "at least 1 image a batch"),
         ((run, "--kmeans", -1), 2, "nothing below 0"),
         ((run, "--data", photos / "val" / "red", "--training"), 3, "--data has no labels to compare clusters with"),
@@ -390,3 +393,11 @@ def test_typical_images_are_scored_where_the_heads_agree():
     ).tolist() == pytest.approx([3, 2, 5, 4, np.nan], nan_ok=True)
     few = eval_cluster.typical(eval_cluster.Assign(Model()), images, clusters, 0, {"resize": 4, "size": 4}, how, 1)
     assert np.isfinite(few[:2]).sum() == 1 and np.isfinite(few[2:]).sum() <= 1
+
+
+def test_all_of_a_folder_is_clustered_and_k_means_can_be_of_other_images(photos, tmp_path, capsys):
+    options = ["--images", photos, "--kmeans", 3, "--seed", 2, "--workers", 0, "--precision", "float32", "--samples", 0, "--out", tmp_path]
+    assert cluster_here(photos / "backbone.pt", *options) == 0
+    assert f"{36 + 15} images of" in capsys.readouterr().out  # train/ and val/
+    assert cluster_here(photos / "backbone.pt", *options, "--data", photos) == 0
+    assert "k-means on training features" in capsys.readouterr().out

@@ -93,6 +93,19 @@ def test_a_page_stays_within_its_limits(tmp_path, monkeypatch):
     assert content(tmp_path / "page.html")["side"] == 48 and samples == 6
 
 
+def test_of_more_clusters_than_fit_the_largest_are_shown(tmp_path, monkeypatch):
+    monkeypatch.setattr(gallery, "SIDES", {20: 96, 40: 48})
+    clusters = np.repeat(np.arange(30), np.arange(30) + 1)
+    gallery.write(tmp_path / "page.html", Pictures(len(clusters)), clusters, None, 30, ABOUT)
+    page = content(tmp_path / "page.html")
+    assert [c["id"] for c in page["clusters"]] == list(range(10, 30)) and "the largest 20 of 30 clusters" in page["notes"]
+    long = Pictures(40)
+    long.paths = [f"{'日' * 400}/{i}.png" for i in range(40)]
+    gallery.write(tmp_path / "page.html", long, np.arange(40) % 2, None, 2, ABOUT)
+    shown = content(tmp_path / "page.html")["clusters"][0]["random"][0][1]
+    assert len(shown) == 150 and shown.startswith("…") and shown.endswith(".png")
+
+
 def test_nothing_to_show(tmp_path):
     gallery.write(tmp_path / "page.html", Pictures(4, labels=False), np.full(4, -1), None, 5, ABOUT)
     assert content(tmp_path / "page.html")["clusters"] == []
