@@ -1,6 +1,6 @@
 """Remove what prevents collapse and watch it happen; and take DeepCluster-v2 apart, one improvement at a time.
 
-    python -m benchmarks.ablations                         # all of them on shapes, 5 epochs each: an hour on two cores
+    python -m benchmarks.ablations                         # all of them on shapes, as long as the recipes are
     python -m benchmarks.ablations --only "swav*"          # some of them
     python -m benchmarks.ablations --list
 
@@ -40,13 +40,10 @@ def likeliest(memory, prototypes, features, heads, *settings):
     memory.figures = {"relabellings": memory.done + 1}
 
 
-def clustered_once(assign=deepclusterv2.assign):
-    def first_time(memory, *settings):
-        if memory.epoch < 0:
-            assign(memory, *settings)
-        memory.filled.fill_(False)
-
-    return first_time
+def clustered_once(memory, *settings, assign=deepclusterv2.assign):
+    if memory.epoch < 0:
+        assign(memory, *settings)
+    memory.filled.fill_(False)
 
 
 class LinearHead(deepclusterv2.Model):
@@ -82,7 +79,7 @@ def arguments():
     parser.add_argument("--root", default="")
     parser.add_argument("--val", default="")
     parser.add_argument("--recipe", default="shapes")
-    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=0, help="default: the recipe's")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="*", help="a pattern of names")
     parser.add_argument("--list", action="store_true", help="names, and nothing else")
@@ -96,10 +93,11 @@ def train(name, args, out):
     options, functions = EXPERIMENTS[name]
     kept = {function: getattr(method, function) for function in functions}
     for function, other in functions.items():
-        setattr(method, function, other() if other is clustered_once else other)
-    given = dict(data=args.data, root=args.root, val=args.val, epochs=args.epochs, seed=args.seed, workers=args.workers)
+        setattr(method, function, other)
     config = recipe(method.Config, method.RECIPES, args.recipe)
-    method.main(dataclasses.replace(config, **{**given, **options}, recipe=args.recipe, out=str(out), fresh=True, eval_every=args.epochs))
+    epochs = args.epochs or config.epochs
+    given = dict(data=args.data, root=args.root, val=args.val, epochs=epochs, seed=args.seed, workers=args.workers)
+    method.main(dataclasses.replace(config, **given, **options, recipe=args.recipe, out=str(out), fresh=True, eval_every=epochs))
     for function, own in kept.items():
         setattr(method, function, own)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.record import medians, write
+from benchmarks.record import medians, resident, write
 from common import distributed
 from common.kmeans import held_scores, kmeans, nearest
 
@@ -135,11 +135,6 @@ def peak(problem, threads, device):
     before = resident()
     kmeans(x, K, 1)
     return resident() - before
-
-
-def resident():
-    """The largest size of this process so far, in bytes."""
-    return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 
 
 def main():

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.kmeans import IMAGENET, resident, seconds
-from benchmarks.record import write
+from benchmarks.kmeans import IMAGENET, seconds
+from benchmarks.record import resident, write
 from common import distributed
 from deepcluster import whiten
 

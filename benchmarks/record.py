@@ -22,6 +22,11 @@ def medians(rounds, **contenders):
     return {name: statistics.median(found) for name, found in values.items()}
 
 
+def resident(which="VmHWM"):
+    """The largest size of this process so far, or with VmRSS its size now, in bytes."""
+    return 1024 * int(Path("/proc/self/status").read_text().split(f"{which}:")[1].split()[0])
+
+
 def machine(device):
     """The hardware, in words."""
     if device.type == "cuda":

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.record import medians, write
+from benchmarks.record import medians, resident, write
 from common.sinkhorn import balanced_assignments
 
 IMAGENET, CLASSES, HEADS = 1_281_167, 3000, 10
@@ -129,12 +129,7 @@ def measure(contender, problem, threads):
     Path("/proc/self/clear_refs").write_text("5")  # forgets the largest size so far
     start = time.perf_counter()
     result = contender(scores)
-    return time.perf_counter() - start, resident("VmHWM") - empty, *result
-
-
-def resident(which):
-    """The size of this process, or the largest so far, in bytes."""
-    return 1024 * int(Path("/proc/self/status").read_text().split(f"{which}:")[1].split()[0])
+    return time.perf_counter() - start, resident() - empty, *result
 
 
 def fresh(contender, problem, threads):

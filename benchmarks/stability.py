@@ -1,6 +1,6 @@
 """Does online clustering steady the training? ODC beside DeepCluster: same trunk, images, crops, clusters and epochs.
 
-    python -m benchmarks.stability                          # on shapes: 3 seeds, 5 epochs; 20 minutes
+    python -m benchmarks.stability                          # on shapes: 3 seeds, 5 epochs
     python -m benchmarks.stability --recipe cifar --data cifar10 --epochs 10
 
 Between successive epochs' clusters of all images: mutual information (NMI, 1: the same), and the share of images that change
@@ -98,6 +98,8 @@ def main():
     if all(len(results.get(name, [])) == len(args.seeds) for name in METHODS):
         settings = dict(recipe=args.recipe, prototypes=args.prototypes, epochs=args.epochs, seeds=args.seeds)
         write("stability", torch.device("cpu"), settings, figures)
+    else:
+        print(f"nothing is written: {args.out} lacks runs of {' or '.join(METHODS)}")
 
 
 if __name__ == "__main__":
