@@ -33,7 +33,7 @@ from common.meter import Meter
 from common.multicrop import MEAN, STD, Augmentation, MultiCrop, to_device
 from common.optim import LARC, warmup_cosine
 from common.resnet import ARCHITECTURES
-from common.run import Run, autocast_dtype, launch, start
+from common.run import Diverged, Run, autocast_dtype, launch, start
 
 # Letters in shapes: B images of this rank, V crops (the first U large), D embedding, H heads of K prototypes, N data set.
 
@@ -188,12 +188,20 @@ class Memory:
 
 @torch.no_grad()
 def assign(memory, prototypes, iterations, generator):
-    """Clusters the memory once for each head, head h from bank h mod U; centroids into the prototypes, clusters into targets."""
-    memory.targets.fill_(-100)
+    """Clusters the memory once for each head, head h from bank h mod U; centroids into the prototypes, clusters into targets.
+
+    Raises DataError if fewer images than prototypes can be read, Diverged if embeddings are not finite.
+    """
+    K, readable = len(prototypes[0].weight), int(distributed.all_sum(memory.filled[:-1].sum()))
+    if readable < K:
+        raise data.DataError(f"--prototypes {K}: more than the {readable} images that can be read")
     for h, head in enumerate(prototypes):
-        centroids, clusters, _, _ = kmeans(
-            memory.rows(h % len(memory.banks)), len(head.weight), iterations, spherical=True, generator=generator
-        )
+        try:
+            centroids, clusters, _, _ = kmeans(
+                memory.rows(h % len(memory.banks)), len(head.weight), iterations, spherical=True, generator=generator
+            )
+        except ValueError as error:  # on every rank
+            raise Diverged(f"head {h} cannot be clustered: {error}; a lower --lr may help") from None
         head.weight.copy_(centroids)
         mine = torch.full((memory.own,), -100, device=clusters.device)
         mine[memory.filled[:-1]] = clusters

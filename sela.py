@@ -213,7 +213,8 @@ def assign(memory, prototypes, features, heads, lam, tolerance):
             labels, log_r, _, iterations = balanced_assignments(scores, lam, tolerance, in_place=True, init=memory.scalings[h].to(scores))
         except ValueError as error:  # on every rank
             raise Diverged(f"head {h} cannot be labelled: {error}; a lower --lr may help") from None
-        mine = torch.full((len(seen),), -100, device=scores.device)
+        del scores, rows  # room for those of the next head
+        mine = torch.full((len(seen),), -100, device=labels.device)
         mine[seen] = labels
         mine = distributed.gather_rows(mine)  # (N,)
         largest = torch.bincount(mine[mine >= 0]).max()
@@ -338,9 +339,8 @@ def main(config):
         raise data.DataError(f"--data has {len(images)} images, fewer than one batch: --batch-size {config.batch_size}")
     if len(images) < config.prototypes:
         raise ArgumentError(f"--prototypes {config.prototypes}: more than the {len(images)} images, which are clustered")
-    if config.arch.startswith("alexnet") and (config.sizes, config.width, config.stem) != ((224,), 1, "imagenet"):
-        raise ArgumentError(f"--arch {config.arch} takes crops of 224 pixels and has no other width or stem: --sizes 224")
-
+    if "alexnet" in config.arch and ({*config.sizes, config.eval_size or 224}, config.width, config.stem) != ({224}, 1, "imagenet"):
+        raise ArgumentError(f"--arch {config.arch} takes images of 224 pixels and has no other width or stem: --sizes 224 --eval-size 0")
     if config.augs < 2 and config.crops != (1,):
         raise ArgumentError(f"--augs {config.augs} is one crop an image: --crops 1")
 

@@ -210,6 +210,7 @@ def assign(memory, prototypes, temperature, lam, tolerance):
             labels, memory.scalings[h], _, _ = balanced_assignments(scores, lam, tolerance, in_place=True, init=memory.scalings[h])
         except ValueError as error:  # on every rank
             raise Diverged(f"head {h} cannot be labelled: {error}; a lower --lr may help") from None
+        del scores  # room for those of the next head
         mine = torch.full((memory.own,), -100, device=labels.device)
         mine[memory.filled[:-1]] = labels
         mine = distributed.gather_rows(mine)  # (N,)

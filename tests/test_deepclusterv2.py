@@ -11,9 +11,11 @@ from helpers import ROOT, TINY, command, finish, golden, kill_tree, losses, metr
 from torch import nn
 
 import deepclusterv2
+from common import data
 from common.config import recipe
 from common.distributed import rank
 from common.kmeans import kmeans
+from common.run import Diverged
 
 SCRIPT = "deepclusterv2.py"
 SHARED = ["--data", "shapes:80", *TINY, "--epochs", 4]
@@ -107,6 +109,19 @@ def test_the_memory_is_in_data_set_order_on_any_number_of_ranks():
     assert same(whole.state_dict(), state) and torch.equal(whole.rows(1), z[1, seen])
 
 
+def test_embeddings_that_cannot_be_clustered_are_named():
+    memory, heads = deepclusterv2.Memory(30, 1, 4, 2), nn.ModuleList(nn.Linear(4, 3, bias=False) for _ in range(2))
+    heads.requires_grad_(False)
+    rows = F.normalize(torch.randn(30, 4))
+    memory.update(torch.arange(2), rows[None, :2])
+    with pytest.raises(data.DataError, match="--prototypes 3: more than the 2 images that can be read"):
+        deepclusterv2.assign(memory, heads, 10, None)
+    rows[7] = torch.nan
+    memory.update(torch.arange(30), rows[None])
+    with pytest.raises(Diverged, match=r"head 0 cannot be clustered: row 7 of 30 .* is not finite"):
+        deepclusterv2.assign(memory, heads, 10, None)
+
+
 # ---- runs
 
 
@@ -188,6 +203,12 @@ def test_more_prototypes_than_images_are_refused(tmp_path, capsys):
     assert here(*SHARED, "--prototypes", 81, "--out", tmp_path) == 2
     error = capsys.readouterr().err
     assert "--prototypes 81: more than the 80 images" in error and error.count("\n") == 1
+
+
+def test_weights_that_diverge_unseen_end_the_run_before_they_are_clustered(tmp_path, capsys):
+    assert here(*SHARED, "--lr", 1e30, "--log-every", 20, "--epochs", 2, "--out", tmp_path) == 5
+    error = capsys.readouterr().err
+    assert "not finite" in error and error.count("\n") == 1
 
 
 def test_heads_and_iterations_are_checked(tmp_path, capsys):

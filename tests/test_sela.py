@@ -3,6 +3,7 @@
 import csv
 import re
 import signal
+import weakref
 
 import numpy as np
 import pytest
@@ -241,7 +242,6 @@ def test_heads_that_cannot_be_labelled_are_named(method):
         memory.update(torch.arange(len(rows)), rows[None])
         selav2.assign(memory, heads, 1.0, 10.0, 0.01)
 
-    label(rows)
     with pytest.raises(Diverged, match="head 0 has collapsed: it scores all images alike"):
         label(rows[:1].expand(30, 4).contiguous())
     with pytest.raises(data.DataError, match="--prototypes 3: more than the 2 images that can be read"):
@@ -249,6 +249,30 @@ def test_heads_that_cannot_be_labelled_are_named(method):
     heads[1].weight.data[1] = torch.nan
     with pytest.raises(Diverged, match=r"head 1 cannot be labelled: row 0 of 30 .* is not finite"):
         label(rows)
+
+
+@pytest.mark.parametrize("method", [sela, selav2])
+def test_scores_are_gone_before_those_of_the_next_head_are_made(monkeypatch, method):
+    held, balance, gather = [], method.balanced_assignments, distributed.gather_rows
+
+    def balanced(scores, *arguments, **options):
+        held.append(weakref.ref(scores))
+        return balance(scores, *arguments, **options)
+
+    def gathered(x, **options):
+        assert all(scores() is None for scores in held)
+        return gather(x, **options)
+
+    heads, rows = nn.ModuleList(nn.Linear(4, 3, bias=False) for _ in range(2)), F.normalize(torch.randn(30, 4))
+    monkeypatch.setattr(method, "balanced_assignments", balanced)
+    monkeypatch.setattr(distributed, "gather_rows", gathered)
+    if method is sela:
+        sela.assign(sela.Memory(30, 2, 3, 0), heads, rows, [0, 1], 10.0, 0.01)
+    else:
+        memory = selav2.Memory(30, 1, 4, 2, 3)
+        memory.update(torch.arange(30), rows[None])
+        selav2.assign(memory, heads, 1.0, 10.0, 0.01)
+    assert len(held) == 2
 
 
 def test_features_that_are_not_finite_end_the_run(tmp_path, capsys):
@@ -293,7 +317,8 @@ def test_options_that_cannot_work(tmp_path, capsys):
         ("--tolerance", 0): "--tolerance 0.0: more than 0",
         ("--heads", 0): "--heads 0: more than 0",
         ("--augs", 1, "--crops", 2): "--augs 1 is one crop an image: --crops 1",
-        ("--arch", "alexnet_small"): "--arch alexnet_small takes crops of 224 pixels",
+        ("--arch", "alexnet_small"): "--arch alexnet_small takes images of 224 pixels",
+        ("--arch", "alexnet", "--sizes", 224, "--eval-size", 64): "--arch alexnet takes images of 224 pixels",
     }.items():
         assert here(*SHARED, *options, "--out", tmp_path) == 2
         error = capsys.readouterr().err
