@@ -12,8 +12,8 @@ Clusters have new numbers every epoch, so the classifier starts anew with them. 
 one crop an image. Against collapse: whitening, k-means without empty clusters, and as many draws from small clusters as
 from large ones.
 
-ResNet-50 on Sobel-filtered images, 200 epochs: 46.9 % ImageNet linear top-1, the best layer 57.7, reported by OpenSelfSup
-(no full ImageNet run was made here):
+Published recipe, 46.9 % ImageNet linear top-1 reported by OpenSelfSup (no full ImageNet run was made here), of ResNet-50 on
+Sobel-filtered images; the best layer 57.7:
 
     torchrun --nproc_per_node=8 deepcluster.py --data /imagenet
 
@@ -39,7 +39,7 @@ from common.optim import warmup_cosine
 from common.resnet import ARCHITECTURES
 from common.run import Run, autocast_dtype, launch, say, start
 
-# Letters in shapes: B images of this rank, V crops, F features, K prototypes (one a cluster), N data set.
+# Letters in shapes: B images of this rank, V crops, F features, K prototypes (one a cluster), N data set (n here).
 
 # ---------------------------------------------------------------------------------------------------------- recipes
 
@@ -49,7 +49,7 @@ TINY.update(scales=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, rotate
 TINY.update(batch_size=32, lr=0.05, final_lr=0.05)
 SHAPES = dict(TINY, sizes=(24,), eval_size=32, scales=(0.4, 1.0), jitter=(0.4, 0.4, 0.4, 0.2), epochs=5)
 RECIPES = {  # name: (ImageNet linear top-1 reported by others, what differs from the defaults of Config)
-    "resnet50_sobel_200ep": ("46.9, best layer 57.7 (OpenSelfSup)", dict(sobel=True)),
+    "resnet50_sobel_200ep": ("46.9, best layer 57.7 (OpenSelfSup); the default with --data", dict(sobel=True)),
     "resnet50_200ep": ("50.4 (mmselfsup)", dict(lr=0.3, final_lr=0.3)),
     "alexnet_sobel_500ep": (
         "37.9 for the best layer (VISSL, of the authors' weights)",
@@ -86,7 +86,7 @@ class Config:
     blur_p: float = option(0.0, "probability of blur")
     rotate: float = option(2.0, "largest rotation in degrees")
 
-    prototypes: int = option(10000, "number K of clusters, and of the classifier's outputs", group="method")
+    prototypes: int = option(10000, "number K of prototypes, one a cluster", group="method")
     temperature: float = option(1.0, "of the predictions")
     pca_dim: int = option(256, "principal axes of the features that are clustered")
     kmeans_iterations: int = option(20, "of k-means, each epoch")
@@ -98,7 +98,7 @@ class Config:
     final_lr: float = option(0.1, "learning rate that the cosine ends at")
     warmup_epochs: int = option(0, "epochs of linear warm-up")
     start_lr: float = option(0.0, "learning rate that the warm-up starts from")
-    momentum: float = option(0.9, "of SGD, in the trunk; the classifier has none")
+    momentum: float = option(0.9, "of SGD; the classifier has none")
     weight_decay: float = option(1e-5, "of every parameter")
 
     recipe: str = option("resnet50_sobel_200ep", "named settings; options given on the command line win", group="run", free=True)
@@ -127,7 +127,7 @@ class Model(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        if config.arch == "alexnet":
+        if "alexnet" in config.arch:
             self.backbone = alexnet("deepcluster", sobel=config.sobel)
         else:
             self.backbone = ARCHITECTURES[config.arch](width=config.width, stem=config.stem, sobel=config.sobel)
@@ -138,7 +138,7 @@ class Model(nn.Module):
         with torch.autocast(crops[0].device.type, dtype=torch.bfloat16, enabled=autocast == torch.bfloat16):
             # One pass per resolution: batch-norm statistics of large and small crops stay apart. The head sees all.
             features = torch.cat([self.backbone(group) for group in crops])  # (V B, F)
-        features = features.to(self.prototypes.weight.dtype)  # full precision from here on
+        features = features.to(self.prototypes.weight.dtype)  # (V B, F): full precision from here on
         return features, self.prototypes(F.relu(features))  # clustered without, classified with the last ReLU of AlexNet
 
 
@@ -146,12 +146,12 @@ class Model(nn.Module):
 
 
 class Memory:
-    """The cluster of every image, and nothing else: targets (N,), -100 for an image that cannot be read."""
+    """The cluster of every image, and nothing else: targets (N,), -100 (ignored) for an image that cannot be read."""
 
     def __init__(self, n, device=None):
         self.targets = torch.full((n,), -100, device=device)
         self.epoch = -1  # whose clusters the targets are
-        self.figures = {}  # of the last clustering
+        self.figures = {}  # of the last assignment
 
     def state_dict(self):
         return {"targets": self.targets.cpu(), "epoch": self.epoch, "figures": self.figures}
@@ -180,7 +180,7 @@ def whiten(features, dim):
 def assign(memory, prototypes, x, iterations, generator):
     """Clusters all images into targets; the classifier starts anew, since clusters have new numbers.
 
-    x: (n, pca_dim) this rank's rows of the data set, whitened. Raises DataError if fewer images than clusters can be read.
+    x: (n, pca_dim) this rank's rows of the data set, whitened. Raises DataError if fewer images than prototypes can be read.
     """
     K, seen = len(prototypes.weight), ~x[:, 0].isnan()
     readable = int(distributed.all_sum(seen.sum()))
@@ -267,6 +267,7 @@ def train_one_epoch(net, optimizer, memory, loader, run, config, epoch):
 
         # log
         run.log(loss.detach(), lr, F.normalize(features[: len(index)].detach()), index, targets, **memory.figures)
+    run.meter.take(memory.targets[None])
 
 
 def main(config):
@@ -277,8 +278,8 @@ def main(config):
         raise data.DataError(f"--data has {len(images)} images, fewer than one batch: --batch-size {config.batch_size}")
     if len(images) < config.prototypes:
         raise ArgumentError(f"--prototypes {config.prototypes}: more than the {len(images)} images, which are clustered")
-    if config.arch == "alexnet" and ({*config.sizes, config.eval_size or 224}, config.width, config.stem) != ({224}, 1, "imagenet"):
-        raise ArgumentError("--arch alexnet takes images of 224 pixels and has no other width or stem: --sizes 224 --eval-size 0")
+    if "alexnet" in config.arch and ({*config.sizes, config.eval_size or 224}, config.width, config.stem) != ({224}, 1, "imagenet"):
+        raise ArgumentError(f"--arch {config.arch} takes images of 224 pixels and has no other width or stem: --sizes 224 --eval-size 0")
 
     model = Model(config)
     if config.pca_dim > model.backbone.feature_dim:
@@ -303,12 +304,12 @@ def main(config):
     info = dict(arch=config.arch, width=config.width, stem=config.stem, channels=3, mean=MEAN, std=STD, method="deepcluster")
     info.update(sobel=config.sobel, recipe=config.recipe, resize=size if config.stem == "small" else round(size * 8 / 7), size=size)
     objects = {"model": model, "optimizer": optimizer, "memory": memory}
-    meter = Meter(config.prototypes, len(images), 1, device)
-    run = Run(config, "deepcluster", images, steps_per_epoch, meter, objects, model.backbone, info, device, REMEDY)
+    meter = Meter(config.prototypes, len(images), device=device)
+    run = Run(config, info["method"], images, steps_per_epoch, meter, objects, model.backbone, info, device, REMEDY)
     parameters = sum(p.numel() for p in model.parameters())
     dtype = autocast_dtype(config.precision, device)
     exact = torch.promote_types(dtype, torch.float32)  # of what is clustered
-    # features, their principal components, targets and assignments
+    # features, principal components; targets and assignments
     held = len(images) * (dtype.itemsize * model.backbone.feature_dim + exact.itemsize * config.pca_dim + 16)
     run.report(recipe(Config, RECIPES, config.recipe), parameters, len(images), held)
     run.resume()
@@ -319,7 +320,6 @@ def main(config):
                 assign(memory, model.prototypes, x, config.kmeans_iterations, torch.Generator().manual_seed(config.seed << 32 | epoch))
             del x
             memory.epoch = epoch
-            run.meter.take(memory.targets[None])
             say(", ".join(f"{name} {value:.3g}" for name, value in memory.figures.items() if value is not None))
             if memory.figures["largest_cluster"] > 20 * len(images) / config.prototypes:
                 say(f"warning: one cluster has more than 20 times the mean's images\n{REMEDY}")

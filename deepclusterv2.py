@@ -35,7 +35,7 @@ from common.optim import LARC, warmup_cosine
 from common.resnet import ARCHITECTURES
 from common.run import Diverged, Run, autocast_dtype, launch, start
 
-# Letters in shapes: B images of this rank, V crops (the first U large), D embedding, H heads of K prototypes, N data set.
+# Letters in shapes: B images of this rank, W ranks, V crops (first U large), F features, D embedding, H heads of K prototypes, N data set.
 
 # ---------------------------------------------------------------------------------------------------------- recipes
 
@@ -55,7 +55,7 @@ RECIPES = {  # name: (ImageNet linear top-1 reported by the authors, what differ
     "cifar": ("20-NN 50.6 from 10,000 images of CIFAR-10, untrained 35.0: measured here", dict(TINY, epochs=20)),
     "small": ("settings of cifar for longer: not measured", dict(TINY, epochs=50)),
 }
-REMEDY = """  try in this order: fewer --prototypes (ten per class you expect, a tenth of the images at most); fewer heads;
+REMEDY = """  try in this order: fewer --prototypes (ten per class you expect, a tenth of the images at most); fewer --heads;
   a lower --lr or a longer --warmup-epochs; milder --jitter and --scales. README.md says more: "When the loss sits at ln K\""""
 
 
@@ -80,8 +80,8 @@ class Config:
     jitter: tuple[float, ...] = option((0.8, 0.8, 0.8, 0.2), "brightness, contrast, saturation, hue")
     blur_p: float = option(0.5, "probability of blur")
 
-    prototypes: int = option(3000, "number K of prototypes of each head", group="method")
-    heads: int = option(3, "number H of heads, each with a clustering of its own")
+    prototypes: int = option(3000, "number K of prototypes of each head, one a cluster", group="method")
+    heads: int = option(3, "number H of heads, each with clusters of its own")
     temperature: float = option(0.1, "of the predictions")
     kmeans_iterations: int = option(10, "of k-means, for each head and epoch")
 
@@ -128,7 +128,7 @@ class Model(nn.Module):
             nn.ReLU(inplace=True),
             nn.Linear(config.hidden, config.dim),
         )
-        self.prototypes = nn.ModuleList(nn.Linear(config.dim, config.prototypes, bias=False) for _ in range(config.heads))  # weights (K, D)
+        self.prototypes = nn.ModuleList(nn.Linear(config.dim, config.prototypes, bias=False) for _ in range(config.heads))  # (K, D) each
         self.prototypes.requires_grad_(False)  # k-means makes them
 
     def forward(self, crops, autocast=torch.float32):
@@ -152,8 +152,8 @@ class Memory:
     """
 
     def __init__(self, n, U, D, heads, device=None, dtype=torch.float32):
-        self.first, last = rows_of(n, distributed.rank(), distributed.world_size())
-        self.own = last - self.first
+        self.first, self.last = rows_of(n, distributed.rank(), distributed.world_size())
+        self.own = self.last - self.first
         # One row more than this rank holds takes what other ranks hold: sorting it out would wait for the device.
         self.banks = torch.zeros(U, self.own + 1, D, device=device, dtype=dtype)
         self.filled = torch.zeros(self.own + 1, dtype=torch.bool, device=device)
@@ -163,9 +163,9 @@ class Memory:
     @torch.no_grad()
     def update(self, index, z):
         """Stores the embeddings z (U, B, D) of this rank's images index (B,); every rank keeps its rows of all of them."""
-        index = distributed.gather_rows(index.to(z.device, non_blocking=True), equal=True) - self.first  # (W B,)
+        index = distributed.gather_rows(index.to(z.device, non_blocking=True), equal=True)  # (W B,)
         z = distributed.gather_rows(z.transpose(0, 1), equal=True).transpose(0, 1)  # (U, W B, D)
-        row = torch.where((index >= 0) & (index < self.own), index, self.own)
+        row = torch.where((index >= self.first) & (index < self.last), index - self.first, self.own)  # (W B,)
         self.banks[:, row] = z
         self.filled[row] = True
 
@@ -174,12 +174,12 @@ class Memory:
         return self.banks[u, :-1][self.filled[:-1]]
 
     def state_dict(self):
-        banks = distributed.gather_rows(self.banks[:, :-1].transpose(0, 1))  # (N, U, D)
-        filled = distributed.gather_rows(self.filled[:-1])
-        return {"banks": banks.cpu(), "filled": filled.cpu(), "targets": self.targets.cpu(), "epoch": self.epoch}
+        banks = distributed.gather_rows(self.banks[:, :-1].transpose(0, 1)).cpu()  # (N, U, D)
+        filled = distributed.gather_rows(self.filled[:-1]).cpu()  # (N,)
+        return {"banks": banks, "filled": filled, "targets": self.targets.cpu(), "epoch": self.epoch}
 
     def load_state_dict(self, state):
-        mine = slice(self.first, self.first + self.own)
+        mine = slice(self.first, self.last)
         self.banks[:, :-1] = state["banks"][mine].transpose(0, 1).to(self.banks.device)
         self.filled[:-1] = state["filled"][mine].to(self.filled.device)
         self.targets.copy_(state["targets"])
@@ -188,7 +188,7 @@ class Memory:
 
 @torch.no_grad()
 def assign(memory, prototypes, iterations, generator):
-    """Clusters the memory once for each head, head h from bank h mod U; centroids into the prototypes, clusters into targets.
+    """Clusters the memory once for each head, head h from bank h mod U; the centroids become the prototypes.
 
     Raises DataError if fewer images than prototypes can be read, Diverged if embeddings are not finite.
     """
@@ -197,22 +197,22 @@ def assign(memory, prototypes, iterations, generator):
         raise data.DataError(f"--prototypes {K}: more than the {readable} images that can be read")
     for h, head in enumerate(prototypes):
         try:
-            centroids, clusters, _, _ = kmeans(
+            centroids, assignments, _, _ = kmeans(
                 memory.rows(h % len(memory.banks)), len(head.weight), iterations, spherical=True, generator=generator
             )
         except ValueError as error:  # on every rank
             raise Diverged(f"head {h} cannot be clustered: {error}; a lower --lr may help") from None
         head.weight.copy_(centroids)
-        mine = torch.full((memory.own,), -100, device=clusters.device)
-        mine[memory.filled[:-1]] = clusters
+        mine = torch.full((memory.own,), -100, device=assignments.device)
+        mine[memory.filled[:-1]] = assignments
         memory.targets[h] = distributed.gather_rows(mine)  # (N,)
     memory.filled.fill_(False)  # from here on it is filled anew
 
 
 def prediction_loss(scores, targets, temperature):
-    """Every crop predicts the cluster of its image: mean cross-entropy over heads, and over the crops of all ranks' images.
+    """Every crop predicts the clusters of its image: mean cross-entropy over heads, and over the crops of all ranks' images.
 
-    scores: H cosines (V, B, K); targets: (H, B), where -100 is ignored. As in main_deepclusterv2.py of facebookresearch/swav.
+    scores: H tensors (V, B, K); targets: (H, B), where -100 is ignored. As in main_deepclusterv2.py of facebookresearch/swav.
     """
     loss = 0
     for head, target in zip(scores, targets):
@@ -303,7 +303,7 @@ def main(config):
     info.update(recipe=config.recipe, resize=size if config.stem == "small" else round(size * 8 / 7), size=size)
     objects = {"model": model, "optimizer": optimizer, "memory": memory}
     meter = Meter(config.prototypes, len(images), config.heads, device)
-    run = Run(config, "deepclusterv2", images, steps_per_epoch, meter, objects, model.backbone, info, device, REMEDY)
+    run = Run(config, info["method"], images, steps_per_epoch, meter, objects, model.backbone, info, device, REMEDY)
     parameters = sum(p.numel() for p in model.parameters())
     held = len(images) * (4 * config.crops[0] * config.dim + 16 * config.heads)  # memory; targets and assignments
     run.report(recipe(Config, RECIPES, config.recipe), parameters, clustered, held)
@@ -312,7 +312,8 @@ def main(config):
         if memory.epoch < 0:
             fill(model, memory, loader, run, config)
         if memory.epoch < epoch:  # not when a run resumes in mid-epoch
-            assign(memory, model.prototypes, config.kmeans_iterations, torch.Generator().manual_seed(config.seed << 32 | epoch))
+            with run.phase("clusters"):
+                assign(memory, model.prototypes, config.kmeans_iterations, torch.Generator().manual_seed(config.seed << 32 | epoch))
             memory.epoch = epoch
         train_one_epoch(net, optimizer, memory, loader, run, config, epoch)
         run.end_epoch(epoch)

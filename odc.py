@@ -11,8 +11,8 @@ After every step, clusters with fewer than 20 images are dissolved into the near
 the then largest one. That and the weights are what keeps it from collapsing; clusters keep their numbers, so the
 classifier is never reset. One k-means at the start, one crop an image, no whitening.
 
-ResNet-50, 440 epochs: 53.4 % ImageNet linear top-1, the best layer 57.7, 39.1 % 20-NN, reported by the authors in OpenSelfSup
-(no full ImageNet run was made here):
+Published recipe, 53.4 % ImageNet linear top-1 reported by the authors (no full ImageNet run was made here), in OpenSelfSup;
+the best layer 57.7, 20-NN 39.1:
 
     torchrun --nproc_per_node=8 odc.py --data /imagenet
 
@@ -38,7 +38,7 @@ from common.optim import drops
 from common.resnet import ARCHITECTURES
 from common.run import Run, autocast_dtype, launch, say, start
 
-# Letters in shapes: B images of this rank, W ranks, V crops, D embedding, K prototypes (one a cluster), N data set.
+# Letters in shapes: B images of this rank, W ranks, V crops, F features, D embedding, K prototypes (one a cluster), N data set (n here).
 
 # ---------------------------------------------------------------------------------------------------------- recipes
 
@@ -47,13 +47,13 @@ TINY.update(scales=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, rotate
 TINY.update(batch_size=32, lr=0.05, drop_epochs=())
 SHAPES = dict(TINY, sizes=(24,), eval_size=32, scales=(0.4, 1.0), jitter=(0.4, 0.4, 1.0, 0.5), jitter_p=1.0, epochs=10)
 RECIPES = {  # name: (ImageNet linear top-1 reported by the authors, what differs from the defaults of Config)
-    "odc_440ep": ("53.4, F1 to F5 14.8 31.8 42.4 55.8 57.7, VOC07 SVM 78.4, 20-NN 39.1 (OpenSelfSup)", {}),
+    "odc_440ep": ("53.4, F1 to F5 14.8 31.8 42.4 55.8 57.7, VOC07 SVM 78.4, 20-NN 39.1 (OpenSelfSup); the default with --data", {}),
     "shapes": ("20-NN 47.1 on held-out images, untrained 30.3: measured here", SHAPES),
     "cifar": ("20-NN 39.7 from 10,000 images of CIFAR-10, untrained 35.0: measured here", dict(TINY, epochs=20)),
     "small": ("settings of cifar for longer: not measured", dict(TINY, epochs=50)),
 }
 REMEDY = """  try in this order: fewer --prototypes (ten per class you expect, a tenth of the images at most);
-  a lower --lr; milder --jitter and --scales"""
+  a lower --lr; milder --jitter and --scales. README.md says more: "When the loss sits at ln K\""""
 
 
 @dataclass
@@ -80,7 +80,7 @@ class Config:
     blur_p: float = option(0.0, "probability of blur")
     rotate: float = option(2.0, "largest rotation in degrees")
 
-    prototypes: int = option(10000, "number K of clusters, and of the classifier's outputs", group="method")
+    prototypes: int = option(10000, "number K of prototypes, one a cluster", group="method")
     temperature: float = option(1.0, "of the predictions")
     memory_momentum: float = option(0.5, "weight of an image's new embedding in the memory")
     centroid_iters: int = option(10, "steps between two computations of the centroids")
@@ -156,16 +156,16 @@ class Model(nn.Module):
 class Memory:
     """Embedding and cluster of every image, the centroids of the clusters, and how many images each has.
 
-    This rank holds the embeddings of the data-set rows [rN/W, (r+1)N/W); the rest is the same on every rank. targets (N,): -100
-    for an image that could not be read. Saved in data-set order, so that another world size can load it.
+    This rank holds the embeddings of the data-set rows [rN/W, (r+1)N/W); the rest is the same on every rank. Saved in data-set
+    order, so that another world size can load it. targets (N,): cluster of each image, -100 (ignored) for one that was never read.
     """
 
     # Sums are of whole multiples of 1 / FIXED, so float64 holds them exactly: the same whatever the order, the ranks and the past.
     FIXED = 2**28
 
     def __init__(self, n, D, K, momentum=0.5, reweight=0.5, min_cluster=20, device=None, dtype=torch.float32):
-        self.first, last = rows_of(n, distributed.rank(), distributed.world_size())
-        self.own = last - self.first
+        self.first, self.last = rows_of(n, distributed.rank(), distributed.world_size())
+        self.own = self.last - self.first
         self.momentum, self.reweight, self.min_cluster = momentum, reweight, min_cluster
         # One row more than this rank holds takes what other ranks hold: sorting it out would wait for the device.
         self.bank = torch.zeros(self.own + 1, D, device=device, dtype=dtype)
@@ -179,18 +179,15 @@ class Memory:
     def start(self, features, targets):
         """features (n, D): this rank's rows, of any length; targets (N,)."""
         self.bank[:-1] = F.normalize(features)
-        self.bank[:-1][self.targets_of_own(targets) < 0] = 0
+        self.bank[:-1][targets[self.first : self.last] < 0] = 0
         self.targets.copy_(targets)
         self.recount()
         self.refresh()
         self.ready = True
 
-    def targets_of_own(self, targets):
-        return targets[self.first : self.first + self.own]
-
     def recount(self):
         """Sums and counts from embeddings and targets."""
-        own = self.targets_of_own(self.targets)
+        own = self.targets[self.first : self.last]
         self.sums.zero_()
         self._add(self.bank[:-1][own >= 0], own[own >= 0])
         self.counts.copy_(torch.bincount(self.targets[self.targets >= 0], minlength=len(self.counts)))
@@ -204,7 +201,7 @@ class Memory:
         gives these images new clusters. Returns the share of them whose cluster changed, on the device."""
         index = distributed.gather_rows(index.to(features.device, non_blocking=True), equal=True)  # (W B,)
         features = F.normalize(distributed.gather_rows(features, equal=True))  # (W B, D)
-        row = torch.where((index >= self.first) & (index < self.first + self.own), index - self.first, self.own)  # (W B,)
+        row = torch.where((index >= self.first) & (index < self.last), index - self.first, self.own)  # (W B,)
         old, before = self.bank[row], self.targets[index]
         new = F.normalize((1 - self.momentum) * old + self.momentum * features)
         # Only the rank that holds an image knows its new cluster.
@@ -247,7 +244,7 @@ class Memory:
     def _members(self, clusters):
         """Indices of the images in the clusters that a mask (K,) names, of all ranks, and which of them this rank holds."""
         images = (clusters[self.targets.clamp(min=0)] & (self.targets >= 0)).nonzero().flatten()
-        return images, (images >= self.first) & (images < self.first + self.own)
+        return images, (images >= self.first) & (images < self.last)
 
     def _move(self, images, here, clusters):
         """Gives images new clusters, of which each rank knows those of the images that it holds."""
@@ -279,7 +276,7 @@ class Memory:
         return {"bank": bank.cpu(), "targets": self.targets.cpu(), "centroids": self.centroids.cpu(), "ready": self.ready}
 
     def load_state_dict(self, state):
-        self.bank[:-1] = state["bank"][self.first : self.first + self.own].to(self.bank.device)
+        self.bank[:-1] = state["bank"][self.first : self.last].to(self.bank.device)
         self.targets.copy_(state["targets"])
         self.centroids.copy_(state["centroids"])
         self.ready = state["ready"]
@@ -290,7 +287,7 @@ class Memory:
 def assign(memory, z, iterations, generator):
     """The memory's first embeddings and clusters: k-means of all images' embeddings z (n, D), of which these are this rank's.
 
-    Raises DataError if fewer images than clusters can be read.
+    Raises DataError if fewer images than prototypes can be read.
     """
     K, seen = len(memory.centroids), ~z[:, 0].isnan()
     readable = int(distributed.all_sum(seen.sum()))
@@ -370,12 +367,13 @@ def main(config):
     if config.compile:
         model.backbone.compile()
     net = distributed.parallel(model)
-    trunk = [*model.backbone.parameters(), *model.projection_head.parameters()]
-    groups = [{"params": trunk}, {"params": list(model.prototypes.parameters()), "momentum": 0.0}]
+    # The classifier has no momentum, as in the authors' code.
+    below = [*model.backbone.parameters(), *model.projection_head.parameters()]
+    groups = [{"params": below}, {"params": list(model.prototypes.parameters()), "momentum": 0.0}]
     optimizer = torch.optim.SGD(groups, config.lr, config.momentum, weight_decay=config.weight_decay)
     smallest = min(config.min_cluster, max(1, len(images) // (6 * config.prototypes)))  # or merging and splitting would never rest
     if smallest < config.min_cluster:
-        say(f"--min-cluster is {smallest} here: a sixth of the {len(images) / config.prototypes:.3g} images a cluster")
+        say(f"warning: --min-cluster {config.min_cluster} is more than a sixth of the images a cluster: {smallest} is used")
     state = (config.memory_momentum, config.reweight, smallest, device, model.prototypes.weight.dtype)
     memory = Memory(len(images), config.dim, config.prototypes, *state)
 
@@ -390,8 +388,8 @@ def main(config):
     info = dict(arch=config.arch, width=config.width, stem=config.stem, channels=3, mean=MEAN, std=STD, method="odc")
     info.update(recipe=config.recipe, resize=size if config.stem == "small" else round(size * 8 / 7), size=size)
     objects = {"model": model, "optimizer": optimizer, "memory": memory}
-    meter = Meter(config.prototypes, len(images), 1, device)
-    run = Run(config, "odc", images, steps_per_epoch, meter, objects, model.backbone, info, device, REMEDY)
+    meter = Meter(config.prototypes, len(images), device=device)
+    run = Run(config, info["method"], images, steps_per_epoch, meter, objects, model.backbone, info, device, REMEDY)
     parameters = sum(p.numel() for p in model.parameters())
     held = len(images) * (4 * config.dim + 16)  # memory; targets and assignments
     run.report(recipe(Config, RECIPES, config.recipe), parameters, len(images), held)

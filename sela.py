@@ -10,8 +10,8 @@ Labels and network minimise one loss in turn; every label must be used equally o
 Labels are found anew 100 times, ever more rarely: after (E + 1.01) (j / 99)^2 epochs, the first time before the first step.
 A label keeps its number, since it comes from the classifier that learns it. No k-means, no projection head, one crop.
 
-ResNet-50, 10 x 3,000 labels: 61.5 % ImageNet linear top-1; with stronger augmentation 68.8 %: reported by the authors (no full
-ImageNet run was made here, and their ResNet is a pre-activation one):
+Published recipe, 61.5 % ImageNet linear top-1 reported by the authors (no full ImageNet run was made here), of a pre-activation
+ResNet-50; with stronger augmentation 68.8:
 
     torchrun --nproc_per_node=8 sela.py --data /imagenet
 
@@ -37,7 +37,7 @@ from common.resnet import ARCHITECTURES
 from common.run import Diverged, Run, autocast_dtype, launch, say, start
 from common.sinkhorn import balanced_assignments
 
-# Letters in shapes: B images of this rank, V crops, F features, H heads of K prototypes (one a label), N data set.
+# Letters in shapes: B images of this rank, W ranks, V crops, F features, H heads of K prototypes (one a cluster), N data set (n here).
 
 # ---------------------------------------------------------------------------------------------------------- recipes
 
@@ -48,12 +48,13 @@ CIFAR = dict(arch="alexnet", scales=(0.2, 1.0), prototypes=128, lam=10.0, relabe
 CIFAR.update(grey_first=False, batch_size=128, lr=0.03, weight_decay=5e-4, epochs=400, drop_epochs=(240, 320))
 TINY = dict(arch="resnet10", width=0.5, stem="small", crops=(1,), sizes=(32,), eval_size=48)
 TINY.update(scales=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, grey_first=False, prototypes=64, heads=4)
-TINY.update(relabellings=10, relabel_power=1, labelling="clean", batch_size=32, lr=0.05, drop_epochs=())
+TINY.update(relabellings=10, relabel_power=1, labelling="clean")
+TINY.update(batch_size=32, lr=0.05, drop_epochs=())
 SHAPES = dict(TINY, sizes=(24,), eval_size=32, scales=(0.4, 1.0), jitter=(0.4, 0.4, 0.4, 0.2), epochs=5, relabellings=5)
 RECIPES = {  # name: (ImageNet linear top-1 reported by the authors, what differs from the defaults of Config)
-    "resnet50_10x3k": ("61.5; NMI 54.2, AMI 34.4, ARI 7.2", {}),
+    "resnet50_10x3k": ("61.5; NMI 54.2, AMI 34.4, ARI 7.2; the default with --data", {}),
     "alexnet_1x1k": ("42.1; NMI 50.5, AMI 12.2, ARI 2.7", dict(ALEXNET, prototypes=1000)),
-    "alexnet_1x10k": ("43.8; NMI 66.4, AMI 4.7, ARI 4.7", dict(ALEXNET, prototypes=10_000)),
+    "alexnet_1x10k": ("43.8; NMI 66.4, AMI 4.7, ARI 4.7", dict(ALEXNET, prototypes=10000)),
     "alexnet_10x3k": ("47.1, best layer, ten crops (the paper, with rotations)", dict(ALEXNET, heads=10)),
     "resnet18_1k_strong": (
         "53.3; NMI 62.7, AMI 36.4, ARI 12.5; epochs and drops ours",
@@ -68,8 +69,9 @@ RECIPES = {  # name: (ImageNet linear top-1 reported by the authors, what differ
     "cifar": ("20-NN 49.9 from 10,000 images of CIFAR-10, untrained 35.0: measured here", dict(TINY, epochs=20)),
     "small": ("settings of cifar for longer: not measured", dict(TINY, epochs=50, relabellings=25)),
 }
-REMEDY = """  try in this order: fewer --prototypes (ten per class you expect, a tenth of the images at most); fewer heads;
-  more --relabellings; a lower --lr; milder --jitter and --scales"""
+REMEDY = """  try in this order: fewer --prototypes (ten per class you expect, a tenth of the images at most); fewer --heads;
+  more --relabellings;
+  a lower --lr; milder --jitter and --scales. README.md says more: "When the loss sits at ln K\""""
 
 
 @dataclass
@@ -87,7 +89,7 @@ class Config:
     crops: tuple[int, ...] = option((1,), "crops of each size", group="multi-crop")
     sizes: tuple[int, ...] = option((224,), "sides of the crops in pixels")
     scales: tuple[float, ...] = option((0.08, 1.0), "smallest and largest share of the image's area, for each size")
-    eval_size: int = option(0, "side of the images that are labelled and evaluated; 0: that of the large crops")
+    eval_size: int = option(0, "side of the images that are clustered and evaluated; 0: that of the large crops")
     jitter: tuple[float, ...] = option((0.4, 0.4, 0.4, 0.4), "brightness, contrast, saturation, hue")
     jitter_p: float = option(1.0, "probability of jitter")
     grey_p: float = option(0.2, "probability of grey")
@@ -97,8 +99,8 @@ class Config:
         3, "how much of that, as the authors count: 0 centre crops, 1 flipped, 2 random crops, 3 colours too", choices=(0, 1, 2, 3)
     )
 
-    prototypes: int = option(3000, "number K of labels of each head", group="method")
-    heads: int = option(10, "number H of heads, each with labels of its own")
+    prototypes: int = option(3000, "number K of prototypes of each head, one a cluster", group="method")
+    heads: int = option(10, "number H of heads, each with clusters of its own")
     temperature: float = option(1.0, "of the predictions")
     lam: float = option(25.0, "lambda: the power of the probabilities that is balanced")
     tolerance: float = option(0.01, "balancing ends once no label's mass differs by more than this share from 1 / K")
@@ -142,22 +144,22 @@ class Config:
 
 
 class Model(nn.Module):
-    """Trunk and H linear classifiers: a list of crop groups to features and H scores of the labels."""
+    """Trunk and H linear classifiers: a list of crop groups to features and H scores of the clusters."""
 
     def __init__(self, config):
         super().__init__()
-        if config.arch.startswith("alexnet"):
+        if "alexnet" in config.arch:
             self.backbone = alexnet("sela_small" if config.arch == "alexnet_small" else "sela")
         else:
             self.backbone = ARCHITECTURES[config.arch](width=config.width, stem=config.stem)
-        self.prototypes = nn.ModuleList(nn.Linear(self.backbone.feature_dim, config.prototypes) for _ in range(config.heads))  # (K, F)
+        self.prototypes = nn.ModuleList(nn.Linear(self.backbone.feature_dim, config.prototypes) for _ in range(config.heads))  # (K, F) each
 
     def forward(self, crops, autocast=torch.float32):
         """crops: one (V_r B, 3, s, s) a resolution, crop-major. Returns features (V B, F) and H scores (V B, K)."""
         with torch.autocast(crops[0].device.type, dtype=torch.bfloat16, enabled=autocast == torch.bfloat16):
-            # One pass per resolution: batch-norm statistics of large and small crops stay apart. The heads see all.
+            # One pass per resolution: batch-norm statistics of large and small crops stay apart. The head sees all.
             features = torch.cat([self.backbone(group) for group in crops])  # (V B, F)
-        features = features.to(self.prototypes[0].weight.dtype)  # full precision from here on
+        features = features.to(self.prototypes[0].weight.dtype)  # (V B, F): full precision from here on
         return features, [head(features) for head in self.prototypes]
 
 
@@ -170,16 +172,17 @@ class Memory:
     def __init__(self, n, heads, K, seed, device=None):
         generator = torch.Generator().manual_seed(seed)
         self.targets = torch.stack([torch.randperm(n, generator=generator) % K for _ in range(heads)]).to(device)  # (H, N)
-        self.scalings = torch.zeros(heads, K)  # log r, where the next balancing begins
+        self.scalings = torch.zeros(heads, K, device=device)  # log r, where the next balancing begins
         self.done = 0  # relabellings so far
-        self.figures = {}  # of the last one
+        self.figures = {}  # of the last assignment
 
     def state_dict(self):
-        return {"targets": self.targets.cpu(), "scalings": self.scalings, "done": self.done, "figures": self.figures}
+        return {"targets": self.targets.cpu(), "scalings": self.scalings.cpu(), "done": self.done, "figures": self.figures}
 
     def load_state_dict(self, state):
         self.targets.copy_(state["targets"])
-        self.scalings, self.done, self.figures = state["scalings"], state["done"], state["figures"]
+        self.scalings.copy_(state["scalings"])
+        self.done, self.figures = state["done"], state["figures"]
 
 
 def label_times(epochs, count, n, power):
@@ -196,7 +199,7 @@ def assign(memory, prototypes, features, heads, lam, tolerance):
     """New labels for the heads named, each used about equally often over the data set.
 
     features: (n, F) this rank's rows of the data set; a row of NaN is an image that cannot be read: label -100, ignored.
-    Raises DataError if fewer images than labels can be read, Diverged if a head's scores are not finite or all alike.
+    Raises DataError if fewer images than prototypes can be read, Diverged if a head's scores are not finite or all alike.
     """
     K, seen = len(prototypes[0].weight), ~features[:, 0].isnan()
     readable = int(distributed.all_sum(seen.sum()))
@@ -210,24 +213,26 @@ def assign(memory, prototypes, features, heads, lam, tolerance):
         for rows, block in zip(scores.split(4096), features.split(4096)):
             rows.copy_(head(block.to(head.weight.dtype)))
         try:
-            labels, log_r, _, iterations = balanced_assignments(scores, lam, tolerance, in_place=True, init=memory.scalings[h].to(scores))
+            assignments, memory.scalings[h], _, iterations = balanced_assignments(
+                scores, lam, tolerance, in_place=True, init=memory.scalings[h]
+            )
         except ValueError as error:  # on every rank
             raise Diverged(f"head {h} cannot be labelled: {error}; a lower --lr may help") from None
         del scores, rows  # room for those of the next head
-        mine = torch.full((len(seen),), -100, device=labels.device)
-        mine[seen] = labels
+        mine = torch.full((len(seen),), -100, device=assignments.device)
+        mine[seen] = assignments
         mine = distributed.gather_rows(mine)  # (N,)
         largest = torch.bincount(mine[mine >= 0]).max()
         if largest == readable and K > 1:
             raise Diverged(f"head {h} has collapsed: it scores all images alike, so all get one label; a lower --lr may help")
         rounds.append([iterations, (mine != memory.targets[h]).double().mean(), largest])
-        memory.targets[h], memory.scalings[h] = mine, log_r.cpu()
+        memory.targets[h] = mine
     iterations, changed, largest = (float(sum(values)) / len(heads) for values in zip(*rounds))
     memory.figures = {"relabellings": memory.done + 1, "sinkhorn_iterations": iterations, "changed": changed, "largest_label": largest}
 
 
 def prediction_loss(scores, targets, temperature):
-    """Every crop predicts the labels of its image: mean cross-entropy over heads, and over the crops of all ranks' images.
+    """Every crop predicts the clusters of its image: mean cross-entropy over heads, and over the crops of all ranks' images.
 
     scores: H tensors (V, B, K); targets: (H, B), where -100 is ignored.
     """
@@ -244,7 +249,7 @@ def prediction_loss(scores, targets, temperature):
 
 
 @torch.no_grad()
-def look(model, crops, run, config, number):
+def look(model, loader, run, config, number):
     """Features (n, F) of this rank's rows as training sees them: random crops, batch statistics, dropout. The authors' way.
 
     number: of the pass; each draws crops of its own.
@@ -253,22 +258,22 @@ def look(model, crops, run, config, number):
     order = np.random.default_rng((config.seed, number)).permutation(n)
     order = np.resize(order, -(-n // config.batch_size) * config.batch_size)  # the last batch is filled up with images of the first
     batches = data.batches(n, config.batch_size, number, config.seed, distributed.rank(), distributed.world_size(), order=order)
-    loader = run.loader = data.Loader(crops, config.workers, run.device.type == "cuda")  # whose losses stop the run
+    own = run.loader = data.Loader(loader.dataset, config.workers, run.device.type == "cuda")  # whose losses stop the run
     first, last = rows_of(n, distributed.rank(), distributed.world_size())
     # One row more than this rank holds takes what other ranks hold: sorting it out would wait for the device.
     held = torch.full((last - first + 1, model.backbone.feature_dim), torch.nan, dtype=stored(dtype), device=run.device)
     with run.phase(f"features of {n} images"):
-        for step, (index, views, params) in enumerate(loader.epoch(number, batches)):
+        for step, (index, crops, params) in enumerate(own.epoch(number, batches)):
             run.agree(keep=False)  # this pass moves the running statistics
             torch.manual_seed(config.seed << 32 | run.total + number * len(batches) + step)  # of dropout
-            views = to_device(views, params, run.device, model.prototypes[0].weight.dtype)
+            crops = to_device(crops, params, run.device, model.prototypes[0].weight.dtype)
             with torch.autocast(run.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-                features = model.backbone(views[0])[: len(index)]  # (B, F) of the first crop
+                features = model.backbone(crops[0])[: len(index)]  # (B, F) of the first crop
             index = distributed.gather_rows(index.to(run.device, non_blocking=True), equal=True)  # (W B,)
             row = torch.where((index >= first) & (index < last), index - first, last - first)
             held[row] = distributed.gather_rows(features, equal=True).to(held.dtype)
     run.collect_bad()
-    loader.close()
+    own.close()
     return held[:-1]
 
 
@@ -277,33 +282,33 @@ def stored(dtype):
     return torch.float16 if dtype == torch.bfloat16 else dtype
 
 
-def relabel(model, memory, crops, loader, run, config):
+def relabel(model, memory, loader, run, config):
     """Labels of all heads, or of the one whose turn it is, from one pass over all images."""
     if config.labelling == "train":
         run.save()  # a stop in mid-pass would leave running statistics that no step has seen
-        features = look(model, crops, run, config, config.epochs + memory.done)
+        features = look(model, loader, run, config, config.epochs + memory.done)
     else:
         features = run.look(model.backbone, loader)
     run.loader = loader
     if int(distributed.all_sum(features.isnan().any(1).sum())) > len(run.bad):
         raise Diverged("features of images that can be read are not finite: the weights have run away; a lower --lr may help")
     heads = [memory.done % config.heads] if config.one_head else range(config.heads)
-    with run.phase("labels"):
+    with run.phase("clusters"):
         assign(memory, model.prototypes, features, heads, config.lam, config.tolerance)
     memory.done += 1
     say(", ".join(f"{name} {value:.3g}" for name, value in memory.figures.items()))
 
 
-def train_one_epoch(net, optimizer, memory, crops, loader, run, config, epoch):
+def train_one_epoch(net, optimizer, memory, loader, run, config, epoch):
     model = getattr(net, "module", net)
     dtype = autocast_dtype(config.precision, run.device)
     full_precision = model.prototypes[0].weight.dtype
     batches = data.batches(len(run.images), config.batch_size, epoch, config.seed, distributed.rank(), distributed.world_size())
     times = label_times(config.epochs, config.relabellings, len(run.images), config.relabel_power)
-    for step, (index, views, params) in run.steps(loader, batches, epoch):
+    for step, (index, crops, params) in run.steps(loader, batches, epoch):
         # assign: all images, at the published times, at most once a step
         if memory.done < len(times) and step * config.batch_size >= times[memory.done]:
-            relabel(model, memory, crops, loader, run, config)
+            relabel(model, memory, loader, run, config)
 
         # schedule
         lr = drops(step, len(batches), config.lr, config.drop_epochs, config.drop_factor)
@@ -311,10 +316,10 @@ def train_one_epoch(net, optimizer, memory, crops, loader, run, config, epoch):
             group["lr"] = lr
 
         # move: uint8 crops to the device, where the whole batch is jittered, blurred and normalised
-        views = to_device(views, params, run.device, full_precision)  # one (V_r B, 3, s, s) a resolution
+        crops = to_device(crops, params, run.device, full_precision)  # one (V_r B, 3, s, s) a resolution
 
         # forward
-        features, scores = net(views, dtype)
+        features, scores = net(crops, dtype)
         scores = [s.view(-1, len(index), s.shape[1]) for s in scores]  # H (V, B, K)
 
         # loss
@@ -353,7 +358,9 @@ def main(config):
     memory = Memory(len(images), config.heads, config.prototypes, config.seed, device)
 
     scales = list(zip(config.scales[::2], config.scales[1::2]))
-    augmentation = Augmentation(config.jitter, config.jitter_p, config.grey_p, config.grey_first, config.blur_p)
+    augmentation = Augmentation(
+        jitter=config.jitter, jitter_p=config.jitter_p, grey_p=config.grey_p, grey_first=config.grey_first, blur_p=config.blur_p
+    )
     if config.augs < 3:
         augmentation = Augmentation(jitter_p=0, grey_p=0, blur_p=0)
     crops = MultiCrop(images, config.crops, config.sizes, scales, augmentation, config.seed)
@@ -368,14 +375,15 @@ def main(config):
     info.update(recipe=config.recipe, resize=size if config.stem == "small" else round(size * 8 / 7), size=size)
     objects = {"model": model, "optimizer": optimizer, "memory": memory}
     meter = Meter(config.prototypes, len(images), config.heads, device)
-    run = Run(config, "sela", images, steps_per_epoch, meter, objects, model.backbone, info, device, REMEDY)
+    run = Run(config, info["method"], images, steps_per_epoch, meter, objects, model.backbone, info, device, REMEDY)
     parameters = sum(p.numel() for p in model.parameters())
+    # features, scores; targets and assignments
     size_of = stored(autocast_dtype(config.precision, device)).itemsize
-    held = len(images) * (size_of * model.backbone.feature_dim + 4 * config.prototypes + 16 * config.heads)  # features, scores, labels
+    held = len(images) * (size_of * model.backbone.feature_dim + 4 * config.prototypes + 16 * config.heads)
     run.report(recipe(Config, RECIPES, config.recipe), parameters, len(images), held)
     run.resume()
     for epoch in run.epochs():
-        train_one_epoch(net, optimizer, memory, crops, loader, run, config, epoch)
+        train_one_epoch(net, optimizer, memory, loader, run, config, epoch)
         run.end_epoch(epoch)
     run.finish()
 

@@ -11,7 +11,7 @@ used about equally often; during the epoch every crop of an image predicts its l
 DeepCluster-v2 with SeLa's labels: the prototypes C_h are learnt, not made by k-means, and it is the balance over the whole
 data set that keeps it from collapsing. The authors never released code; what their paper leaves open is ours.
 
-Published, 71.8 % ImageNet linear top-1 reported by the authors (settings ours; no full ImageNet run was made here):
+Published figure, 71.8 % ImageNet linear top-1 reported by the authors (settings ours, no full ImageNet run was made here):
 
     torchrun --nproc_per_node=8 --nnodes=8 selav2.py --data /imagenet --recipe selav2_400ep
 
@@ -36,15 +36,15 @@ from common.resnet import ARCHITECTURES
 from common.run import Diverged, Run, autocast_dtype, launch, start
 from common.sinkhorn import balanced_assignments
 
-# Letters in shapes: B images of this rank, V crops (the first U large), D embedding, H heads of K prototypes, N data set.
+# Letters in shapes: B images of this rank, W ranks, V crops (first U large), F features, D embedding, H heads of K prototypes, N data set.
 
 # ---------------------------------------------------------------------------------------------------------- recipes
 
 BATCH_4096 = dict(batch_size=4096, lr=4.8, final_lr=0.0048, start_lr=0.3, freeze_prototypes_iters=313)
 TWO_CROPS = dict(crops=(2,), sizes=(224,), scales=(0.08, 1.0))
 TINY = dict(arch="resnet10", width=0.5, stem="small", hidden=256, dim=64, crops=(4,), sizes=(32,), eval_size=48)
-TINY.update(scales=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), blur_p=0.0, prototypes=100)
-TINY.update(batch_size=32, lr=0.8, final_lr=0.0008, warmup_epochs=0, freeze_prototypes_iters=100)
+TINY.update(scales=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), blur_p=0.0, prototypes=100, freeze_prototypes_iters=100)
+TINY.update(batch_size=32, lr=0.8, final_lr=0.0008, warmup_epochs=0)
 SHAPES = dict(TINY, sizes=(24,), eval_size=32, scales=(0.4, 1.0), jitter=(0.4, 0.4, 0.4, 0.2), epochs=5)
 RECIPES = {  # name: (ImageNet linear top-1 reported by the authors, what differs from the defaults of Config)
     "selav2_400ep": ("71.8, 64 GPUs; settings ours", dict(BATCH_4096, epochs=400)),
@@ -54,7 +54,7 @@ RECIPES = {  # name: (ImageNet linear top-1 reported by the authors, what differ
     "cifar": ("20-NN 50.4 from 10,000 images of CIFAR-10, untrained 35.0: measured here", dict(TINY, epochs=20)),
     "small": ("settings of cifar for longer: not measured", dict(TINY, epochs=50)),
 }
-REMEDY = """  try in this order: fewer --prototypes (ten per class you expect, a tenth of the images at most); fewer heads;
+REMEDY = """  try in this order: fewer --prototypes (ten per class you expect, a tenth of the images at most); fewer --heads;
   a lower --lr or a longer --warmup-epochs; milder --jitter and --scales. README.md says more: "When the loss sits at ln K\""""
 
 
@@ -79,8 +79,8 @@ class Config:
     jitter: tuple[float, ...] = option((0.8, 0.8, 0.8, 0.2), "brightness, contrast, saturation, hue")
     blur_p: float = option(0.5, "probability of blur")
 
-    prototypes: int = option(3000, "number K of prototypes of each head", group="method")
-    heads: int = option(3, "number H of heads, each with labels of its own")
+    prototypes: int = option(3000, "number K of prototypes of each head, one a cluster", group="method")
+    heads: int = option(3, "number H of heads, each with clusters of its own")
     temperature: float = option(0.1, "of the predictions")
     lam: float = option(25.0, "lambda: the power of the probabilities that is balanced")
     tolerance: float = option(0.01, "balancing ends once no label's mass differs by more than this share from 1 / K")
@@ -129,7 +129,7 @@ class Model(nn.Module):
             nn.ReLU(inplace=True),
             nn.Linear(config.hidden, config.dim),
         )
-        self.prototypes = nn.ModuleList(nn.Linear(config.dim, config.prototypes, bias=False) for _ in range(config.heads))  # (K, D)
+        self.prototypes = nn.ModuleList(nn.Linear(config.dim, config.prototypes, bias=False) for _ in range(config.heads))  # (K, D) each
 
     def forward(self, crops, autocast=torch.float32):
         """crops: one (V_r B, 3, s, s) a resolution, crop-major. Returns z (V B, D) and H scores (V B, K)."""
@@ -150,28 +150,28 @@ class Model(nn.Module):
 
 
 class Memory:
-    """Embeddings of the U assigning crops of every image, as one epoch's steps left them, and the labels they got.
+    """Embeddings of the U assigning crops of every image, as one epoch's steps left them, and the clusters they were put in.
 
     This rank holds the data-set rows [rN/W, (r+1)N/W) of all U banks. Saved in data-set order, so that another world size
-    can load it. targets (H, N): label of each image, -100 (ignored) for an image that was not in the memory.
+    can load it. targets (H, N): cluster of each image, -100 (ignored) for an image that was not in the memory.
     """
 
     def __init__(self, n, U, D, heads, K, device=None, dtype=torch.float32):
-        self.first, last = rows_of(n, distributed.rank(), distributed.world_size())
-        self.own = last - self.first
+        self.first, self.last = rows_of(n, distributed.rank(), distributed.world_size())
+        self.own = self.last - self.first
         # One row more than this rank holds takes what other ranks hold: sorting it out would wait for the device.
         self.banks = torch.zeros(U, self.own + 1, D, device=device, dtype=dtype)
         self.filled = torch.zeros(self.own + 1, dtype=torch.bool, device=device)
         self.targets = torch.full((heads, n), -100, device=device)
         self.scalings = torch.zeros(heads, K, device=device, dtype=dtype)  # log r, where the next balancing begins
-        self.epoch = -1  # whose labels the targets are
+        self.epoch = -1  # whose clusters the targets are
 
     @torch.no_grad()
     def update(self, index, z):
         """Stores the embeddings z (U, B, D) of this rank's images index (B,); every rank keeps its rows of all of them."""
-        index = distributed.gather_rows(index.to(z.device, non_blocking=True), equal=True) - self.first  # (W B,)
+        index = distributed.gather_rows(index.to(z.device, non_blocking=True), equal=True)  # (W B,)
         z = distributed.gather_rows(z.transpose(0, 1), equal=True).transpose(0, 1)  # (U, W B, D)
-        row = torch.where((index >= 0) & (index < self.own), index, self.own)
+        row = torch.where((index >= self.first) & (index < self.last), index - self.first, self.own)  # (W B,)
         self.banks[:, row] = z
         self.filled[row] = True
 
@@ -180,13 +180,12 @@ class Memory:
         return self.banks[u, :-1][self.filled[:-1]]
 
     def state_dict(self):
-        banks = distributed.gather_rows(self.banks[:, :-1].transpose(0, 1))  # (N, U, D)
-        filled = distributed.gather_rows(self.filled[:-1])
-        state = {"banks": banks.cpu(), "filled": filled.cpu(), "targets": self.targets.cpu()}
-        return {**state, "scalings": self.scalings.cpu(), "epoch": self.epoch}
+        banks = distributed.gather_rows(self.banks[:, :-1].transpose(0, 1)).cpu()  # (N, U, D)
+        filled = distributed.gather_rows(self.filled[:-1]).cpu()  # (N,)
+        return {"banks": banks, "filled": filled, "targets": self.targets.cpu(), "scalings": self.scalings.cpu(), "epoch": self.epoch}
 
     def load_state_dict(self, state):
-        mine = slice(self.first, self.first + self.own)
+        mine = slice(self.first, self.last)
         self.banks[:, :-1] = state["banks"][mine].transpose(0, 1).to(self.banks.device)
         self.filled[:-1] = state["filled"][mine].to(self.filled.device)
         self.targets.copy_(state["targets"])
@@ -198,32 +197,31 @@ class Memory:
 def assign(memory, prototypes, temperature, lam, tolerance):
     """Labels the memory once for each head, head h from bank h mod U, such that all labels are used about equally often.
 
-    Raises DataError if fewer images than labels can be read, Diverged if a head's scores are not finite or all alike.
+    Raises DataError if fewer images than prototypes can be read, Diverged if a head's scores are not finite or all alike.
     """
-    K, filled = len(prototypes[0].weight), int(distributed.all_sum(memory.filled[:-1].sum()))
-    if filled < K:
-        raise data.DataError(f"--prototypes {K}: more than the {filled} images that can be read")
-    memory.targets.fill_(-100)
+    K, readable = len(prototypes[0].weight), int(distributed.all_sum(memory.filled[:-1].sum()))
+    if readable < K:
+        raise data.DataError(f"--prototypes {K}: more than the {readable} images that can be read")
     for h, head in enumerate(prototypes):
         scores = memory.rows(h % len(memory.banks)) @ (F.normalize(head.weight) / temperature).T  # (rows, K): the largest thing held
         try:
-            labels, memory.scalings[h], _, _ = balanced_assignments(scores, lam, tolerance, in_place=True, init=memory.scalings[h])
+            assignments, memory.scalings[h], _, _ = balanced_assignments(scores, lam, tolerance, in_place=True, init=memory.scalings[h])
         except ValueError as error:  # on every rank
             raise Diverged(f"head {h} cannot be labelled: {error}; a lower --lr may help") from None
         del scores  # room for those of the next head
-        mine = torch.full((memory.own,), -100, device=labels.device)
-        mine[memory.filled[:-1]] = labels
+        mine = torch.full((memory.own,), -100, device=assignments.device)
+        mine[memory.filled[:-1]] = assignments
         mine = distributed.gather_rows(mine)  # (N,)
-        if torch.bincount(mine[mine >= 0]).max() == filled and K > 1:
+        if torch.bincount(mine[mine >= 0]).max() == readable and K > 1:
             raise Diverged(f"head {h} has collapsed: it scores all images alike, so all get one label; a lower --lr may help")
         memory.targets[h] = mine
     memory.filled.fill_(False)  # from here on it is filled anew
 
 
 def prediction_loss(scores, targets, temperature):
-    """Every crop predicts the labels of its image: mean cross-entropy over heads, and over the crops of all ranks' images.
+    """Every crop predicts the clusters of its image: mean cross-entropy over heads, and over the crops of all ranks' images.
 
-    scores: H cosines (V, B, K); targets: (H, B), where -100 is ignored.
+    scores: H tensors (V, B, K); targets: (H, B), where -100 is ignored.
     """
     loss = 0
     for head, target in zip(scores, targets):
@@ -273,7 +271,7 @@ def train_one_epoch(net, optimizer, memory, loader, run, config, epoch):
         targets = memory.targets[:, index.to(run.device, non_blocking=True)]  # (H, B)
         loss = prediction_loss(scores, targets, config.temperature)
 
-        # memory: the embeddings that the next epoch's labels are made of
+        # memory: the embeddings that the next epoch's clusters are made of
         memory.update(index, z[:U].detach())
 
         # update
@@ -298,7 +296,7 @@ def main(config):
         raise ArgumentError(f"--crops {sum(config.crops)}: at least 2 crops are needed, to predict one from another")
     clustered = steps_per_epoch * config.batch_size
     if clustered < config.prototypes:
-        raise ArgumentError(f"--prototypes {config.prototypes}: more than the {clustered} images of an epoch, which are labelled")
+        raise ArgumentError(f"--prototypes {config.prototypes}: more than the {clustered} images of an epoch, which are clustered")
 
     model = Model(config)
     model.to(device, torch.float64 if config.precision == "float64" else torch.float32, memory_format=torch.channels_last)
@@ -318,16 +316,18 @@ def main(config):
     info.update(recipe=config.recipe, resize=size if config.stem == "small" else round(size * 8 / 7), size=size)
     objects = {"model": model, "optimizer": optimizer, "memory": memory}
     meter = Meter(config.prototypes, len(images), config.heads, device)
-    run = Run(config, "selav2", images, steps_per_epoch, meter, objects, model.backbone, info, device, REMEDY)
+    run = Run(config, info["method"], images, steps_per_epoch, meter, objects, model.backbone, info, device, REMEDY)
     parameters = sum(p.numel() for p in model.parameters())
-    held = len(images) * (4 * config.crops[0] * config.dim + 4 * config.prototypes + 16 * config.heads)  # memory, scores, labels
+    # memory, scores; targets and assignments
+    held = len(images) * (4 * config.crops[0] * config.dim + 4 * config.prototypes + 16 * config.heads)
     run.report(recipe(Config, RECIPES, config.recipe), parameters, clustered, held)
     run.resume()
     for epoch in run.epochs():
         if memory.epoch < 0:
             fill(model, memory, loader, run, config)
         if memory.epoch < epoch:  # not when a run resumes in mid-epoch
-            assign(memory, model.prototypes, config.temperature, config.lam, config.tolerance)
+            with run.phase("clusters"):
+                assign(memory, model.prototypes, config.temperature, config.lam, config.tolerance)
             memory.epoch = epoch
         train_one_epoch(net, optimizer, memory, loader, run, config, epoch)
         run.end_epoch(epoch)

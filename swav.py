@@ -14,8 +14,8 @@ Published recipe, 75.3 % ImageNet linear top-1 reported by the authors (no full 
 
     torchrun --nproc_per_node=8 --nnodes=8 swav.py --data /imagenet --recipe swav_800ep
 
-One node of 8 GPUs (their 74.3 % row): torchrun --nproc_per_node=8 swav.py --data /imagenet
-On a CPU, in minutes:                  python swav.py --eval-every 5        (embedded images, needs no data)
+One node of 8 GPUs (74.3 %):           torchrun --nproc_per_node=8 swav.py --data /imagenet
+On a CPU, in minutes:                  python swav.py --eval-every 5    (embedded images, needs no data)
 Your photos, no labels:                python swav.py --data ~/photos --recipe small
 """
 
@@ -34,12 +34,11 @@ from common.resnet import ARCHITECTURES
 from common.run import Run, autocast_dtype, launch, say, start
 from common.sinkhorn import sinkhorn
 
-# Letters in shapes: B images of this rank, V crops (the first U large), D embedding, K prototypes, L queue, N data set.
+# Letters in shapes: B images of this rank, W ranks, V crops (first U large), F features, D embedding, K prototypes, L queue, N data set.
 
 # ---------------------------------------------------------------------------------------------------------- recipes
 
-BATCH_4096 = dict(batch_size=4096, lr=4.8, final_lr=0.0048, warmup_epochs=10, start_lr=0.3)
-BATCH_4096.update(freeze_prototypes_iters=313, queue_length=0)
+BATCH_4096 = dict(batch_size=4096, lr=4.8, final_lr=0.0048, warmup_epochs=10, start_lr=0.3, freeze_prototypes_iters=313, queue_length=0)
 WIDE = dict(BATCH_4096, epochs=400, crops=(2, 4), hidden=8192)
 W4 = dict(WIDE, width=4.0, scales=(0.08, 1.0, 0.08, 0.14), batch_size=2560, queue_length=2560, queue_start_epoch=0)
 W5 = dict(WIDE, width=5.0, hidden=10240, batch_size=1536, start_lr=0.1875, final_lr=0.0, queue_length=1536, queue_start_epoch=0)
@@ -90,7 +89,7 @@ class Config:
     jitter: tuple[float, ...] = option((0.8, 0.8, 0.8, 0.2), "brightness, contrast, saturation, hue")
     blur_p: float = option(0.5, "probability of blur")
 
-    prototypes: int = option(3000, "number K of prototypes", group="method")
+    prototypes: int = option(3000, "number K of prototypes, one a cluster", group="method")
     temperature: float = option(0.1, "of the predictions")
     epsilon: float = option(0.05, "of Sinkhorn: smaller makes sharper codes")
     sinkhorn_iterations: int = option(3, "of Sinkhorn")
@@ -175,16 +174,16 @@ class Memory:
     def full(self):
         return self.length > 0 and self.filled >= self.length
 
-    def rows(self, u):
-        """Rows of this rank for assigning crop u: (L / W, D)."""
-        return self.queue[u]
-
     @torch.no_grad()
     def push(self, z):
         """Puts this rank's embeddings z (U, B, D) in front; the oldest fall off the end."""
-        self.queue = torch.cat([z.detach(), self.queue], dim=1)[:, : self.queue.shape[1]]
+        self.queue = torch.cat([z, self.queue], dim=1)[:, : self.queue.shape[1]]
         self.filled = min(self.length, self.filled + z.shape[1] * distributed.world_size())
         self.batch = z.shape[1]
+
+    def rows(self, u):
+        """Embeddings of assigning crop u that the queue holds on this rank: (L / W, D)."""
+        return self.queue[u]
 
     def state_dict(self):
         if not self.filled:
@@ -257,7 +256,7 @@ def train_one_epoch(net, optimizer, memory, loader, run, config, epoch):
         # memory: after its use, so a batch never meets itself
         if memory.length and epoch >= config.queue_start_epoch:
             was_full = memory.full
-            memory.push(z[:U])
+            memory.push(z[:U].detach())
             if memory.full and not was_full:
                 say(f"queue of {memory.length} is full: used from step {step + 2} on")
 
@@ -302,9 +301,9 @@ def main(config):
     info.update(recipe=config.recipe, resize=size if config.stem == "small" else round(size * 8 / 7), size=size)
     objects = {"model": model, "optimizer": optimizer, "memory": memory}
     meter = Meter(config.prototypes, len(images), device=device)
-    run = Run(config, "swav", images, steps_per_epoch, meter, objects, model.backbone, info, device, REMEDY)
+    run = Run(config, info["method"], images, steps_per_epoch, meter, objects, model.backbone, info, device, REMEDY)
     parameters = sum(p.numel() for p in model.parameters())
-    held = 2 * config.crops[0] * config.dim * queue_length * 2 + 8 * len(images)  # queue and assignments
+    held = 4 * config.crops[0] * config.dim * queue_length + 8 * len(images)  # queue; assignments
     run.report(recipe(Config, RECIPES, config.recipe), parameters, config.batch_size + queue_length, held)
     run.resume()
     for epoch in run.epochs():

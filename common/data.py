@@ -329,6 +329,7 @@ class Loader:
         if workers < 0:
             cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
             workers = max(1, min(8, cores - 1))
+        self.dataset = dataset
         self.bad = set()
         self.lost = False  # a sample found nothing readable within TRIES images and is blank, with index -1
         self._keys = _Keys()

@@ -12,7 +12,7 @@ METHODS = ["swav", "selav2", "deepclusterv2", "deepcluster", "odc", "sela"]  # a
 BANNERS = ["recipes", "model", "algorithm", "training"]
 STEPS = ["assign", "schedule", "move", "forward", "assign", "loss", "memory", "update", "log"]
 # Options whose help names what the method does with them; everything else is said in the same words everywhere.
-OWN_WORDS = {"prototypes", "heads", "crops", "eval_size", "kmeans_iterations", "lr", "momentum"}
+OWN_WORDS = {"prototypes", "crops", "eval_size", "kmeans_iterations", "lr", "momentum"}
 
 
 def source(method):
@@ -72,6 +72,13 @@ def test_shared_options_are_the_same(one):
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_remedies_name_options(method):
+    remedy = importlib.import_module(method).REMEDY
+    assert {name.replace("-", "_") for name in re.findall(r"--([a-z-]+)", remedy)} <= set(fields(method))
+    assert not re.search(r"(fewer|more|lower|milder) [^-]", remedy.replace("README.md says more", ""))
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_no_option_is_dead(method):
     """Each option is read by the script, or by what all scripts share."""
     text = source(method)
@@ -79,6 +86,22 @@ def test_no_option_is_dead(method):
     body = text[text.index("class Model") :]
     for name in fields(method):
         assert re.search(rf"\bconfig\.{name}\b", body) or re.search(rf"\b(c|config)\.{name}\b|\"{name}\"", shared), name
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_letter_of_a_shape_is_in_the_legend(method):
+    text = source(method)
+    legend = re.search(r"^# Letters in shapes: (.*)$", text, re.M)[1]
+    shapes = re.findall(r"\(([A-Zn](?: [A-Z])?(?:, [^()]*)?|[A-Z], [^()]*)\)", text[text.index("class Model") :])
+    used = {letter for shape in shapes for letter in re.findall(r"\b[A-Zn]\b", shape)}
+    local = set(re.findall(r"\bthe ([A-Z]) ", text))  # said where it is used
+    assert {"B", "K"} <= used and used <= set(re.findall(r"\b[A-Zn]\b", legend)) | local
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_names_are_the_words_of_all(method):
+    names = {node.id for node in ast.walk(ast.parse(source(method))) if isinstance(node, ast.Name)}
+    assert not names & {"labels", "views", "nmb_crops"}  # ground truth alone; crops
 
 
 def test_what_is_the_same_is_the_same_text():
@@ -90,6 +113,9 @@ def test_what_is_the_same_is_the_same_text():
         bodies = [[ast.unparse(line) for line in ast.parse(functions(m)[name]).body[0].body[1:]] for m in methods]  # without docstring
         assert all(body == bodies[0] for body in bodies), name
     for lines in (
+        "def train_one_epoch(net, optimizer, memory, loader, run, config, epoch):\n",
+        "    for step, (index, crops, params) in run.steps(loader, batches, epoch):\n",
+        '    run = Run(config, info["method"], images, steps_per_epoch, meter, objects, model.backbone, info, device, REMEDY)\n',
         "    net = distributed.parallel(model)\n",
         "    run.resume()\n    for epoch in run.epochs():\n",
         '    loader = data.Loader(crops, config.workers, device.type == "cuda")\n',
@@ -97,6 +123,17 @@ def test_what_is_the_same_is_the_same_text():
         "        optimizer.zero_grad()\n        loss.backward()\n",
     ):
         assert all(source(method).count(lines) == 1 for method in METHODS), lines
+    for methods, lines in (
+        (
+            "selav2 deepclusterv2 deepcluster odc sela",
+            'raise data.DataError(f"--prototypes {K}: more than the {readable} images that can be read")',
+        ),
+        ("selav2 deepclusterv2 odc", "row = torch.where((index >= self.first) & (index < self.last), index - self.first, self.own)"),
+        ("selav2 deepclusterv2 sela", '; a lower --lr may help") from None\n'),
+        ("selav2 deepclusterv2 deepcluster odc", '            with run.phase("clusters"):\n'),
+        ("deepcluster sela", "--arch {config.arch} takes images of 224 pixels and has no other width or stem: --sizes 224 --eval-size 0"),
+    ):
+        assert all(source(method).count(lines) == 1 for method in methods.split()), lines
 
 
 def test_make_diff_compares_all_methods():
