@@ -134,10 +134,9 @@ def accuracies(args, device):
             figures |= {f"{name} crops: epochs at {what}": epochs, f"{name} crops: 20-NN % at {what}": accuracy}
     for batch in BATCHES:
         more = batch / config.batch_size
-        c = replace(
-            configs["2"], batch_size=batch, prototypes=256, lr=config.lr * math.sqrt(more), final_lr=config.final_lr * math.sqrt(more)
-        )
-        c = replace(c, freeze_prototypes_iters=round(config.freeze_prototypes_iters / more), queue_start_epoch=1)
+        rates = dict(lr=config.lr * math.sqrt(more), final_lr=config.final_lr * math.sqrt(more))
+        frozen = round(config.freeze_prototypes_iters / more)
+        c = replace(configs["2"], batch_size=batch, prototypes=256, freeze_prototypes_iters=frozen, queue_start_epoch=1, **rates)
         for queue in QUEUES:
             accuracy = train(replace(c, queue_length=queue), args.out / f"batch_{batch}_queue_{queue}")[-1]
             figures[f"batch {batch}, queue {queue}: 20-NN %"] = accuracy
