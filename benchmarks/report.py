@@ -8,6 +8,7 @@ import json
 import statistics
 from pathlib import Path
 
+from benchmarks import draw
 from common.checkpoint import writing
 
 ROOT = Path(__file__).parents[1]
@@ -112,10 +113,6 @@ def peer(results):
 # A colour for what belongs together, the older or foreign one dashed: (colour, dashes).
 STYLES = {"swav": ("blue", ""), "lightly_swav": ("blue", "6 4"), "deepclusterv2": ("orange", ""), "deepcluster": ("orange", "6 4")}
 STYLES |= {"selav2": ("green", ""), "sela": ("green", "6 4"), "odc": ("purple", ""), "supervised": ("grey", ""), "pixels": ("grey", "1 5")}
-LIGHT = dict(page="#ffffff", ink="#1f2328", grid="#d8dee4", grey="#6e7781")
-LIGHT.update(blue="#0969da", orange="#c4500b", green="#11813a", purple="#8250df")
-DARK = dict(page="#0d1117", ink="#e6edf3", grid="#30363d", grey="#8b949e")
-DARK.update(blue="#58a6ff", orange="#f0883e", green="#3fb950", purple="#bc8cff")
 
 
 def figure(results):
@@ -127,50 +124,30 @@ def figure(results):
     accuracies = [accuracy for points in curves.values() for point in points for accuracy in point[1:]]
     low, high = 10 * int(min(accuracies) // 10), 10 * int(max(accuracies) // 10 + 1)
 
-    def x(epoch):
-        return round(left + (right - left) * epoch / settings["epochs"], 1)
-
-    def y(accuracy):
-        return round(bottom - (bottom - top) * (accuracy - low) / (high - low), 1)
-
-    def path(points, style, **more):
-        more = "".join(f' {key.replace("_", "-")}="{value}"' for key, value in more.items() if value)
-        return f'<path d="M{" ".join(f"{a},{b}" for a, b in points)}" style="{style}"{more}/>'
-
-    def text(a, b, words, anchor="start"):
-        return f'<text x="{a}" y="{b}" text-anchor="{anchor}">{words}</text>'
-
-    light, dark = ("".join(f" --{name}: {value};" for name, value in colours.items()) for colours in (LIGHT, DARK))
-    css = f":root {{{light} }} @media (prefers-color-scheme: dark) {{ :root {{{dark} }} }}"
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">']
-    parts += [f"<style>{css} text {{ font: 13px system-ui, sans-serif; fill: var(--ink); }}</style>"]
-    parts += [f'<rect width="{width}" height="{height}" style="fill: var(--page)"/>', text(8, 20, "20-NN accuracy, %")]
+    x, y = draw.scale(0, settings["epochs"], left, right), draw.scale(low, high, bottom, top)
+    parts = [draw.text(8, 20, "20-NN accuracy, %")]
     for accuracy in range(low, high + 1, 10):
-        parts += [
-            path([(left, y(accuracy)), (right, y(accuracy))], "stroke: var(--grid)"),
-            text(left - 8, y(accuracy) + 4, accuracy, "end"),
-        ]
+        parts += draw.level(left, right, y(accuracy), accuracy)
     for share in range(5):
         seen = settings["images"] * settings["epochs"] * share // 4
-        parts.append(text(x(settings["epochs"] * share / 4), bottom + 20, f"{seen:,}", "middle"))
-    parts.append(text((left + right) / 2, bottom + 40, "images seen", "middle"))
+        parts.append(draw.text(x(settings["epochs"] * share / 4), bottom + 20, f"{seen:,}", "middle"))
+    parts.append(draw.text((left + right) / 2, bottom + 40, "images seen", "middle"))
 
     for name, points in curves.items():
         colour, dashes = STYLES[name]
-        colour = f"var(--{colour})"
         if any(least < most for _, _, least, most in points):
             band = [(x(e), y(most)) for e, _, _, most in points] + [(x(e), y(least)) for e, _, least, _ in reversed(points)]
-            parts.append(path(band, f"fill: {colour}", fill_opacity="0.2"))
+            parts.append(draw.path(band, f"fill: var(--{colour})", fill_opacity="0.2"))
         line = [(x(e), y(mean)) for e, mean, *_ in points]
-        parts.append(path(line, f"fill: none; stroke: {colour}; stroke-width: 2", stroke_dasharray=dashes))
-        parts += [f'<circle cx="{a}" cy="{b}" r="3" style="fill: {colour}"/>' for a, b in line if name in methods]
+        parts.append(draw.line(line, colour, dashes))
+        parts += [f'<circle cx="{a}" cy="{b}" r="3" style="fill: var(--{colour})"/>' for a, b in line if name in methods]
     free = height
     for end, name in sorted((points[-1][1], name) for name, points in curves.items()):  # from below, each as near its line as it can be
         free = min(y(end), free - 17)
         title = methods[name]["title"] if name in methods else name
-        parts.append(path([(right + 5, y(end)), (right + 20, free)], f"stroke: var(--{STYLES[name][0]})"))
-        parts.append(text(right + 25, free + 4, f"{title} {end:.1f}"))
-    return "\n".join([*parts, "</svg>"]) + "\n"
+        parts.append(draw.path([(right + 5, y(end)), (right + 20, free)], f"stroke: var(--{STYLES[name][0]})"))
+        parts.append(draw.text(right + 25, free + 4, f"{title} {end:.1f}"))
+    return draw.page(width, height, parts)
 
 
 def main():

@@ -1,0 +1,40 @@
+"""Pictures for the documents: SVG as text, in colours that follow the reader's light or dark page."""
+
+LIGHT = dict(page="#ffffff", ink="#1f2328", grid="#d8dee4", grey="#6e7781")
+LIGHT.update(blue="#0969da", orange="#c4500b", green="#11813a", purple="#8250df")
+DARK = dict(page="#0d1117", ink="#e6edf3", grid="#30363d", grey="#8b949e")
+DARK.update(blue="#58a6ff", orange="#f0883e", green="#3fb950", purple="#bc8cff")
+
+
+def page(width, height, parts, size=13):
+    """The whole file. Other functions make its parts, each a line; `size` is that of the letters."""
+    light, dark = ("".join(f" --{name}: {value};" for name, value in colours.items()) for colours in (LIGHT, DARK))
+    css = f":root {{{light} }} @media (prefers-color-scheme: dark) {{ :root {{{dark} }} }}"
+    head = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">']
+    head += [f"<style>{css} text {{ font: {size}px system-ui, sans-serif; fill: var(--ink); }}</style>"]
+    head += [f'<rect width="{width}" height="{height}" style="fill: var(--page)"/>']
+    return "\n".join([*head, *parts, "</svg>"]) + "\n"
+
+
+def scale(low, high, start, end):
+    """A function from values between low and high to places between start and end."""
+    return lambda value: round(start + (end - start) * (value - low) / (high - low), 1)
+
+
+def path(points, style, **more):
+    more = "".join(f' {key.replace("_", "-")}="{value}"' for key, value in more.items() if value)
+    return f'<path d="M{" ".join(f"{a},{b}" for a, b in points)}" style="{style}"{more}/>'
+
+
+def line(points, colour, dashes=""):
+    return path(points, f"fill: none; stroke: var(--{colour}); stroke-width: 2", stroke_dasharray=dashes)
+
+
+def text(x, y, words, anchor="start", colour=""):
+    style = f' style="fill: var(--{colour})"' if colour else ""
+    return f'<text x="{x}" y="{y}" text-anchor="{anchor}"{style}>{words}</text>'
+
+
+def level(left, right, y, words):
+    """A line across the picture, with words before it."""
+    return [path([(left, y), (right, y)], "stroke: var(--grid)"), text(left - 8, y + 4, words, "end")]
