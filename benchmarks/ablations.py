@@ -71,6 +71,7 @@ EXPERIMENTS = {
     "deepclusterv2, one clustering": (dict(heads=1), {}),
     "deepclusterv2, two crops": (dict(crops=(2,)), {}),
 }
+COLUMNS = ("loss / ln K", "clusters in use", "largest cluster, %", "20-NN %")
 
 
 def arguments():
@@ -86,6 +87,11 @@ def arguments():
     parser.add_argument("--out", type=Path, default=Path("runs/ablations"))
     parser.add_argument("--workers", type=int, default=-1)
     return parser.parse_args()
+
+
+def folder(out, name):
+    """Where the run of an experiment is kept."""
+    return out / name.replace(", ", "-").replace(" ", "_")
 
 
 def train(name, args, out):
@@ -119,11 +125,11 @@ def main():
         return print("\n".join(names))
     figures = {}
     for name in EXPERIMENTS:
-        out = args.out / name.replace(", ", "-").replace(" ", "_")
+        out = folder(args.out, name)
         if not (out / "done.json").exists() and name in names:
             train(name, args, out)
         if (out / "done.json").exists():
-            for what, value in zip(("loss / ln K", "clusters in use", "largest cluster, %", "20-NN %"), figures_of(out)):
+            for what, value in zip(COLUMNS, figures_of(out)):
                 figures[f"{name}: {what}"] = value
     write("ablations", torch.device("cpu"), dict(recipe=args.recipe, epochs=args.epochs, seed=args.seed), figures)
 

@@ -31,7 +31,8 @@ def line(points, colour, dashes=""):
 
 
 def text(x, y, words, anchor="start", colour=""):
-    style = f' style="fill: var(--{colour})"' if colour else ""
+    """Words; coloured ones may stand on lines, which they push aside."""
+    style = f' style="fill: var(--{colour}); stroke: var(--page); stroke-width: 6; paint-order: stroke"' if colour else ""
     return f'<text x="{x}" y="{y}" text-anchor="{anchor}"{style}>{words}</text>'
 
 

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks import report
-from benchmarks.record import RESULTS, command, machine, versions
+from benchmarks.record import RESULTS, command, origin
 from common import data, features
 from common.checkpoint import build_backbone, load_backbone
 from common.config import differences, recipe
@@ -208,8 +208,7 @@ def collect(args, images, queries, seconds):
     floors["pixels"] = judge(Pixels(), small, images, queries, args.out / "pixels", [], args.workers)
     settings = dict(data=Path(args.data).name, images=len(images), held_out=len(queries), classes=len(images.classes), epochs=args.epochs)
     settings.update(trunk=f"{config.arch} x{config.width:g}", px=config.eval_size)
-    about = {"machine": machine(torch.device("cpu")), "versions": versions(), "command": command(["benchmarks.methods", *sys.argv[1:]])}
-    return {**about, "settings": settings, "methods": found, "floors": floors}
+    return {**origin("methods", torch.device("cpu")), "settings": settings, "methods": found, "floors": floors}
 
 
 def main():

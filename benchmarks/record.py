@@ -52,12 +52,15 @@ def command(words):
     return " ".join(["python", "-m", *(Path(word).name if os.path.isabs(word) or os.path.exists(word) else str(word) for word in words)])
 
 
+def origin(name, device):
+    """What every result file begins with: machine, versions, and the command that this program was started by."""
+    return {"machine": machine(device), "versions": versions(), "command": command([f"benchmarks.{name}", *sys.argv[1:]])}
+
+
 def write(name, device, settings, figures):
     """Prints the figures and writes them to results/NAME_DEVICE.json with versions, machine, command and settings."""
     record = {
-        "machine": machine(device),
-        "versions": versions(),
-        "command": command([f"benchmarks.{name}", *sys.argv[1:]]),
+        **origin(name, device),
         "settings": settings,
         "figures": {key: float(f"{value:.4g}") for key, value in figures.items()},
     }

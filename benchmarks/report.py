@@ -13,7 +13,6 @@ from common.checkpoint import writing
 
 ROOT = Path(__file__).parents[1]
 RESULTS, README, FIGURE = ROOT / "benchmarks/results/methods.json", ROOT / "README.md", ROOT / "docs/curves.svg"
-MARKS = "<!-- results: python -m benchmarks.report writes what stands here -->", "<!-- end of results -->"
 COLUMNS = {"knn": "20-NN", "linear": "linear", "nmi": "NMI", "ami": "AMI", "hungarian": "matched"}
 
 
@@ -152,19 +151,26 @@ def figure(results):
 
 def main():
     results = json.loads(RESULTS.read_text())
-    before, found, rest = README.read_text().partition(MARKS[0])
-    _, end, after = rest.partition(MARKS[1])
-    if not found or not end:
-        raise SystemExit(f"error: {README} has no lines {MARKS[0]} and {MARKS[1]}")
+    page = between(README.read_text(), "results", content(results))
     with writing(README, text=True) as file:
-        file.write(f"{before}{section(results)}{after}")
+        file.write(page)
     FIGURE.write_text(figure(results))
     print(f"written to {README.name} and {FIGURE.relative_to(ROOT)}")
 
 
-def section(results):
-    """What stands in the README, with its marks."""
-    return f"{MARKS[0]}\n{table(results)}\n\n![Learning curves](docs/{FIGURE.name})\n{MARKS[1]}"
+def content(results):
+    """What stands in the README between the marks."""
+    return f"{table(results)}\n\n![Learning curves](docs/{FIGURE.name})"
+
+
+def between(page, name, content, script="report"):
+    """The page with this content between the two lines that are there for it."""
+    begin, end = f"<!-- {name}: python -m benchmarks.{script} writes what stands here -->\n", f"<!-- end of {name} -->"
+    before, _, rest = page.partition(begin)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise SystemExit(f"error: the page lacks {begin}and after it {end}")
+    return f"{before}{begin}{content}\n{end}{after}"
 
 
 if __name__ == "__main__":

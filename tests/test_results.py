@@ -1,15 +1,19 @@
-"""The comparison of methods: what the README says is what its file says, and what is computed from the file."""
+"""What the README and the walk through the methods say and show is what their files say, and what is computed from the files."""
 
 import itertools
 import json
+import math
+import re
+import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from helpers import TINY, losses, metrics, run_here
 
-from benchmarks import methods, report, supervised
+from benchmarks import ablations, figures, methods, report, supervised
 from common import data
 from common.config import parse
 
@@ -44,7 +48,8 @@ def row(table, title):
 @pytest.mark.skipif(not report.RESULTS.exists(), reason="no results yet: make results")
 def test_readme_and_figure_are_those_of_the_file():
     saved = json.loads(report.RESULTS.read_text())
-    assert report.section(saved) in report.README.read_text()
+    page = report.README.read_text()
+    assert report.between(page, "results", report.content(saved)) == page
     assert report.figure(saved) == report.FIGURE.read_text()
 
 
@@ -96,6 +101,99 @@ def test_the_figure_names_every_curve_once_and_apart(results):
     heights = [float(label.split('y="')[1].split('"')[0]) for label in labels]
     assert all(lower - upper >= 17 for lower, upper in itertools.pairwise(heights))
     assert svg.count("fill-opacity") == 1 and "prefers-color-scheme: dark" in svg  # one method has several seeds
+
+
+# ---- the walk
+
+
+@pytest.mark.skipif(not (figures.NUMBERS.exists() and figures.ABLATIONS.exists()), reason="no runs yet: make figures")
+def test_the_walk_shows_what_its_files_say():
+    pictures, page = figures.drawn()
+    assert page == figures.PAGE.read_text()
+    for name, picture in pictures.items():
+        assert picture == (figures.PAGE.parent / name).read_text(), f"docs/{name}: python -m benchmarks.figures"
+
+
+def saved_run(folder, counts):
+    """What a finished run leaves of clusters with so many images each, the first one's first."""
+    folder.mkdir(parents=True)
+    (folder / "done.json").write_text("{}")
+    (folder / "metrics.jsonl").write_text('{"step": 0, "epoch": 0, "knn_k": 20, "knn_top1": 30.25}\n')
+    clusters = np.repeat(np.arange(len(counts)), counts)
+    np.savez(folder / "assignments.npz", assignments=np.stack([clusters, 0 * clusters]))
+
+
+@pytest.fixture
+def numbers(tmp_path, monkeypatch):
+    """Gathered of runs with known clusters and losses."""
+    monkeypatch.setattr("sys.argv", ["figures", "--runs", str(tmp_path)])
+    for name, counts in {"deepcluster": (100, 700, 0, 200), "sela": (250,) * 4, "sela, the likeliest label": (0, 900, 100)}.items():
+        saved_run(ablations.folder(tmp_path / "ablations", name), counts)
+    saved_run(tmp_path / "ablations/deepclusterv2", (500, 500))
+    (tmp_path / "stability").mkdir()
+    for name, jump in {"odc": 0.0, "deepcluster": 0.5}.items():
+        epoch = np.concatenate([np.full(12, 0.5 + jump), np.full(300, 0.5)])
+        np.savez(tmp_path / f"stability/{name}_cifar_10_50_0.npz", losses=np.tile(epoch, 10) * math.log(50), clusters=np.zeros((10, 7)))
+    return figures.gather(tmp_path)
+
+
+@pytest.fixture
+def found():
+    """What benchmarks.ablations writes: everything alike, but 20-NN accuracies, which count up."""
+    values = {name: (0.5, 7, 25.0, 30.0 + i) for i, name in enumerate(ablations.EXPERIMENTS)}
+    values = {f"{name}: {what}": value for name, row in values.items() for what, value in zip(ablations.COLUMNS, row)}
+    return {"machine": "a machine", "settings": {"recipe": "shapes", "epochs": 0, "seed": 0}, "figures": values}
+
+
+def test_the_numbers_of_the_walk_are_those_of_the_runs(numbers, tmp_path):
+    assert numbers["deepcluster"]["images"] == [700, 200, 100, 0]
+    assert all(abs(draws - 1000 / 3) < 20 for draws in numbers["deepcluster"]["draws"][:3]) and numbers["deepcluster"]["draws"][3] == 0
+    assert sum(numbers["deepcluster"]["draws"]) == 1000
+    assert numbers["odc"]["ODC"] == [[0.5] * 26] * 10 and numbers["odc"]["DeepCluster"] == [[1.0] + [0.5] * 25] * 10
+    assert numbers["sela"] == {"sela": [250] * 4, "sela, the likeliest label": [900, 100, 0]}
+    assert numbers["untrained"] == 30.25 and str(tmp_path) not in json.dumps(numbers)
+    scores = torch.tensor(numbers["swav"])
+    assert scores.shape == (32, 32) and scores.abs().max() <= 1 and scores.std() > 0.05
+
+
+def test_every_picture_is_small_readable_and_shown_by_the_page(numbers, found):
+    page = figures.PAGE.read_text()
+    for name, picture in figures.PICTURES.items():
+        svg = picture(numbers, found)
+        ElementTree.fromstring(svg)
+        assert len(svg) < 40_000 and "font: 16px" in svg and 'width="560"' in svg and "prefers-color-scheme: dark" in svg
+        assert f"]({name})" in page
+
+
+def test_the_codes_shown_are_balanced_by_the_iterations(numbers, found):
+    masses = re.findall(r"mass ([\d.]+) to ([\d.]+)", figures.swav_picture(numbers, found))
+    spread = [float(most) - float(least) for least, most in masses]
+    assert len(spread) == 3 and spread[0] > 3 and spread[0] > 3 * spread[1] and spread[1] > 3 * spread[2]
+
+
+def test_tables_of_the_walk_set_every_method_beside_its_broken_self(numbers, found):
+    table = figures.break_it(numbers, found)
+    names = [line.split(" | ")[0].removeprefix("| ") for line in table.splitlines() if " of " in line]
+    assert [name.split(",")[0] for name in names[::2]] == names[::2] == [name.split(",")[0] for name in names[1::2]]
+    assert row(table, "swav, 0 Sinkhorn iterations") == "| swav, 0 Sinkhorn iterations | 0.50 | 7 of 32 | 25.0 % | 31 % |"
+    assert all(name in ablations.EXPERIMENTS for name in re.findall('--only "(.*)"', table)) and table.count("--only") == 5
+    table = figures.leave_one_out(numbers, found)
+    assert row(table, "all of it").endswith("| 38 % |") and row(table, "two crops").endswith("| 45 % |")
+    assert row(table, "untrained trunk").endswith("| 30.25 % |") and "clustered once" not in table
+
+
+def test_a_run_that_is_missing_is_named_and_nothing_is_drawn(numbers, found, tmp_path, monkeypatch):
+    del found["figures"]["sela: 20-NN %"]
+    with pytest.raises(SystemExit, match="lacks 'sela'"):
+        figures.break_it(numbers, found)
+    (tmp_path / "stability/odc_cifar_10_50_0.npz").unlink()
+    with pytest.raises(SystemExit, match=r"odc_cifar_10_50_0\.npz: python -m benchmarks\.stability"):
+        figures.gather(tmp_path)
+    (tmp_path / "ablations/sela/done.json").unlink()
+    with pytest.raises(SystemExit, match=r'ablations/sela is no finished run: .* --only "sela"'):
+        figures.gather(tmp_path)
+    with pytest.raises(SystemExit, match="the page lacks <!-- results"):
+        report.between("no marks", "results", "")
 
 
 # ---- runs
