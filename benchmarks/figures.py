@@ -1,10 +1,12 @@
 """The pictures and tables of docs/methods.md: one picture for each step from DeepCluster to SwAV, and what breaks them.
 
-python -m benchmarks.figures                 # drawn anew from benchmarks/results/figures.json and ablations_cpu.json
-python -m benchmarks.figures --runs runs     # figures.json is first made anew, from these runs:
+    python -m benchmarks.figures                 # drawn anew from benchmarks/results/figures.json and ablations_cpu.json
+    python -m benchmarks.figures --runs runs     # before that figures.json is made anew
 
-python -m benchmarks.ablations                                                  # in RUNS/ablations
-python -m benchmarks.stability --recipe cifar --data cifar10 --epochs 10        # in RUNS/stability
+It holds the few hundred numbers that the pictures need of the runs in RUNS/ablations and RUNS/stability, which these make:
+
+    python -m benchmarks.ablations
+    python -m benchmarks.stability --recipe cifar --data cifar10 --epochs 10
 """
 
 import argparse
