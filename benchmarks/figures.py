@@ -1,6 +1,6 @@
-"""The pictures and tables of docs/methods.md: one picture for each step from DeepCluster to SwAV, and what breaks them.
+"""The pictures and tables of docs/methods.md: one picture for each step from DeepCluster to SwAV, what breaks them, what SwAV costs.
 
-    python -m benchmarks.figures                 # drawn anew from benchmarks/results/figures.json and ablations_cpu.json
+    python -m benchmarks.figures                 # drawn anew from {figures,ablations_cpu,multicrop_cpu}.json in benchmarks/results
     python -m benchmarks.figures --runs runs     # before that figures.json is made anew
 
 It holds the few hundred numbers that the pictures need of the runs in RUNS/ablations and RUNS/stability, which these make:
@@ -20,7 +20,7 @@ import torch
 
 import deepcluster
 import swav
-from benchmarks import ablations, draw
+from benchmarks import ablations, draw, multicrop
 from benchmarks.methods import curve_of
 from benchmarks.record import RESULTS, origin
 from benchmarks.report import ROOT, between
@@ -30,7 +30,8 @@ from common.config import recipe
 from common.multicrop import Augmentation, MultiCrop, to_device
 from common.sinkhorn import sinkhorn
 
-NUMBERS, ABLATIONS, PAGE = RESULTS / "figures.json", RESULTS / "ablations_cpu.json", ROOT / "docs/methods.md"
+FILES = {"figures": "figures", "ablations": "ablations_cpu", "multicrop": "multicrop_cpu"}  # benchmark: what it writes in RESULTS
+PAGE = ROOT / "docs/methods.md"
 STEADINESS = "cifar_10_50_0"  # of benchmarks.stability: recipe, epochs, clusters, seed
 BROKEN = {  # a method, and itself without what keeps it from collapse
     "swav": "swav, 0 Sinkhorn iterations",
@@ -120,17 +121,17 @@ def sorted_counts(counts, top, levels, title, below):
     return draw.page(WIDTH, 284, [*parts, draw.text((left + right) / 2, low + 24, below, "middle")], SIZE)
 
 
-def deepcluster_picture(numbers, results):
-    images, draws = numbers["deepcluster"]["images"], numbers["deepcluster"]["draws"]
+def deepcluster_picture(found):
+    images, draws = found["figures"]["deepcluster"]["images"], found["figures"]["deepcluster"]["draws"]
     counts = [("images = draws, if from all images", "grey", images), ("draws with uniform_order", "orange", draws)]
     title, below = "images of a cluster, and draws in an epoch", f"{len(images)} clusters, the largest first"
     return sorted_counts(counts, max(images + draws), range(0, max(images + draws) + 1, 50), title, below)
 
 
-def odc_picture(numbers, results):
+def odc_picture(found):
     left, right, high, low = 48, WIDTH - 12, 44, 262
-    curves = {name: list(itertools.chain(*rows)) for name, rows in numbers["odc"].items()}
-    epochs, losses = len(numbers["odc"]["ODC"]), list(itertools.chain(*curves.values()))
+    curves = {name: list(itertools.chain(*rows)) for name, rows in found["figures"]["odc"].items()}
+    epochs, losses = len(found["figures"]["odc"]["ODC"]), list(itertools.chain(*curves.values()))
     bottom, top = math.floor(10 * min(losses)), math.ceil(10 * max(losses))
     x, y = draw.scale(0, len(curves["ODC"]), left, right), draw.scale(bottom / 10, top / 10, low, high)
     parts = [draw.text(8, 24, "loss / ln K")]
@@ -145,8 +146,8 @@ def odc_picture(numbers, results):
     return draw.page(WIDTH, 312, [*parts, draw.text((left + right) / 2, low + 42, "epochs", "middle")], SIZE)
 
 
-def sela_picture(numbers, results):
-    shares = [[100 * count / sum(counts) for count in counts] for counts in numbers["sela"].values()]
+def sela_picture(found):
+    shares = [[100 * count / sum(counts) for count in counts] for counts in found["figures"]["sela"].values()]
     labels = max(map(len, shares))
     likeliest, balanced = (share + [0] * (labels - len(share)) for share in reversed(shares))
     words = [f"{name}: at most {max(share):.3g}" for name, share in (("likeliest label", likeliest), ("balanced assignment", balanced))]
@@ -155,11 +156,11 @@ def sela_picture(numbers, results):
     return sorted_counts(counts, max(likeliest), levels, "share of the images with each label, %", f"{labels} labels, the most used first")
 
 
-def deepclusterv2_picture(numbers, results):
+def deepclusterv2_picture(found):
     left, right, high, row = 192, WIDTH - 60, 40, 30
-    accuracies = {name.partition(", ")[2] or "all of it": value(results, name, "20-NN %") for name in LEFT_OUT}
+    accuracies = {name.partition(", ")[2] or "all of it": value(found, "ablations", f"{name}: 20-NN %") for name in LEFT_OUT}
     low = high + row * len(accuracies)
-    x, floor = draw.scale(0, max(accuracies.values()), left, right), numbers["untrained"]
+    x, floor = draw.scale(0, max(accuracies.values()), left, right), found["figures"]["untrained"]
     parts = [draw.text(8, 24, "20-NN accuracy, %, of DeepCluster-v2 with")]
     for number, (name, accuracy) in enumerate(accuracies.items()):
         y, colour = high + row * number, "orange" if number else "grey"
@@ -170,9 +171,9 @@ def deepclusterv2_picture(numbers, results):
     return draw.page(WIDTH, low + 34, [*parts, draw.text(x(floor), low + 22, f"untrained trunk {floor:g}", "middle")], SIZE)
 
 
-def swav_picture(numbers, results):
+def swav_picture(found):
     """Codes of a batch, darker the larger, and over them every prototype's mass, after 0, 1 and 3 iterations."""
-    scores = torch.tensor(numbers["swav"], dtype=torch.float64)  # (B, K)
+    scores = torch.tensor(found["figures"]["swav"], dtype=torch.float64)  # (B, K)
     epsilon = recipe(swav.Config, swav.RECIPES, "shapes").epsilon
     codes = {iterations: sinkhorn(scores, epsilon, iterations) for iterations in (0, 1, 3)}
     columns = codes[0].sum(0).argsort(descending=True, stable=True)  # prototypes by their mass without Sinkhorn
@@ -211,50 +212,86 @@ PICTURES = {
 # ----------------------------------------------------------------------------------------------------------- tables
 
 
-def value(results, name, what):
-    if f"{name}: {what}" not in results["figures"]:
-        raise SystemExit(f"error: {ABLATIONS.name} lacks '{name}': python -m benchmarks.ablations")
-    return results["figures"][f"{name}: {what}"]
+def value(found, benchmark, name):
+    if name not in found[benchmark]["figures"]:
+        raise SystemExit(f"error: {FILES[benchmark]}.json lacks '{name}': python -m benchmarks.{benchmark}")
+    return found[benchmark]["figures"][name]
 
 
-def table(numbers, results, title, rows):
+def outcomes(found, title, rows):
     """What benchmarks.ablations found. rows: {name: what it is called}."""
     lines = [f"| {title} | loss / ln K | clusters in use | the largest has | 20-NN |", "|---|---|---|---|---|"]
     for name, words in rows.items():
-        loss, used, largest, knn = (value(results, name, what) for what in ablations.COLUMNS)
+        loss, used, largest, knn = (value(found, "ablations", f"{name}: {what}") for what in ablations.COLUMNS)
         method = ablations.METHODS[name.split(",")[0]]
-        K = recipe(method.Config, method.RECIPES, results["settings"]["recipe"]).prototypes
+        K = recipe(method.Config, method.RECIPES, found["ablations"]["settings"]["recipe"]).prototypes
         lines.append(f"| {words} | {loss:.2f} | {used:.0f} of {K} | {largest:.1f} % | {knn:g} % |")
-    return [*lines, f"| untrained trunk | | | | {numbers['untrained']:g} % |"]
+    return [*lines, f"| untrained trunk | | | | {found['figures']['untrained']:g} % |"]
 
 
-def leave_one_out(numbers, results):
+def leave_one_out(found):
     rows = {name: name.partition(", ")[2] or "all of it" for name in LEFT_OUT}
-    return "\n".join(table(numbers, results, "DeepCluster-v2 with", rows))
+    return "\n".join(outcomes(found, "DeepCluster-v2 with", rows))
 
 
-def break_it(numbers, results):
+def break_it(found):
     names = [name for pair in BROKEN.items() for name in pair]
-    about = f"Recipe `{results['settings']['recipe']}`, one run each; {results['machine']}. The commands:"
+    about = f"Recipe `{found['ablations']['settings']['recipe']}`, one run each; {found['ablations']['machine']}. The commands:"
     commands = [f'    python -m benchmarks.ablations --only "{name}"' for name in BROKEN.values()]
-    return "\n".join([*table(numbers, results, "experiment", dict(zip(names, names))), "", about, "", *commands])
+    return "\n".join([*outcomes(found, "experiment", dict(zip(names, names))), "", about, "", *commands])
 
 
-TABLES = {"leave one out": leave_one_out, "break it": break_it}
+def crops(found):
+    titles = ("crops", "FLOPs, in images of 224 px", "time of a step", "peak memory", "20-NN at equal images", "at equal time")
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for name in multicrop.CROPS:
+
+        def of(what, name=name):
+            return value(found, "multicrop", f"{name} crops: {what}")
+
+        cells = [f"{of('FLOPs / one full image'):.2f}", f"{of('step time / 2 crops'):.2f} ({of('ms a step') / 1000:.2f} s)"]
+        cells += [f"{of('peak / 2 crops'):.2f} ({of('peak GiB'):.2f} GiB)"]
+        cells += [f"{of(f'20-NN % at equal {same}'):g} % ({of(f'epochs at equal {same}'):g} epochs)" for same in ("images", "time")]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def batches(found):
+    lines = ["| batch | steps | no queue | queue of 1,024 |", "|---|---|---|---|"]
+    for batch in multicrop.BATCHES:
+        accuracies = [value(found, "multicrop", f"batch {batch}, queue {queue}: 20-NN %") for queue in multicrop.QUEUES]
+        steps = value(found, "multicrop", f"batch {batch}: steps")
+        lines.append(f"| {batch:,} | {steps:.0f} | {' | '.join(f'{accuracy:g} %' for accuracy in accuracies)} |")
+    return "\n".join([*lines, f"| untrained trunk | | {value(found, 'multicrop', 'untrained: 20-NN %'):g} % | |"])
+
+
+def state(found):
+    lines = [f"| | an image | {' | '.join(f'{size} images' for size in multicrop.SIZES)} |", "|---" * (2 + len(multicrop.SIZES)) + "|"]
+    for name in multicrop.METHODS:
+        total = [value(found, "multicrop", f"{name}: GiB at {size}") for size in multicrop.SIZES]
+        an_image = f"{value(found, 'multicrop', f'{name}: bytes an image'):,.0f} B"
+        lines.append(f"| `{name}.py` | {an_image} | {' | '.join(f'{t:.3g} GiB' for t in total)} |")
+    return "\n".join(lines)
+
+
+TABLES = {"leave one out": leave_one_out, "break it": break_it, "crops": crops, "batches": batches, "state": state}
 
 
 # ------------------------------------------------------------------------------------------------------------- main
 
 
 def drawn():
-    """From the two files: {name: picture}, and the page with its tables."""
-    for path, how in ((NUMBERS, "benchmarks.figures --runs runs"), (ABLATIONS, "benchmarks.ablations")):
-        if not path.exists():
-            raise SystemExit(f"error: no {path}: python -m {how}")
-    numbers, results, page = json.loads(NUMBERS.read_text()), json.loads(ABLATIONS.read_text()), PAGE.read_text()
-    for name, content in TABLES.items():
-        page = between(page, name, content(numbers, results), "figures")
-    return {name: picture(numbers, results) for name, picture in PICTURES.items()}, page
+    """From the files: {name: picture}, and the page with its tables."""
+    found, page = {}, PAGE.read_text()
+    for benchmark, name in FILES.items():
+        if not (RESULTS / f"{name}.json").exists():
+            raise SystemExit(
+                f"error: no {RESULTS / name}.json: python -m benchmarks.{benchmark}{' --runs runs' * (benchmark == 'figures')}"
+            )
+        found[benchmark] = json.loads((RESULTS / f"{name}.json").read_text())
+    for name, table in TABLES.items():
+        page = between(page, name, table(found), "figures")
+    return {name: picture(found) for name, picture in PICTURES.items()}, page
 
 
 def main():
@@ -263,7 +300,7 @@ def main():
     runs = parser.parse_args().runs
     if runs:
         lines = ",\n".join(f" {json.dumps(key)}: {json.dumps(found)}" for key, found in gather(runs).items())
-        NUMBERS.write_text(f"{{\n{lines}\n}}\n")
+        (RESULTS / "figures.json").write_text(f"{{\n{lines}\n}}\n")
     pictures, page = drawn()
     for name, picture in pictures.items():
         (PAGE.parent / name).write_text(picture)

@@ -30,7 +30,7 @@ import selav2
 import swav
 from benchmarks.record import medians, resident, write
 from benchmarks.step import Synthetic, ours, seconds
-from common import distributed
+from common import data, distributed
 from common.config import recipe
 from common.run import Run
 
@@ -137,6 +137,7 @@ def accuracies(args, device):
         rates = dict(lr=config.lr * math.sqrt(more), final_lr=config.final_lr * math.sqrt(more))
         frozen = round(config.freeze_prototypes_iters / more)
         c = replace(configs["2"], batch_size=batch, prototypes=256, freeze_prototypes_iters=frozen, queue_start_epoch=1, **rates)
+        figures[f"batch {batch}: steps"] = c.epochs * (len(data.open_images(c.data or "shapes", "train", c.root)) // batch)
         for queue in QUEUES:
             accuracy = train(replace(c, queue_length=queue), args.out / f"batch_{batch}_queue_{queue}")[-1]
             figures[f"batch {batch}, queue {queue}: 20-NN %"] = accuracy

@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers import TINY, losses, metrics, run_here
 
-from benchmarks import ablations, figures, methods, report, supervised
+from benchmarks import ablations, figures, methods, multicrop, report, supervised
 from common import data
 from common.config import parse
 
@@ -106,7 +106,9 @@ def test_the_figure_names_every_curve_once_and_apart(results):
 # ---- the walk
 
 
-@pytest.mark.skipif(not (figures.NUMBERS.exists() and figures.ABLATIONS.exists()), reason="no runs yet: make figures")
+@pytest.mark.skipif(
+    not all((report.RESULTS.parent / f"{name}.json").exists() for name in figures.FILES.values()), reason="no runs yet: make figures"
+)
 def test_the_walk_shows_what_its_files_say():
     pictures, page = figures.drawn()
     assert page == figures.PAGE.read_text()
@@ -138,11 +140,26 @@ def numbers(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def found():
-    """What benchmarks.ablations writes: everything alike, but 20-NN accuracies, which count up."""
+def found(numbers):
+    """The three files. In those of benchmarks.ablations and .multicrop everything is alike, but accuracies, which count up."""
     values = {name: (0.5, 7, 25.0, 30.0 + i) for i, name in enumerate(ablations.EXPERIMENTS)}
     values = {f"{name}: {what}": value for name, row in values.items() for what, value in zip(ablations.COLUMNS, row)}
-    return {"machine": "a machine", "settings": {"recipe": "shapes", "epochs": 0, "seed": 0}, "figures": values}
+    broken = {"machine": "a machine", "settings": {"recipe": "shapes", "epochs": 0, "seed": 0}, "figures": values}
+    costs = {"untrained: 20-NN %": 30.25}
+    for i, name in enumerate(multicrop.CROPS, 1):
+        figures_of = {"FLOPs / one full image": 2 * i, "ms a step": 1000 * i, "step time / 2 crops": i, "peak GiB": i, "peak / 2 crops": i}
+        figures_of |= {
+            "epochs at equal images": 5,
+            "epochs at equal time": 10 - i,
+            "20-NN % at equal images": 40 + i,
+            "20-NN % at equal time": 50 + i,
+        }
+        costs |= {f"{name} crops: {what}": value for what, value in figures_of.items()}
+    for batch in multicrop.BATCHES:
+        costs |= {f"batch {batch}: steps": batch, **{f"batch {batch}, queue {queue}: 20-NN %": batch + queue for queue in multicrop.QUEUES}}
+    for i, name in enumerate(multicrop.METHODS):
+        costs |= {f"{name}: bytes an image": 1000 * i, **{f"{name}: GiB at {size}": i for size in multicrop.SIZES}}
+    return {"figures": numbers, "ablations": broken, "multicrop": {"figures": costs}}
 
 
 def test_the_numbers_of_the_walk_are_those_of_the_runs(numbers, tmp_path):
@@ -156,36 +173,47 @@ def test_the_numbers_of_the_walk_are_those_of_the_runs(numbers, tmp_path):
     assert scores.shape == (32, 32) and scores.abs().max() <= 1 and scores.std() > 0.05
 
 
-def test_every_picture_is_small_readable_and_shown_by_the_page(numbers, found):
+def test_every_picture_is_small_readable_and_shown_by_the_page(found):
     page = figures.PAGE.read_text()
     for name, picture in figures.PICTURES.items():
-        svg = picture(numbers, found)
+        svg = picture(found)
         ElementTree.fromstring(svg)
         assert len(svg) < 40_000 and "font: 16px" in svg and 'width="560"' in svg and "prefers-color-scheme: dark" in svg
         assert f"]({name})" in page
 
 
-def test_the_codes_shown_are_balanced_by_the_iterations(numbers, found):
-    masses = re.findall(r"mass ([\d.]+) to ([\d.]+)", figures.swav_picture(numbers, found))
+def test_the_codes_shown_are_balanced_by_the_iterations(found):
+    masses = re.findall(r"mass ([\d.]+) to ([\d.]+)", figures.swav_picture(found))
     spread = [float(most) - float(least) for least, most in masses]
     assert len(spread) == 3 and spread[0] > 3 and spread[0] > 3 * spread[1] and spread[1] > 3 * spread[2]
 
 
-def test_tables_of_the_walk_set_every_method_beside_its_broken_self(numbers, found):
-    table = figures.break_it(numbers, found)
+def test_tables_of_the_walk_set_every_method_beside_its_broken_self(found):
+    table = figures.break_it(found)
     names = [line.split(" | ")[0].removeprefix("| ") for line in table.splitlines() if " of " in line]
     assert [name.split(",")[0] for name in names[::2]] == names[::2] == [name.split(",")[0] for name in names[1::2]]
     assert row(table, "swav, 0 Sinkhorn iterations") == "| swav, 0 Sinkhorn iterations | 0.50 | 7 of 32 | 25.0 % | 31 % |"
     assert all(name in ablations.EXPERIMENTS for name in re.findall('--only "(.*)"', table)) and table.count("--only") == 5
-    table = figures.leave_one_out(numbers, found)
+    table = figures.leave_one_out(found)
     assert row(table, "all of it").endswith("| 38 % |") and row(table, "two crops").endswith("| 45 % |")
     assert row(table, "untrained trunk").endswith("| 30.25 % |") and "clustered once" not in table
 
 
-def test_a_run_that_is_missing_is_named_and_nothing_is_drawn(numbers, found, tmp_path, monkeypatch):
-    del found["figures"]["sela: 20-NN %"]
-    with pytest.raises(SystemExit, match="lacks 'sela'"):
-        figures.break_it(numbers, found)
+def test_tables_of_cost_show_every_figure_in_its_place(found):
+    table = figures.crops(found)
+    assert row(table, "2 + 4") == "| 2 + 4 | 4.00 | 2.00 (2.00 s) | 2.00 (2.00 GiB) | 42 % (5 epochs) | 52 % (8 epochs) |"
+    table = figures.batches(found)
+    assert (
+        row(table, "1,024") == "| 1,024 | 1024 | 1024 % | 2048 % |" and row(table, "untrained trunk") == "| untrained trunk | | 30.25 % | |"
+    )
+    table = figures.state(found)
+    assert row(table, "`sela.py`") == "| `sela.py` | 3,000 B | 3 GiB | 3 GiB | 3 GiB |" and len(table.splitlines()) == 8
+
+
+def test_a_run_that_is_missing_is_named_and_nothing_is_drawn(found, tmp_path, monkeypatch):
+    del found["ablations"]["figures"]["sela: 20-NN %"]
+    with pytest.raises(SystemExit, match="lacks 'sela: 20-NN %'"):
+        figures.break_it(found)
     (tmp_path / "stability/odc_cifar_10_50_0.npz").unlink()
     with pytest.raises(SystemExit, match=r"odc_cifar_10_50_0\.npz: python -m benchmarks\.stability"):
         figures.gather(tmp_path)
