@@ -42,9 +42,10 @@ bench: .venv/bench  ## against lightly, faiss, scikit-learn, POT: PHOTOS=folder 
 results: .venv/bench  ## all methods side by side, hours: DATA=folder or list, ROOT=, VAL= (default: cifar10); writes README's table
 	$(BIN)/python -m benchmarks.methods $(if $(DATA),--data $(DATA)) $(if $(ROOT),--root $(ROOT)) $(if $(VAL),--val $(VAL))
 
-figures: .venv/run  ## what breaks the methods, and the pictures and tables of docs/methods.md, hours: DATA=, ROOT= (default: cifar10)
+figures: .venv/run  ## what breaks the methods, what SwAV costs, and the pictures of docs/methods.md, hours: DATA=, ROOT= (default: cifar10)
 	$(BIN)/python -m benchmarks.ablations
 	$(BIN)/python -m benchmarks.stability --recipe cifar --data $(or $(DATA),cifar10) $(if $(ROOT),--root $(ROOT)) --epochs 10
+	$(BIN)/python -m benchmarks.multicrop
 	$(BIN)/python -m benchmarks.figures --runs runs
 
 lint: .venv/dev

@@ -15,8 +15,6 @@ from dataclasses import replace
 
 import torch
 import torch.distributed as dist
-from lightly.loss import SwaVLoss
-from lightly.models.modules import SwaVProjectionHead, SwaVPrototypes
 from torch import nn
 
 import swav
@@ -87,6 +85,9 @@ def ours(config, synthetic, compiled=False, convert=None):
 
 def theirs(config, synthetic):
     """A function that makes `count` steps of lightly's SwAV."""
+    from lightly.loss import SwaVLoss
+    from lightly.models.modules import SwaVProjectionHead, SwaVPrototypes
+
     torch.manual_seed(0)
     device = synthetic.device
     trunk = ARCHITECTURES[config.arch](config.width, config.stem)

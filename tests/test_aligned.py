@@ -3,7 +3,9 @@
 import ast
 import dataclasses
 import importlib
+import itertools
 import re
+import subprocess
 
 import pytest
 from helpers import ROOT
@@ -139,6 +141,14 @@ def test_what_is_the_same_is_the_same_text():
 def test_make_diff_compares_all_methods():
     recipe = (ROOT / "Makefile").read_text()
     assert " ".join(f"{m}.py" for m in METHODS) in recipe
+
+
+def test_readme_counts_what_make_diff_counts():
+    rows = re.findall(r"^\| `(\w+\.py) (\w+\.py)` \| (\d+) \|", (ROOT / "README.md").read_text(), re.M)
+    assert [(a, b) for a, b, _ in rows] == [(f"{a}.py", f"{b}.py") for a, b in itertools.pairwise(METHODS)]
+    for a, b, lines in rows:
+        found = subprocess.run(["diff", "-w", a, b], cwd=ROOT, capture_output=True, text=True).stdout
+        assert int(lines) == len(re.findall("^[<>]", found, re.M)), f"diff -w {a} {b}: README.md says {lines}"
 
 
 def test_docs_link_to_the_lines_they_name():
