@@ -3,7 +3,7 @@
     python -m benchmarks.multicrop                    # on shapes: an hour on two CPU cores
     python -m benchmarks.multicrop --recipe cifar --data cifar10
 
-Crops: 2 large ones against 2 + 4 and 2 + 6, small ones being 96/224 of a large one's side. FLOPs forward and backward of a published
+Crops: 2 large ones against 4, 2 + 4 and 2 + 6, small ones being 96/224 of a large one's side. FLOPs forward and backward of a published
 step (ResNet-50, head and prototypes; a multiplication with an addition is two), time and peak memory of a step in a process of its
 own; 20-NN of the recipe with these crops after its number of epochs, and after as many as take the time of its 2 + 6 crops.
 Batches: two crops, 256 prototypes, the learning rate by the square root of the batch, with and without a queue of 1,024 from epoch 1.
@@ -34,7 +34,7 @@ from common import data, distributed
 from common.config import recipe
 from common.run import Run
 
-CROPS = {"2": (2,), "2 + 4": (2, 4), "2 + 6": (2, 6)}
+CROPS = {"2": (2,), "4": (4,), "2 + 4": (2, 4), "2 + 6": (2, 6)}
 BATCHES, QUEUES = (64, 256, 1024), (0, 1024)
 METHODS = {"swav": swav, "deepclusterv2": deepclusterv2, "selav2": selav2, "sela": sela, "odc": odc, "deepcluster": deepcluster}
 SIZES = {"10 k": 10_000, "1.28 M": 1_281_167, "100 M": 100_000_000}

@@ -201,7 +201,7 @@ def test_tables_of_the_walk_set_every_method_beside_its_broken_self(found):
 
 def test_tables_of_cost_show_every_figure_in_its_place(found):
     table = figures.crops(found)
-    assert row(table, "2 + 4") == "| 2 + 4 | 4.00 | 2.00 (2.00 s) | 2.00 (2.00 GiB) | 42 % (5 epochs) | 52 % (8 epochs) |"
+    assert row(table, "2 + 4") == "| 2 + 4 | 6.00 | 3.00 (3.00 s) | 3.00 (3.00 GiB) | 43 % (5 epochs) | 53 % (7 epochs) |"
     table = figures.batches(found)
     assert (
         row(table, "1,024") == "| 1,024 | 1024 | 1024 % | 2048 % |" and row(table, "untrained trunk") == "| untrained trunk | | 30.25 % | |"
