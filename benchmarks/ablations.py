@@ -6,7 +6,7 @@
 
 Where an option does it, the run has that option; where none does, a line below puts another function in the script's place. After
 the runs a table: loss as a share of ln K, clusters in use, the largest cluster's share of the images, and 20-NN accuracy on
-held-out images. A run is kept in --out and not made twice.
+held-out images. A run is kept in --out and not made twice; nothing is written before all are there.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import deepclusterv2
 import odc
 import sela
 import swav
-from benchmarks.record import write
+from benchmarks.record import finished, show, write
 from common.config import recipe
 
 METHODS = {"swav": swav, "deepcluster": deepcluster, "odc": odc, "sela": sela, "deepclusterv2": deepclusterv2}
@@ -64,7 +64,7 @@ EXPERIMENTS = {
     "sela, the likeliest label": ({}, dict(assign=likeliest)),
     "deepclusterv2": ({}, {}),
     "deepclusterv2, clustered once": ({}, dict(assign=clustered_once)),
-    "deepclusterv2, crops and flips alone": (dict(jitter=(0.0, 0.0, 0.0, 0.0), blur_p=0.0), {}),
+    "deepclusterv2, no colour jitter": (dict(jitter=(0.0, 0.0, 0.0, 0.0), blur_p=0.0), {}),
     "deepclusterv2, linear head": ({}, dict(Model=LinearHead)),
     "deepclusterv2, constant learning rate": (dict(final_lr=0.8), {}),
     "deepclusterv2, temperature 1": (dict(temperature=1.0), {}),
@@ -94,16 +94,21 @@ def folder(out, name):
     return out / name.replace(", ", "-").replace(" ", "_")
 
 
-def train(name, args, out):
+def config_of(name, args, out):
     method = METHODS[name.split(",")[0]]
-    options, functions = EXPERIMENTS[name]
-    kept = {function: getattr(method, function) for function in functions}
-    for function, other in functions.items():
-        setattr(method, function, other)
     config = recipe(method.Config, method.RECIPES, args.recipe)
     epochs = args.epochs or config.epochs
     given = dict(data=args.data, root=args.root, val=args.val, epochs=epochs, seed=args.seed, workers=args.workers)
-    method.main(dataclasses.replace(config, **given, **options, recipe=args.recipe, out=str(out), fresh=True, eval_every=epochs))
+    given |= dict(recipe=args.recipe, out=str(out), fresh=True, eval_every=epochs)
+    return dataclasses.replace(config, **given, **EXPERIMENTS[name][0])
+
+
+def train(name, config):
+    method, functions = METHODS[name.split(",")[0]], EXPERIMENTS[name][1]
+    kept = {function: getattr(method, function) for function in functions}
+    for function, other in functions.items():
+        setattr(method, function, other)
+    method.main(config)
     for function, own in kept.items():
         setattr(method, function, own)
 
@@ -123,14 +128,19 @@ def main():
     names = [name for name in EXPERIMENTS if fnmatch.fnmatch(name, args.only)]
     if args.list:
         return print("\n".join(names))
-    figures = {}
+    figures, missing = {}, []
     for name in EXPERIMENTS:
         out = folder(args.out, name)
-        if not (out / "done.json").exists() and name in names:
-            train(name, args, out)
-        if (out / "done.json").exists():
-            for what, value in zip(COLUMNS, figures_of(out)):
-                figures[f"{name}: {what}"] = value
+        config = config_of(name, args, out)
+        if name in names and not finished(config, out):
+            train(name, config)
+        if finished(config, out):
+            figures |= {f"{name}: {what}": value for what, value in zip(COLUMNS, figures_of(out))}
+        else:
+            missing.append(name)
+    if missing:
+        show(figures)
+        return print(f"nothing is written: {args.out} lacks {'; '.join(missing)}")
     write("ablations", torch.device("cpu"), dict(recipe=args.recipe, epochs=args.epochs, seed=args.seed), figures)
 
 

@@ -3,7 +3,8 @@
     python -m benchmarks.lightly_swav --recipe cifar --data cifar10 --eval-every 5
 
 Its transform, head, prototypes and loss, in its training step: a forward pass for each crop, float32, Adam. Ours are what it
-takes as well: the trunk, the reading of images, their order, the run directory and the k-NN evaluation. The options are swav.py's.
+takes as well: the trunk, the reading of images, their order, the run directory and the k-NN evaluation. The options are swav.py's;
+those of what it does not have (queue, warm-up, momentum, LARC's rates, --compile) change nothing.
 """
 
 import math
@@ -20,7 +21,7 @@ from common.config import parse, recipe
 from common.meter import Meter
 from common.multicrop import MEAN, STD, generator
 from common.resnet import ARCHITECTURES
-from common.run import Run, launch, start
+from common.run import Run, autocast_dtype, launch, start
 from swav import Config
 
 # lightly's CIFAR-10 benchmark (docs/source/getting_started/benchmarks/cifar10_benchmark.py in its repository, not in the package):
@@ -72,11 +73,14 @@ class Model(nn.Module):
 
 def train_one_epoch(model, criterion, optimizer, loader, run, config, epoch):
     batches = data.batches(len(run.images), config.batch_size, epoch, config.seed, 0, 1)
+    dtype = autocast_dtype(config.precision, run.device)
     lr = config.lr / 2 * (1 + math.cos(math.pi * epoch / config.epochs))
     optimizer.param_groups[0]["lr"] = lr
     for step, (index, (views,), _) in run.steps(loader, batches, epoch):
         model.prototypes.normalize()
-        z = [F.normalize(model.projection_head(model.backbone(view))) for view in views.to(run.device)]  # V (B, D)
+        with torch.autocast(run.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            z = [model.projection_head(model.backbone(view)) for view in views.to(run.device)]
+        z = [F.normalize(x.float()) for x in z]  # V (B, D)
         scores = [model.prototypes(x, step) for x in z]  # V (B, K)
         loss = criterion(scores, []).squeeze()
         optimizer.zero_grad()

@@ -17,7 +17,7 @@ import shutil
 import statistics
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,17 +25,18 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks import report
-from benchmarks.record import RESULTS, command, origin
-from common import data, features
+from benchmarks.record import RESULTS, command, finished, origin
+from common import data, distributed, features
 from common.checkpoint import build_backbone, load_backbone
-from common.config import differences, recipe
+from common.config import recipe
 from common.kmeans import kmeans, nearest
 from common.run import autocast_dtype
 from eval_cluster import ami, hungarian_accuracy, nmi
 
 METHODS = {"swav": "SwAV", "deepclusterv2": "DeepCluster-v2", "selav2": "SeLa-v2"}
 METHODS |= {"deepcluster": "DeepCluster", "odc": "ODC", "sela": "SeLa"}
-CONTENDERS = {**METHODS, "lightly_swav": "SwAV of lightly", "supervised": "with labels"}
+PEER = "lightly_swav"
+CONTENDERS = {**METHODS, PEER: "SwAV of lightly", "supervised": "with labels"}
 SEVERAL = {"swav": [0, 1, 2], "deepclusterv2": [0, 1, 2]}  # seeds; the others have one
 
 
@@ -44,6 +45,8 @@ def arguments(argv=None):
     parser.add_argument("--data", default="cifar10", help="labelled images; labels train nothing but the ceiling (default: cifar10)")
     parser.add_argument("--root", default="", help="folder that relative paths of a list file start from")
     parser.add_argument("--val", default="", help="held-out images (default: the val split of --data)")
+    parser.add_argument("--arch", default="resnet10", help="the trunk of all (default: resnet10)")
+    parser.add_argument("--width", type=float, default=0.5, help="times its published width (default: 0.5)")
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--methods", nargs="+", default=list(CONTENDERS), choices=CONTENDERS, help="runs to make (default: all)")
     parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 1 2 for swav and deepclusterv2, 0 for the others")
@@ -64,29 +67,23 @@ def module_of(name):
 
 def config_of(name, args, seed):
     module = module_of(name)
-    return replace(recipe(module.Config, module.RECIPES, "cifar"), epochs=args.epochs, seed=seed)
+    given = dict(data=args.data, root=args.root, val=args.val, arch=args.arch, width=args.width, epochs=args.epochs, seed=seed)
+    return replace(recipe(module.Config, module.RECIPES, "cifar"), **given)
 
 
 def training(name, args, seed, out, **others):
     """What follows `python -m` to make a run."""
-    options = dict(recipe="cifar", data=args.data, root=args.root, val=args.val, epochs=args.epochs, seed=seed, workers=args.workers)
+    options = {key: getattr(args, key) for key in ("data", "root", "val", "arch", "width", "epochs", "workers")}
+    options |= dict(recipe="cifar", seed=seed)
     options |= dict(eval_every=max(1, args.epochs // 4), out=out) | others
     words = [(f"--{key.replace('_', '-')}", str(value)) for key, value in options.items() if value != ""]
     return [module_of(name).__name__, *(word for pair in words for word in pair)]
 
 
-def finished(name, args, seed):
+def made(name, args, seed):
     """The directory of a finished run, or None. Ends the program if it was made with other options."""
     run = args.out / f"{name}_{seed}"
-    if not (run / "done.json").exists():
-        return None
-    config = config_of(name, args, seed)
-    saved = {**asdict(type(config)()), **json.loads((run / "config.json").read_text())}  # an older run lacks younger options
-    changed = [f"--{key} {getattr(args, key)} (saved {saved[key]})" for key in ("data", "root", "val") if getattr(args, key) != saved[key]]
-    changed += differences(config, saved)
-    if changed:
-        sys.exit(f"error: {run} was made with other options: {', '.join(changed)}; take another --out, or delete it")
-    return run
+    return run if finished(config_of(name, args, seed), run) else None
 
 
 def python(words, **how):
@@ -97,8 +94,11 @@ def speeds(names, args, images):
     """{name: (seconds of the first epoch, of a later one)}: medians of rounds in which all take turns, three epochs each.
 
     Passes over the data, clustering and labelling are in; SeLa labels in every other epoch, so of two later ones the mean
-    counts. Of files an eighth is enough: every part grows with their number.
+    counts. Of files an eighth is enough: nearly every part grows with their number. The peer is timed in bfloat16, too.
     """
+    contenders = {name: (name, {}) for name in names}
+    if PEER in names:
+        contenders[f"{PEER}, bfloat16"] = PEER, dict(precision="bfloat16")
     folder = args.out / "speed"
     folder.mkdir(parents=True, exist_ok=True)
     spec, count = dict(data=args.data, root=args.root), len(images)
@@ -107,16 +107,16 @@ def speeds(names, args, images):
         lines = [f"{images.paths[i]},{images.classes[images.labels[i]]}\n" for i in some]
         (folder / "images.txt").write_text("".join(lines), errors="surrogateescape")
         spec, count = dict(data=folder / "images.txt", root=images.root), len(some)
-    taken = {name: [] for name in names}
+    taken = {title: [] for title in contenders}
     for _ in range(args.rounds):
-        for name in names:
+        for title, (name, others) in contenders.items():
             shutil.rmtree(folder / name, ignore_errors=True)
             steps = count // config_of(name, args, 0).batch_size
             often = dict(epochs=max(3, args.epochs), max_steps=3 * steps, log_every=steps, eval_every=0, save_every=1e6)
-            python(training(name, args, 0, folder / name, **spec, **often))
+            python(training(name, args, 0, folder / name, **spec, **often, **others))
             records = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
             seconds = [len(images) / record["images_per_s"] for record in records if "images_per_s" in record]
-            taken[name].append((seconds[0], statistics.mean(seconds[1:])))
+            taken[title].append((seconds[0], statistics.mean(seconds[1:])))
     return {name: [statistics.median(column) for column in zip(*rounds)] for name, rounds in taken.items()}
 
 
@@ -143,9 +143,10 @@ def judge(trunk, info, images, queries, folder, linear_words, workers):
     if kept.exists() and not (saved.exists() and saved.stat().st_mtime > kept.stat().st_mtime):
         return json.loads(kept.read_text())
     folder.mkdir(parents=True, exist_ok=True)
-    device, classes = torch.device("cpu"), len(images.classes)
+    device, classes = distributed.start(), len(images.classes)
     how = dict(workers=workers, precision=autocast_dtype("auto", device))
-    bank, held_out = (features.extract(trunk, part, info["resize"], info["size"], device, **how) for part in (images, queries))
+    sets = (features.extract(trunk.to(device), part, info["resize"], info["size"], device, **how) for part in (images, queries))
+    bank, held_out = ([t.cpu() for t in part] for part in sets)
     if not linear_words:
         features.save(file, bank, held_out, info)
     process = python(["eval_linear", *(linear_words or [str(file)]), "--workers", str(workers)], stdout=subprocess.PIPE)
@@ -183,14 +184,14 @@ def collect(args, images, queries, seconds):
     found = {}
     for name, title in CONTENDERS.items():
         seeds = sorted(int(path.name.removeprefix(f"{name}_")) for path in args.out.glob(f"{name}_[0-9]*"))
-        folders = {seed: folder for seed in seeds if (folder := finished(name, args, seed))}
+        folders = {seed: folder for seed in seeds if (folder := made(name, args, seed))}
         runs = []
         for seed, folder in folders.items():
             trunk, info = load_backbone(folder)
             words = [str(folder), "--cache"]
             figures = judge(trunk, info, images, queries, folder, words, args.workers)
             small = {**info, "resize": 32, "size": 32}
-            if name == "lightly_swav":  # its own benchmark looks at images of this size
+            if name == PEER:  # its own benchmark looks at images of this size
                 smaller = [*words, "--resize", "32", "--size", "32"]
                 figures["knn_at_32_px"] = judge(trunk, small, images, queries, folder, smaller, args.workers)["knn"]
             own = {"own_clusters": own_clusters(folder)} if name in METHODS else {}
@@ -198,17 +199,19 @@ def collect(args, images, queries, seconds):
             runs.append({"seed": seed, "command": made, **figures, **own, "curve": curve_of(folder)})
         if runs:
             config = config_of(name, args, 0)
-            times = {"first_epoch_s": seconds[name][0], "epoch_s": seconds[name][1]} if name in seconds else {}
+            times = dict(zip(("first_epoch_s", "epoch_s"), seconds.get(name, [])))
+            if name == PEER and times:
+                times["bfloat16"] = dict(zip(times, seconds[f"{PEER}, bfloat16"]))
             found[name] = {"title": title, "crops": config.crops[0], "batch_size": config.batch_size, **times, "runs": runs}
     if not found:
         sys.exit(f"error: {args.out} holds no finished run")
     torch.manual_seed(0)
-    untrained, there = build_backbone(info), args.out / "random_weights"
+    untrained, there = build_backbone(info), args.out / "random_weights"  # of the last run: all have the same trunk
     floors = {"random weights": judge(untrained, info, images, queries, there, [*words, "--random-init"], args.workers)}
     floors["pixels"] = judge(Pixels(), small, images, queries, args.out / "pixels", [], args.workers)
     settings = dict(data=Path(args.data).name, images=len(images), held_out=len(queries), classes=len(images.classes), epochs=args.epochs)
     settings.update(trunk=f"{config.arch} x{config.width:g}", px=config.eval_size)
-    return {**origin("methods", torch.device("cpu")), "settings": settings, "methods": found, "floors": floors}
+    return {**origin("methods", distributed.start()), "settings": settings, "methods": found, "floors": floors}
 
 
 def main():
@@ -218,7 +221,7 @@ def main():
     data.match_classes(queries, images)
     for name in args.methods:
         for seed in args.seeds or SEVERAL.get(name, [0]):
-            if not finished(name, args, seed):
+            if not made(name, args, seed):
                 words = training(name, args, seed, args.out / f"{name}_{seed}")
                 print(command(words), flush=True)
                 python(words)
@@ -226,14 +229,18 @@ def main():
         return
     kept = args.out / "speed" / "speed.json"
     seconds = json.loads(kept.read_text()) if kept.exists() else {}
-    missing = [name for name in CONTENDERS if name not in seconds and finished(name, args, 0)]
+    missing = [name for name in CONTENDERS if name not in seconds and made(name, args, 0)]
     if missing and args.rounds:  # those that were timed another day are timed again: they must take turns
         seconds = speeds([name for name in CONTENDERS if name in seconds or name in missing], args, images)
         kept.write_text(json.dumps(seconds) + "\n")
     results = collect(args, images, queries, seconds)
+    print(report.table(results))
+    absent = [name for name in CONTENDERS if name not in results["methods"]]
+    if args.results == RESULTS / "methods.json" and absent:
+        return print(f"\nnothing is written: {args.out} lacks runs of {', '.join(absent)} (--results FILE writes what there is)")
     args.results.parent.mkdir(parents=True, exist_ok=True)
     args.results.write_text(json.dumps(results, indent=1) + "\n")
-    print(f"written to {args.results}\n\n{report.table(results)}")
+    print(f"\nwritten to {args.results}")
     if args.results == RESULTS / "methods.json":
         report.main()
 

@@ -28,7 +28,7 @@ import odc
 import sela
 import selav2
 import swav
-from benchmarks.record import medians, resident, write
+from benchmarks.record import finished, medians, resident, write
 from benchmarks.step import Synthetic, ours, seconds
 from common import data, distributed
 from common.config import recipe
@@ -110,7 +110,7 @@ def costs(args, device):
 
 def train(config, out):
     """20-NN accuracy of a run, which is made unless it is there."""
-    if not (out / "done.json").exists():
+    if not finished(config, out):
         swav.main(replace(config, out=str(out), fresh=True, eval_every=config.epochs))
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [record["knn_top1"] for record in records if "knn_top1" in record]
@@ -122,10 +122,11 @@ def accuracies(args, device):
     config = replace(config, **given)
     configs, figures = {name: with_crops(config, crops) for name, crops in CROPS.items()}, {}
     kept = args.out / "seconds.json"  # so that a second call finds the runs of the first
-    if not kept.exists():
+    taken = json.loads(kept.read_text()) if kept.exists() else {}
+    if taken.keys() != configs.keys():
         args.out.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps(step_times(configs, device, args.rounds)) + "\n")
-    taken = json.loads(kept.read_text())
+        taken = step_times(configs, device, args.rounds)
+        kept.write_text(json.dumps(taken) + "\n")
     for name, c in configs.items():
         longer = round(config.epochs * taken["2 + 6"] / taken[name])
         for what, epochs in {"equal images": config.epochs, "equal time": longer}.items():

@@ -5,10 +5,13 @@ import os
 import platform
 import statistics
 import sys
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+
+from common.config import differences
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -20,6 +23,19 @@ def medians(rounds, **contenders):
         for name, contender in contenders.items():
             values[name].append(contender())
     return {name: statistics.median(found) for name, found in values.items()}
+
+
+def finished(config, folder):
+    """Whether a folder has a finished run with the options of config. Ends the program if it was made with others."""
+    if not (folder / "done.json").exists():
+        return False
+    saved = {**asdict(type(config)()), **json.loads((folder / "config.json").read_text())}  # an older run lacks younger options
+    images = {key: (getattr(config, key), saved[key]) for key in ("data", "root", "val")}  # "" is "shapes"
+    changed = [f"--{key} {new} (saved {old})" for key, (new, old) in images.items() if (new or "shapes") != (old or "shapes")]
+    changed += differences(config, saved)
+    if changed:
+        sys.exit(f"error: {folder} was made with other options: {', '.join(changed)}; take another --out, or delete it")
+    return True
 
 
 def resident(which="VmHWM"):
@@ -57,6 +73,11 @@ def origin(name, device):
     return {"machine": machine(device), "versions": versions(), "command": command([f"benchmarks.{name}", *sys.argv[1:]])}
 
 
+def show(figures):
+    for key, value in figures.items():
+        print(f"{key:44} {value:10.4g}")
+
+
 def write(name, device, settings, figures):
     """Prints the figures and writes them to results/NAME_DEVICE.json with versions, machine, command and settings."""
     record = {
@@ -64,8 +85,7 @@ def write(name, device, settings, figures):
         "settings": settings,
         "figures": {key: float(f"{value:.4g}") for key, value in figures.items()},
     }
-    for key, value in record["figures"].items():
-        print(f"{key:44} {value:10g}")
+    show(record["figures"])
     slug = device.type if device.type == "cpu" else machine(device).lower().replace(" ", "_")
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}_{slug}.json"

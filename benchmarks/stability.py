@@ -21,7 +21,7 @@ from scipy.optimize import linear_sum_assignment
 
 import deepcluster
 import odc
-from benchmarks.record import write
+from benchmarks.record import finished, write
 from common.config import recipe
 from common.meter import nmi
 from common.run import Run
@@ -43,7 +43,12 @@ def arguments():
     return parser.parse_args()
 
 
-def train(method, args, seed, out):
+def config_of(method, args, seed):
+    given = dict(data=args.data, root=args.root, prototypes=args.prototypes, epochs=args.epochs, seed=seed, workers=args.workers)
+    return dataclasses.replace(recipe(method.Config, method.RECIPES, args.recipe), **given, recipe=args.recipe)
+
+
+def train(method, config, out):
     """The loss of every step (S,), and the cluster of every image after every epoch (E, N)."""
     losses, clusters = [], []
 
@@ -56,10 +61,8 @@ def train(method, args, seed, out):
             super().end_epoch(epoch)
             clusters.append(self.meter.assignments[0].numpy().copy())
 
-    given = dict(data=args.data, root=args.root, prototypes=args.prototypes, epochs=args.epochs, seed=seed, workers=args.workers)
-    config = recipe(method.Config, method.RECIPES, args.recipe)
     method.Run = Watched
-    method.main(dataclasses.replace(config, **given, recipe=args.recipe, out=str(out), fresh=True))
+    method.main(dataclasses.replace(config, out=str(out), fresh=True))
     return np.array(losses), np.stack(clusters)
 
 
@@ -83,12 +86,15 @@ def main():
     for name in METHODS:
         for seed in args.seeds:
             kept = args.out / f"{name.lower()}_{args.recipe}_{args.epochs}_{args.prototypes}_{seed}.npz"
-            if not kept.exists() and name in args.methods:
-                losses, clusters = train(METHODS[name], args, seed, kept.with_suffix(""))
+            config = config_of(METHODS[name], args, seed)
+            there = finished(config, kept.with_suffix("")) and kept.exists()
+            if not there and name in args.methods:
+                losses, clusters = train(METHODS[name], config, kept.with_suffix(""))
                 np.savez_compressed(kept, losses=losses, clusters=clusters)
             if kept.exists():
                 with np.load(kept) as file:
                     results.setdefault(name, []).append(figures_of(file["losses"], file["clusters"], args.prototypes))
+                    images = file["clusters"].shape[1]
     figures = {}
     for name, rows in results.items():
         for j, what in enumerate(("NMI to the epoch before", "images that change cluster, %", "jump of the loss, share of ln K")):
@@ -96,7 +102,7 @@ def main():
             figures[f"{name}: {what}"] = statistics.mean(values)
             figures[f"{name}: {what}, least"], figures[f"{name}: {what}, most"] = min(values), max(values)
     if all(len(results.get(name, [])) == len(args.seeds) for name in METHODS):
-        settings = dict(recipe=args.recipe, prototypes=args.prototypes, epochs=args.epochs, seeds=args.seeds)
+        settings = dict(recipe=args.recipe, prototypes=args.prototypes, epochs=args.epochs, seeds=args.seeds, images=images)
         write("stability", torch.device("cpu"), settings, figures)
     else:
         print(f"nothing is written: {args.out} lacks runs of {' or '.join(METHODS)}")

@@ -34,7 +34,8 @@ def results():
     found = {
         "swav": method("SwAV", 58.0, 60.0, 62.0),
         "odc": method("ODC", 40.0, first_epoch_s=25.0, epoch_s=25.0),
-        "lightly_swav": method("SwAV of lightly", 40.0, first_epoch_s=20.0, epoch_s=20.0),
+        "lightly_swav": method("SwAV of lightly", 40.0, first_epoch_s=20.0, epoch_s=20.0)
+        | {"bfloat16": {"first_epoch_s": 10.0, "epoch_s": 10.0}},
         "supervised": method("with labels", 80.0, first_epoch_s=10.0, epoch_s=10.0),
     }
     settings = dict(data="list.txt", images=1000, held_out=500, classes=10, epochs=4, trunk="resnet10 x0.5", px=48)
@@ -64,6 +65,9 @@ def test_accuracies_lie_on_the_curve(results):
     assert report.curve(swav) == [(0, 20, 20, 20), (2, 40, 39, 41), (4, 60, 58, 62)]
     assert [report.accuracy_at(swav, e) for e in (0, 1, 3, 4, 5)] == [20, 30, 50, 60, 60]
     assert [report.epochs_to(swav, a) for a in (10, 30, 60, 61)] == [0, 1, 4, None]
+    swav["runs"][1]["curve"][1][0] = 1
+    with pytest.raises(SystemExit, match="runs of SwAV were evaluated at different epochs"):
+        report.curve(swav)
 
 
 def test_the_table_compares_at_equal_images_and_at_the_time_of_the_quickest_method(results):
@@ -81,7 +85,9 @@ def test_the_peer_is_compared_at_equal_images_and_at_equal_accuracy(results):
     # 40 % after 80 s; ours has 40 % after two epochs, 110 s.
     text = report.peer(results)[-1]
     assert "60.0 % 20-NN here, 40.0 % with lightly's (39.0 %" in text
-    assert "in 1.3 minutes, ours reaches in 1.8, 0.7 times as fast" in text
+    assert "4 epochs take 1.3 minutes, ours are where they end after 1.8." in text
+    assert "after 2 and 4 epochs, ours has 0.7 and 0.7 times as fast; if lightly's ran in bfloat16" in text
+    assert text.endswith(", 0.3 and 0.4 times.")
     results["methods"]["lightly_swav"] = method("SwAV of lightly", 70.0)  # never reached by ours
     assert "times as fast" not in report.peer(results)[-1]
 
@@ -229,7 +235,7 @@ def test_a_run_that_is_missing_is_named_and_nothing_is_drawn(found, tmp_path, mo
 
 @pytest.fixture
 def args(tmp_path):
-    return SimpleNamespace(data="shapes:64", root="", val="", epochs=3, workers=0, out=tmp_path)
+    return SimpleNamespace(data="shapes:64", root="", val="", arch="resnet10", width=0.5, epochs=3, workers=0, out=tmp_path)
 
 
 @pytest.mark.parametrize("name", [*methods.METHODS, "supervised"])
@@ -246,16 +252,16 @@ def test_a_finished_run_is_not_made_again_and_one_of_other_options_is_refused(ar
     run.mkdir()
     config = {**vars(methods.config_of("swav", args, 5)), "data": "shapes:64"}
     (run / "config.json").write_text(json.dumps({"method": "swav", **config}))
-    assert methods.finished("swav", args, 5) is None
+    assert methods.made("swav", args, 5) is None
     (run / "done.json").write_text("{}")
-    assert methods.finished("swav", args, 5) == run
+    assert methods.made("swav", args, 5) == run
     del config["epsilon"]  # an option that is younger than the run: it had what is now the default
     (run / "config.json").write_text(json.dumps({**config, "out": "elsewhere"}))
-    assert methods.finished("swav", args, 5) == run
+    assert methods.made("swav", args, 5) == run
     for other in (dict(lr=0.3), dict(data="shapes"), dict(epochs=4)):
         (run / "config.json").write_text(json.dumps({**config, **other}))
         with pytest.raises(SystemExit, match=f"--{next(iter(other))}"):
-            methods.finished("swav", args, 5)
+            methods.made("swav", args, 5)
 
 
 def test_the_ceiling_learns_the_labels(tmp_path):
@@ -269,7 +275,7 @@ def test_the_peer_draws_by_position_and_learns(tmp_path):
     pytest.importorskip("lightly")
     from benchmarks import lightly_swav
 
-    config = methods.config_of("lightly_swav", SimpleNamespace(epochs=1), 0)
+    config = methods.config_of("lightly_swav", SimpleNamespace(data="", root="", val="", arch="resnet10", width=0.5, epochs=1), 0)
     views = lightly_swav.Views(data.open_images("shapes:8"), config)
     draws = [views[key][1][0] for key in ((0, 3, 5), (0, 3, 5), (0, 4, 5), (1, 3, 5))]  # (2, 3, 32, 32)
     assert draws[0].shape == (2, 3, 32, 32) and torch.equal(draws[0], draws[1]) and not torch.equal(draws[0][0], draws[0][1])
