@@ -74,7 +74,7 @@ def table(results):
     lines = [
         f"{s['images']:,} images of {s['classes']} classes, {s['epochs']} epochs ({s['images'] * s['epochs']:,} images seen), {s['trunk']},"
         f" judged on {s['held_out']:,} held-out images of {s['px']} px; {results['machine']}. In percent; with several seeds the"
-        " mean and half the range.",
+        f" mean and half the range. `{results['command']}`",
         "",
         f"| method | seeds | crops | {' | '.join(COLUMNS.values())} |{timed}",
         "|---" * (3 + len(COLUMNS) + 2 * bool(time)) + "|",

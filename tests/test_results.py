@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 from helpers import TINY, losses, metrics, run_here
+from PIL import Image
 
-from benchmarks import ablations, figures, methods, multicrop, report, supervised
+from benchmarks import ablations, figures, methods, multicrop, report, subset, supervised
 from common import data
 from common.config import parse
 
@@ -39,7 +40,7 @@ def results():
         "supervised": method("with labels", 80.0, first_epoch_s=10.0, epoch_s=10.0),
     }
     settings = dict(data="list.txt", images=1000, held_out=500, classes=10, epochs=4, trunk="resnet10 x0.5", px=48)
-    return {"machine": "a machine", "settings": settings, "methods": found, "floors": floors}
+    return {"machine": "a machine", "command": "a command", "settings": settings, "methods": found, "floors": floors}
 
 
 def row(table, title):
@@ -73,7 +74,7 @@ def test_accuracies_lie_on_the_curve(results):
 def test_the_table_compares_at_equal_images_and_at_the_time_of_the_quickest_method(results):
     table = report.table(results)
     assert report.shortest(results) == 100  # ODC's: neither the peer nor the ceiling is a method of ours
-    assert "20-NN at 2 minutes" in table and "4,000 images seen" in table
+    assert "20-NN at 2 minutes" in table and "4,000 images seen" in table and "`a command`" in table
     assert row(table, "SwAV").endswith("| 60.0 ± 2.0 | 70.0 ± 0.0 | 10.0 ± 0.0 | 9.0 ± 0.0 | 25.0 ± 0.0 | 4 | 38.0 |")
     assert row(table, "ODC").endswith("| 40.0 | 70.0 | 10.0 | 9.0 | 25.0 | 2 | 40.0 |")
     assert row(table, "pixels").count("|") == row(table, "SwAV").count("|")
@@ -231,6 +232,29 @@ def test_a_run_that_is_missing_is_named_and_nothing_is_drawn(found, tmp_path, mo
 
 
 # ---- runs
+
+
+def test_a_subset_has_the_first_images_of_every_class(tmp_path, monkeypatch, capsys):
+    class Fake:
+        classes = ("bird", "cat")
+
+        def __init__(self, root, train, download):
+            assert download and root == tmp_path / "download"
+            self.level = 100 if train else 200
+
+        def __iter__(self):  # five of each class, in turns; the red of an image is its place
+            return ((Image.new("RGB", (32, 32), (i, self.level, 0)), i % 2) for i in range(10))
+
+    monkeypatch.setattr(subset, "CIFAR10", Fake)
+    monkeypatch.setattr("sys.argv", ["subset", str(tmp_path), "--images", "4"])
+    subset.main()
+    assert "8 images in" in capsys.readouterr().out
+    images = data.open_images(str(tmp_path / "list.txt"), "train", str(tmp_path / "train"))
+    held_out = data.open_queries(str(tmp_path / "list.txt"), str(tmp_path / "val"), "")
+    data.match_classes(held_out, images)
+    assert (len(images), len(held_out), tuple(images.classes)) == (8, 4, ("bird", "cat"))
+    pixels = sorted((int(images.labels[i]), images.read(i).getpixel((0, 0))) for i in range(8))
+    assert pixels == [(label, (2 * n + label, 100, 0)) for label in (0, 1) for n in range(4)]
 
 
 @pytest.fixture
