@@ -10,26 +10,65 @@ from helpers import ROOT
 
 SECTION = (ROOT / "README.md").read_text().split("## Copy this\n")[1].split("\n## ")[0]
 BLOCKS = re.findall(r"```python\n(.*?)```", SECTION, re.S)
+# The scores of a network that is right of half the images and knows nothing of the others; the loss is half of ln K.
+LOSS = """
+import math
+import torch
+import {method}
+
+B, K = 16, 10
+targets, weight = torch.arange(B) % K, torch.ones(K)
+scores = 100 * torch.nn.functional.one_hot(targets, K).float().repeat(3, 1, 1)  # (V, B, K)
+scores[:, ::2] = 0
+codes = torch.nn.functional.one_hot(targets, K).float().repeat(2, 1, 1)  # (U, B, K)
+loss = {method}.prediction_loss({arguments})
+assert torch.isclose(loss, torch.tensor(math.log(K) / 2)), loss
+"""
+ARGUMENTS = {
+    "swav": "scores, codes, 0.1",
+    "selav2": "[scores, scores], targets.repeat(2, 1), 0.1",
+    "deepclusterv2": "[scores, scores], targets.repeat(2, 1), 0.1",
+    "deepcluster": "scores, targets, 1.0",
+    "odc": "scores, targets, weight, 1.0",
+    "sela": "[scores, scores], targets.repeat(2, 1), 1.0",
+}
+
+
+def lift(names, folder):
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, folder / name.rsplit("/", 1)[-1])
+
+
+def run(script, folder):
+    script = f"import sys; sys.path.insert(0, '')\n{script}"
+    done = subprocess.run([sys.executable, "-I", "-c", script], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=[re.search(r"\w+\.py", b)[0] for b in BLOCKS])
 def test_a_block_of_the_readme_runs_by_itself(block, tmp_path):
-    named = re.findall(r"\bcommon\b(?:/\w+\.py)?|\b\w+\.py", block.splitlines()[0])
-    package = re.search(r"the folder `(\w+)`", block.splitlines()[0])
-    folder = tmp_path / package[1] if package else tmp_path
-    folder.mkdir(exist_ok=True)
-    for name in named:
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        copy(ROOT / name, folder / name.rsplit("/", 1)[-1])
-    script = f"import sys; sys.path.insert(0, '')\n{block}"
-    done = subprocess.run([sys.executable, "-I", "-c", script], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert sum(bool(line.strip()) for line in block.splitlines()[1:]) <= 10
+    first, *lines = block.splitlines()
+    package = re.search(r"the folder `(\w+)`", first)
+    named = re.findall(r"(?<!as )\b(common/\w+\.py|\w+\.py|common\b(?!/))", first)
+    lift(named, tmp_path / package[1] if package else tmp_path)
+    run(f"import torch; torch.manual_seed(0)\n{block}", tmp_path)
+    assert sum(bool(line.strip()) and not re.match("import|from", line) for line in lines) <= 10
+    assert re.search(r"^ *assert ", block, re.M)
+
+
+@pytest.mark.parametrize("method", ARGUMENTS)
+def test_a_method_is_lifted_without_the_others(method, tmp_path):
+    lift([f"{method}.py", "common"], tmp_path)
+    run(LOSS.format(method=method, arguments=ARGUMENTS[method]), tmp_path)
 
 
 def test_all_parts_are_there():
-    text = "".join(BLOCKS)
-    for name in ("sinkhorn(", "kmeans(", "LARC(", "MultiCrop(", "to_device("):
-        assert name in text, name
-    for method in ("swav", "deepclusterv2", "deepcluster", "odc", "sela", "selav2"):
-        assert re.search(rf"\b{method}\b", text.split("import torch")[-1]), method
+    *parts, methods = BLOCKS
+    for name in ("sinkhorn(", "balanced_assignments(", "kmeans(", "fit_whitening(", "LARC(", "MultiCrop(", "to_device("):
+        assert name in "".join(parts), name
+    for method in ("swav", "deepcluster", "odc"):
+        assert f"{method}.prediction_loss(" in methods, method
+    with_heads = re.search(r"method\.prediction_loss\(.* for method in \((.*)\)", methods)[1]
+    assert set(with_heads.split(", ")) == {"deepclusterv2", "selav2", "sela"}
