@@ -52,8 +52,8 @@ lint: .venv/dev
 	$(BIN)/ruff check .
 
 diff:  ## changed lines between neighbouring methods, after `diff --ignore-all-space`
-	@set -- swav.py selav2.py deepclusterv2.py deepcluster.py odc.py sela.py; while [ $$# -gt 1 ]; do \
-	  printf '%s -> %s: ' $$1 $$2; diff -w $$1 $$2 | grep -c '^[<>]'; shift; done
+	@set -- swav selav2  selav2 deepclusterv2  deepclusterv2 deepcluster  deepcluster odc  deepcluster sela; while [ $$# -gt 0 ]; do \
+	  printf '%s -> %s: ' $$1.py $$2.py; diff -w $$1.py $$2.py | grep -c '^[<>]'; shift 2; done
 
 loc:  ## lines of code
 	@wc -l *.py common/*.py | sort -n

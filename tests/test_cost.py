@@ -29,7 +29,10 @@ def test_crops_keep_the_published_proportions():
 
 @pytest.mark.parametrize("method, for_labels", [(swav, 0), (odc, 0), (deepclusterv2, 0), (selav2, 4 * 3000)])
 def test_announced_bytes_are_those_of_the_tensors(method, for_labels, monkeypatch):
-    """for_labels: bytes an image that are there only while labels are made."""
+    """for_labels: bytes an image that are there only while labels are made.
+
+    Not held: what sela.py and deepcluster.py announce, which is nearly all features and scores while they label or cluster.
+    """
     held = []
 
     class Watched(method.Run):
