@@ -62,7 +62,7 @@ RECIPES = {  # name: (ImageNet linear top-1 reported by the authors, what differ
     ),
     "resnet50_1k_strong": ("63.5; NMI 65.7, AMI 42.0, ARI 16.2; epochs and drops ours", dict(STRONG, prototypes=1000, heads=1)),
     "resnet50_10x3k_strong": ("68.8; NMI 75.7, AMI 52.8, ARI 27.6; epochs and drops ours", STRONG),
-    "cifar10_10x128": ("CIFAR-10 linear 83.4, k-NN 77.6; 75.5 by a user's run of the script (issue 24 there)", CIFAR),
+    "cifar10_10x128": ("CIFAR-10 linear 83.4, k-NN 77.6; 75.5 by a user's run of the script (issue 24 of its code)", CIFAR),
     "cifar100_10x128": ("CIFAR-100 linear 57.4, k-NN 44.2", CIFAR),
     "svhn_10x128": ("SVHN linear 94.5, k-NN 92.8; settings ours, number by the authors, not comparable", CIFAR),
     "shapes": ("20-NN 41.7 on held-out images, untrained 30.3: measured here", SHAPES),
