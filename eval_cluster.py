@@ -269,6 +269,8 @@ def open_output(args):
 
 def open_subject(args):
     """(training images or None, images to judge, what these are)."""
+    if not Path(args.trunk).exists():  # said before --data is asked for
+        raise checkpoint.CheckpointError(f"{args.trunk} does not exist")
     if args.images:
         folder = Path(args.images).is_dir()  # all of it, also where it holds a train/
         images = data.open_images(args.images, "" if folder else "train", args.root)

@@ -25,7 +25,8 @@ import odc
 import sela
 import swav
 from benchmarks.record import finished, show, write
-from common.config import recipe
+from common.config import ArgumentError, recipe
+from common.run import launch
 
 METHODS = {"swav": swav, "deepcluster": deepcluster, "odc": odc, "sela": sela, "deepclusterv2": deepclusterv2}
 
@@ -123,9 +124,10 @@ def figures_of(out):
     return loss, int((counts > 0).sum()), 100 * counts.max() / counts.sum(), [r["knn_top1"] for r in records if "knn_top1" in r][-1]
 
 
-def main():
-    args = arguments()
+def main(args):
     names = [name for name in EXPERIMENTS if fnmatch.fnmatch(name, args.only)]
+    if not names:
+        raise ArgumentError(f"--only {args.only}: no experiment has such a name; --list names them")
     if args.list:
         return print("\n".join(names))
     figures, missing = {}, []
@@ -145,4 +147,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    launch(main, arguments())

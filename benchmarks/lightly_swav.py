@@ -24,7 +24,8 @@ from common.resnet import ARCHITECTURES
 from common.run import Run, autocast_dtype, launch, start
 from swav import Config
 
-# lightly's CIFAR-10 benchmark (docs/source/getting_started/benchmarks/cifar10_benchmark.py in its repository, not in the package):
+# lightly's CIFAR-10 benchmark (docs/source/getting_started/benchmarks/cifar10_benchmark.py in its repository, not in the package; written
+# down from memory of it, not checked against it):
 # two crops of 32 px of 14 to 100 % of the area, colour jitter of strength 0.5, no blur; head 512-512-128 behind a ResNet-18 of
 # 512 features with a 3x3 stem, 512 prototypes, never frozen, no queue; Adam with learning rate 1e-3 for a batch of 128 and weight
 # decay 1e-6, cosine over the epochs, one rate an epoch; float32. It reports 81.2 % 200-NN after 200 epochs of 50,000 images.

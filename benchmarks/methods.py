@@ -30,7 +30,7 @@ from common import data, distributed, features
 from common.checkpoint import build_backbone, load_backbone
 from common.config import recipe
 from common.kmeans import kmeans, nearest
-from common.run import autocast_dtype
+from common.run import autocast_dtype, launch
 from eval_cluster import ami, hungarian_accuracy, nmi
 
 METHODS = {"swav": "SwAV", "deepclusterv2": "DeepCluster-v2", "selav2": "SeLa-v2"}
@@ -87,7 +87,10 @@ def made(name, args, seed):
 
 
 def python(words, **how):
-    return subprocess.run([sys.executable, "-m", *words], check=True, text=True, **how)
+    process = subprocess.run([sys.executable, "-m", *words], text=True, **how)
+    if process.returncode:  # it has said why
+        sys.exit(process.returncode)
+    return process
 
 
 def speeds(names, args, images):
@@ -214,8 +217,7 @@ def collect(args, images, queries, seconds):
     return {**origin("methods", distributed.start()), "settings": settings, "methods": found, "floors": floors}
 
 
-def main():
-    args = arguments()
+def main(args):
     images = data.open_images(args.data, "train", args.root)
     queries = data.open_queries(args.data, args.val, args.root)
     data.match_classes(queries, images)
@@ -246,4 +248,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    launch(main, arguments())

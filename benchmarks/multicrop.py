@@ -32,7 +32,7 @@ from benchmarks.record import finished, medians, resident, write
 from benchmarks.step import Synthetic, ours, seconds
 from common import data, distributed
 from common.config import recipe
-from common.run import Run
+from common.run import Run, launch
 
 CROPS = {"2": (2,), "4": (4,), "2 + 4": (2, 4), "2 + 6": (2, 6)}
 BATCHES, QUEUES = (64, 256, 1024), (0, 1024)
@@ -180,8 +180,7 @@ def states():
     return figures
 
 
-def main():
-    args = arguments()
+def main(args):
     device = distributed.start()
     figures = {**accuracies(args, device), **costs(args, device), **states()}
     settings = dict(recipe=args.recipe, data=Path(args.data).name or args.recipe, seed=args.seed, small=round(96 / 224, 3))
@@ -189,4 +188,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    launch(main, arguments())

@@ -24,7 +24,7 @@ import odc
 from benchmarks.record import finished, write
 from common.config import recipe
 from common.meter import nmi
-from common.run import Run
+from common.run import Run, launch
 
 METHODS = {"ODC": odc, "DeepCluster": deepcluster}
 
@@ -80,8 +80,7 @@ def figures_of(losses, clusters, K):
     return np.mean(found, axis=0)
 
 
-def main():
-    args = arguments()
+def main(args):
     results = {}
     for name in METHODS:
         for seed in args.seeds:
@@ -109,4 +108,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    launch(main, arguments())

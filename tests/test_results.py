@@ -17,6 +17,7 @@ from PIL import Image
 from benchmarks import ablations, figures, methods, multicrop, report, subset, supervised
 from common import data
 from common.config import parse
+from common.run import launch
 
 
 def method(title, *finals, first_epoch_s=60.0, epoch_s=50.0):
@@ -262,6 +263,18 @@ def args(tmp_path):
     return SimpleNamespace(data="shapes:64", root="", val="", arch="resnet10", width=0.5, epochs=3, workers=0, out=tmp_path)
 
 
+@pytest.mark.parametrize(
+    "name, words, line",
+    [("ablations", ["--only", "sella*"], "--only sella*: no experiment"), ("methods", ["--data", "nowhere"], "nowhere does not exist")],
+)
+def test_a_mistyped_name_or_folder_is_one_line(name, words, line, monkeypatch, capsys):
+    module = {"ablations": ablations, "methods": methods}[name]
+    monkeypatch.setattr("sys.argv", [name, *words])
+    with pytest.raises(SystemExit) as stopped:
+        launch(module.main, module.arguments())
+    assert stopped.value.code in (2, 3) and line in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", [*methods.METHODS, "supervised"])
 def test_the_command_line_of_a_run_means_its_recipe(name, args):
     module, *words = methods.training(name, args, 5, args.out / "x")
@@ -316,7 +329,7 @@ def test_the_whole_comparison_is_made_once(tmp_path, monkeypatch, capsys):
     words = ["--data", "shapes:320", "--epochs", 1, "--workers", 0, "--rounds", 1, "--methods", "sela", "supervised", "--out", tmp_path]
     monkeypatch.setattr("sys.argv", ["methods", *map(str, words), "--results", str(tmp_path / "results.json")])
     readme = report.README.read_text()
-    methods.main()
+    methods.main(methods.arguments())
     results = json.loads((tmp_path / "results.json").read_text())
     assert list(results["methods"]) == ["sela", "supervised"] and list(results["floors"]) == ["random weights", "pixels"]
     for found in [*results["floors"].values(), *(m["runs"][0] for m in results["methods"].values())]:
@@ -330,6 +343,6 @@ def test_the_whole_comparison_is_made_once(tmp_path, monkeypatch, capsys):
         raise AssertionError(f"made again: {words}")
 
     monkeypatch.setattr(methods, "python", refuse)
-    methods.main()
+    methods.main(methods.arguments())
     assert json.loads((tmp_path / "results.json").read_text()) == results
     assert report.table(results) in capsys.readouterr().out
