@@ -76,7 +76,7 @@ def main():
         data.match_classes(queries, images)
         targets = torch.from_numpy(data.read_assignments(args.run / "assignments.npz", images)).long()  # (H, N)
     except (OSError, ValueError) as error:
-        sys.exit(f"{args.run}: {error}")
+        sys.exit(f"error: {args.run}: {error}")
     targets[targets < 0] = -100
 
     info = load_backbone(args.run)[1]
