@@ -269,8 +269,6 @@ def open_output(args):
 
 def open_subject(args):
     """(training images or None, images to judge, what these are)."""
-    if not Path(args.trunk).exists():  # said before --data is asked for
-        raise checkpoint.CheckpointError(f"{args.trunk} does not exist")
     if args.images:
         folder = Path(args.images).is_dir()  # all of it, also where it holds a train/
         images = data.open_images(args.images, "" if folder else "train", args.root)
@@ -279,6 +277,8 @@ def open_subject(args):
         raise checkpoint.CheckpointError(f"{args.trunk} is no run: --training needs the directory of one, or --kmeans")
     spec, root, val = evaluation.sources(args)
     if not spec and not (val and not args.training and not args.kmeans):
+        if not Path(args.trunk).exists():  # with a run that is there, there would be data
+            raise checkpoint.CheckpointError(f"{args.trunk} does not exist")
         raise ArgumentError("--data is needed: labelled images, or --images DIR")
     training = data.open_images(spec, "train", root) if args.training or args.kmeans else None
     images = training if args.training else data.open_queries(spec, val, root)

@@ -339,6 +339,7 @@ def test_errors(run, photos, tmp_path, capsys):
     for arguments, code, words in (
         ((trunk, "--data", photos), 4, "has no heads to cluster with: --kmeans K"),
         ((trunk,), 2, "--data is needed"),
+        (("runs/nowhere",), 4, "runs/nowhere does not exist"),
         ((trunk, "--data", photos, "--training"), 4, "--training needs the directory of one"),
         ((trunk, "--data", photos, "--random-init"), 2, "--random-init needs --kmeans"),
         ((run, "--head", 1), 2, "has 1 head, numbered from 0"),
