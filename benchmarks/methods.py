@@ -198,8 +198,8 @@ def collect(args, images, queries, seconds):
                 smaller = [*words, "--resize", "32", "--size", "32"]
                 figures["knn_at_32_px"] = judge(trunk, small, images, queries, folder, smaller, args.workers)["knn"]
             own = {"own_clusters": own_clusters(folder)} if name in METHODS else {}
-            made = command(training(name, args, seed, folder))
-            runs.append({"seed": seed, "command": made, **figures, **own, "curve": curve_of(folder)})
+            line = command(training(name, args, seed, folder))
+            runs.append({"seed": seed, "command": line, **figures, **own, "curve": curve_of(folder)})
         if runs:
             config = config_of(name, args, 0)
             times = dict(zip(("first_epoch_s", "epoch_s"), seconds.get(name, [])))
