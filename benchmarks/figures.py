@@ -270,7 +270,7 @@ def state(found):
     for name in multicrop.METHODS:
         total = [value(found, "multicrop", f"{name}: GiB at {size}") for size in multicrop.SIZES]
         an_image = f"{value(found, 'multicrop', f'{name}: bytes an image'):,.0f} B"
-        lines.append(f"| `{name}.py` | {an_image} | {' | '.join(f'{t:.3g} GiB' for t in total)} |")
+        lines.append(f"| `{name}.py` | {an_image} | {' | '.join(f'{t:,.0f} GiB' if t >= 100 else f'{t:.3g} GiB' for t in total)} |")
     return "\n".join(lines)
 
 
