@@ -83,7 +83,8 @@ def training(name, args, seed, out, **others):
 def made(name, args, seed):
     """The directory of a finished run, or None. Ends the program if it was made with other options."""
     run = args.out / f"{name}_{seed}"
-    return run if finished(config_of(name, args, seed), run) else None
+    there = (run / "done.json").exists()  # else its module, which may need a package that is not installed, need not be there
+    return run if there and finished(config_of(name, args, seed), run) else None
 
 
 def python(words, **how):
