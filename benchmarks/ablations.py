@@ -12,7 +12,6 @@ held-out images. A run is kept in --out and not made twice; nothing is written b
 import argparse
 import dataclasses
 import fnmatch
-import json
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,7 @@ import deepclusterv2
 import odc
 import sela
 import swav
-from benchmarks.record import finished, show, write
+from benchmarks.record import curve_of, finished, metrics, show, write
 from common.config import ArgumentError, recipe
 from common.run import launch
 
@@ -116,12 +115,11 @@ def train(name, config):
 
 def figures_of(out):
     """Of a finished run: loss / ln K, clusters in use, the largest one's share of the images in percent, 20-NN top-1."""
-    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     with np.load(out / "assignments.npz") as file:
         first = file["assignments"][0]
     counts = np.bincount(first[first >= 0])
-    loss = [r["loss_per_ln_k"] for r in records if "loss_per_ln_k" in r][-1]
-    return loss, int((counts > 0).sum()), 100 * counts.max() / counts.sum(), [r["knn_top1"] for r in records if "knn_top1" in r][-1]
+    loss = [r["loss_per_ln_k"] for r in metrics(out) if "loss_per_ln_k" in r][-1]
+    return loss, int((counts > 0).sum()), 100 * counts.max() / counts.sum(), curve_of(out)[-1][1]
 
 
 def main(args):

@@ -21,8 +21,7 @@ import torch
 import deepcluster
 import swav
 from benchmarks import ablations, draw, multicrop
-from benchmarks.methods import curve_of
-from benchmarks.record import RESULTS, origin
+from benchmarks.record import RESULTS, curve_of, origin
 from benchmarks.report import ROOT, between
 from common import data
 from common.checkpoint import writing

@@ -24,14 +24,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import eval_cluster
 from benchmarks import report
-from benchmarks.record import RESULTS, command, finished, origin
+from benchmarks.record import command, curve_of, finished, metrics, origin
 from common import data, distributed, features
 from common.checkpoint import build_backbone, load_backbone
 from common.config import recipe
 from common.kmeans import kmeans, nearest
 from common.run import autocast_dtype, launch
-from eval_cluster import ami, hungarian_accuracy, nmi
 
 METHODS = {"swav": "SwAV", "deepclusterv2": "DeepCluster-v2", "selav2": "SeLa-v2"}
 METHODS |= {"deepcluster": "DeepCluster", "odc": "ODC", "sela": "SeLa"}
@@ -54,7 +54,7 @@ def arguments(argv=None):
     parser.add_argument("--workers", type=int, default=-1)
     parser.add_argument("--rounds", type=int, default=3, help="in which all are timed; 0: none (default: 3)")
     parser.add_argument("--train-only", action="store_true", help="make the runs, and stop")
-    parser.add_argument("--results", type=Path, default=RESULTS / "methods.json", help="the README follows the default one")
+    parser.add_argument("--results", type=Path, default=report.RESULTS, help="the README follows the default one")
     return parser.parse_args(argv)
 
 
@@ -118,8 +118,7 @@ def speeds(names, args, images):
             steps = count // config_of(name, args, 0).batch_size
             often = dict(epochs=max(3, args.epochs), max_steps=3 * steps, log_every=steps, eval_every=0, save_every=1e6)
             python(training(name, args, 0, folder / name, **spec, **often, **others))
-            records = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
-            seconds = [len(images) / record["images_per_s"] for record in records if "images_per_s" in record]
+            seconds = [len(images) / record["images_per_s"] for record in metrics(folder / name) if "images_per_s" in record]
             taken[title].append((seconds[0], statistics.mean(seconds[1:])))
     return {name: [statistics.median(column) for column in zip(*rounds)] for name, rounds in taken.items()}
 
@@ -132,7 +131,7 @@ class Pixels(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.unused = nn.Parameter(torch.zeros(()))
+        self.unused = nn.Parameter(torch.zeros(()))  # tells the precision, as those of a trunk do
 
     def forward(self, x):
         return x.flatten(1)
@@ -157,9 +156,9 @@ def judge(trunk, info, images, queries, folder, linear_words, workers):
     (probe,) = json.loads(process.stdout.splitlines()[-1])["chosen"].values()
     centroids, *_ = kmeans(F.normalize(bank[0].float()), classes, 50, generator=torch.Generator().manual_seed(0))
     clusters, labels = nearest(F.normalize(held_out[0].float()), centroids)[0].numpy(), held_out[1].numpy()
+    agreement = eval_cluster.judge(clusters, labels)
     figures = {"knn": features.knn_accuracy(*bank, *held_out, k=20)[20][0], "linear": probe["top1"]}
-    for name, metric in {"nmi": nmi, "ami": ami, "hungarian": hungarian_accuracy}.items():
-        figures[name] = 100 * metric(clusters, labels)
+    figures |= {name: agreement[name] for name in ("nmi", "ami", "hungarian")}
     kept.write_text(json.dumps(figures) + "\n")
     print(f"{folder}: {figures}", flush=True)
     return figures
@@ -172,12 +171,6 @@ def own_clusters(folder):
         python(["eval_cluster", str(folder), "--samples", "0"])
     heads = json.loads(kept.read_text())["heads"]
     return {name: statistics.mean(head[name] for head in heads) for name in ("clusters", "used", "nmi", "ami")}
-
-
-def curve_of(folder):
-    """[(epoch, 20-NN accuracy)] as the run measured it on its way."""
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [(record["epoch"], record["knn_top1"]) for record in records if "knn_top1" in record]
 
 
 # ---------------------------------------------------------------------------------------------------------- results
@@ -239,12 +232,12 @@ def main(args):
     results = collect(args, images, queries, seconds)
     print(report.table(results))
     absent = [name for name in CONTENDERS if name not in results["methods"]]
-    if args.results == RESULTS / "methods.json" and absent:
+    if args.results == report.RESULTS and absent:
         return print(f"\nnothing is written: {args.out} lacks runs of {', '.join(absent)} (--results FILE writes what there is)")
     args.results.parent.mkdir(parents=True, exist_ok=True)
     args.results.write_text(json.dumps(results, indent=1) + "\n")
     print(f"\nwritten to {args.results}")
-    if args.results == RESULTS / "methods.json":
+    if args.results == report.RESULTS:
         report.main()
 
 

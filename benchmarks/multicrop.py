@@ -28,7 +28,7 @@ import odc
 import sela
 import selav2
 import swav
-from benchmarks.record import finished, medians, resident, write
+from benchmarks.record import curve_of, finished, medians, resident, write
 from benchmarks.step import Synthetic, ours, seconds
 from common import data, distributed
 from common.config import recipe
@@ -109,11 +109,10 @@ def costs(args, device):
 
 
 def train(config, out):
-    """20-NN accuracy of a run, which is made unless it is there."""
+    """20-NN accuracies of a run, untrained and at its end; it is made unless it is there."""
     if not finished(config, out):
         swav.main(replace(config, out=str(out), fresh=True, eval_every=config.epochs))
-    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [record["knn_top1"] for record in records if "knn_top1" in record]
+    return [accuracy for _, accuracy in curve_of(out)]
 
 
 def accuracies(args, device):
@@ -183,7 +182,7 @@ def states():
 def main(args):
     device = distributed.start()
     figures = {**accuracies(args, device), **costs(args, device), **states()}
-    settings = dict(recipe=args.recipe, data=Path(args.data).name or args.recipe, seed=args.seed, small=round(96 / 224, 3))
+    settings = dict(recipe=args.recipe, data=Path(args.data).name or args.recipe, seed=args.seed)
     write("multicrop", device, settings, figures)
 
 

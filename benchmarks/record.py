@@ -38,6 +38,16 @@ def finished(config, folder):
     return True
 
 
+def metrics(folder):
+    """What a run logged, a dict a line."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def curve_of(folder):
+    """[(epoch, 20-NN accuracy)] as the run measured it on its way."""
+    return [(record["epoch"], record["knn_top1"]) for record in metrics(folder) if "knn_top1" in record]
+
+
 def resident(which="VmHWM"):
     """The largest size of this process so far, or with VmRSS its size now, in bytes."""
     return 1024 * int(Path("/proc/self/status").read_text().split(f"{which}:")[1].split()[0])

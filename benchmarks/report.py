@@ -21,9 +21,9 @@ COLUMNS = {"knn": "20-NN", "linear": "linear", "nmi": "NMI", "ami": "AMI", "hung
 
 def curve(method):
     """[(epoch, mean, least, most)] of the 20-NN accuracies that the runs measured on their way, over seeds."""
-    rows = list(zip(*(run["curve"] for run in method["runs"]), strict=True))
-    if any(len({epoch for epoch, _ in row}) > 1 for row in rows):
+    if len({tuple(epoch for epoch, _ in run["curve"]) for run in method["runs"]}) > 1:
         raise SystemExit(f"error: the runs of {method['title']} were evaluated at different epochs")
+    rows = zip(*(run["curve"] for run in method["runs"]))
     return [(row[0][0], statistics.mean(a for _, a in row), min(a for _, a in row), max(a for _, a in row)) for row in rows]
 
 

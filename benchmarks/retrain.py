@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 import sela
-from benchmarks.record import write
+from benchmarks.record import curve_of, write
 from common import data, distributed, features
 from common.checkpoint import load_backbone
 from common.multicrop import Augmentation, MultiCrop, to_device
@@ -65,8 +65,7 @@ def main():
     names = {field.name for field in dataclasses.fields(sela.Config)}
     try:
         saved = json.loads((args.run / "config.json").read_text())
-        records = [json.loads(line) for line in (args.run / "metrics.jsonl").read_text().splitlines()]
-        run = {record["epoch"]: record["knn_top1"] for record in records if "knn_top1" in record}
+        run = dict(curve_of(args.run))
         if saved.get("method") != "sela" or saved.get("augs", 3) != 3 or not run:
             raise ValueError("it is no run of sela.py with --eval-every and --augs 3")
         saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items() if name in names}

@@ -48,7 +48,6 @@ def row(table, title):
     return next(line for line in table.splitlines() if line.startswith(f"| {title} |"))
 
 
-@pytest.mark.skipif(not report.RESULTS.exists(), reason="no results yet: make results")
 def test_readme_and_figure_are_those_of_the_file():
     saved = json.loads(report.RESULTS.read_text())
     page = report.README.read_text()
@@ -114,9 +113,6 @@ def test_the_figure_names_every_curve_once_and_apart(results):
 # ---- the walk
 
 
-@pytest.mark.skipif(
-    not all((report.RESULTS.parent / f"{name}.json").exists() for name in figures.FILES.values()), reason="no runs yet: make figures"
-)
 def test_the_walk_shows_what_its_files_say():
     pictures, page = figures.drawn()
     assert page == figures.PAGE.read_text()
