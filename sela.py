@@ -272,9 +272,8 @@ def look(model, loader, run, config, number):
             index = distributed.gather_rows(index.to(run.device, non_blocking=True), equal=True)  # (W B,)
             row = torch.where((index >= first) & (index < last), index - first, last - first)
             held[row] = distributed.gather_rows(features, equal=True).to(held.dtype)
-    run.collect_bad()
     own.close()
-    return held[:-1]
+    return run.accept(held[:-1])
 
 
 def stored(dtype):
@@ -290,8 +289,6 @@ def relabel(model, memory, loader, run, config):
     else:
         features = run.look(model.backbone, loader)
     run.loader = loader
-    if int(distributed.all_sum(features.isnan().any(1).sum())) > len(run.bad):
-        raise Diverged("features of images that can be read are not finite: the weights have run away; a lower --lr may help")
     heads = [memory.done % config.heads] if config.one_head else range(config.heads)
     with run.phase("clusters"):
         assign(memory, model.prototypes, features, heads, config.lam, config.tolerance)

@@ -253,7 +253,17 @@ class Run:
             rows, _ = features.extract(
                 model, self.images, self.info["resize"], self.info["size"], self.device, bad=loader.bad, agree=self.agree, **how
             )
+        return self.accept(rows)
+
+    def accept(self, rows):
+        """rows as they are: features (n, D) of this rank's rows from a pass over the data, in which what cannot be read is a row of NaN.
+
+        Too many of these end the run, and so does any other row that is not finite.
+        """
         self.collect_bad()
+        finite = torch.cat([block.isfinite().all(1) for block in rows.split(4096)])
+        if distributed.all_sum((~finite).sum()) > len(self.bad):
+            raise Diverged("features of images that can be read are not finite: the weights have run away; a lower --lr may help")
         return rows
 
     def agree(self, keep=True):

@@ -1,5 +1,6 @@
 """Faults, injected into runs of swav.py, and what becomes of the run. docs/reliability.md is the list."""
 
+import importlib
 import itertools
 import math
 import multiprocessing
@@ -28,6 +29,7 @@ from helpers import (
     losses,
     metrics,
     ranks,
+    run_here,
     same,
     saved,
     start,
@@ -37,7 +39,7 @@ from helpers import (
 )
 
 import swav
-from common import checkpoint, data, meter
+from common import checkpoint, data, meter, resnet
 from common.distributed import rank
 from common.run import Run
 
@@ -532,6 +534,25 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
     error = capsys.readouterr().err
     assert "not finite at step 3" in error and "the last good checkpoint is" in error and "checkpoint.pt" in error
     assert saved(tmp_path)["step"] == 2 and all(w.isfinite().all() for w in saved(tmp_path)["model"].values())
+
+
+@pytest.mark.parametrize("script, options", [("deepcluster", []), ("odc", []), ("sela", []), ("sela", ["--labelling", "train"])])
+def test_a_readable_image_whose_features_are_not_finite_ends_the_run(tmp_path, capsys, monkeypatch, script, options):
+    """Weights that are finite can give features that are not, and these must not pass for an image that cannot be read."""
+    method, forward = importlib.import_module(script), resnet.ResNet.forward
+
+    def overflowing(network, x):
+        features = forward(network, x)
+        if not torch.is_grad_enabled():  # a pass over the data
+            features[0] *= float("inf")
+        return features
+
+    monkeypatch.setattr(resnet.ResNet, "forward", overflowing)
+    tiny = "--width 0.25 --sizes 16 --prototypes 4 --batch-size 16 --workers 0".split()
+    assert run_here(method, "--data", "shapes:80", *tiny, *options, "--out", tmp_path) == 5
+    error = capsys.readouterr().err
+    assert "features of images that can be read are not finite" in error and error.count("\n") == 1
+    assert not (tmp_path / "assignments.npz").exists()
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path, capsys, monkeypatch):

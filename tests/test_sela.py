@@ -275,14 +275,6 @@ def test_scores_are_gone_before_those_of_the_next_head_are_made(monkeypatch, met
     assert len(held) == 2
 
 
-def test_features_that_are_not_finite_end_the_run(tmp_path, capsys):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sela.Run, "look", lambda run, model, loader: torch.full((80, model.feature_dim), torch.nan))
-        assert here(*SHARED, "--labelling", "clean", "--out", tmp_path) == 5
-    error = capsys.readouterr().err
-    assert "features of images that can be read are not finite" in error and error.count("\n") == 1
-
-
 def test_levels_of_augmentation(tmp_path):
     folder, crops = image_tree(tmp_path / "images", images=2, size=(40, 24)), {}
 
