@@ -305,7 +305,8 @@ def main(config):
     meter = Meter(config.prototypes, len(images), config.heads, device)
     run = Run(config, info["method"], images, steps_per_epoch, meter, objects, model.backbone, info, device, REMEDY)
     parameters = sum(p.numel() for p in model.parameters())
-    held = len(images) * (4 * config.crops[0] * config.dim + 16 * config.heads)  # memory; targets and assignments
+    # memory, and the bank that is being clustered; targets and assignments
+    held = len(images) * (4 * (config.crops[0] + 1) * config.dim + 16 * config.heads)
     run.report(recipe(Config, RECIPES, config.recipe), parameters, clustered, held)
     run.resume()
     for epoch in run.epochs():

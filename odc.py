@@ -176,9 +176,14 @@ class Memory:
         self.ready = False
 
     @torch.no_grad()
-    def start(self, features, targets):
-        """features (n, D): this rank's rows, of any length; targets (N,)."""
-        self.bank[:-1] = F.normalize(features)
+    def fill(self, features):
+        """features (n, D): of this rank's rows, of any length; NaN for an image that cannot be read."""
+        for rows, block in zip(self.bank[:-1].split(4096), features.split(4096)):
+            rows.copy_(F.normalize(block.nan_to_num(0.0).to(rows.dtype)))
+
+    @torch.no_grad()
+    def start(self, targets):
+        """targets (N,): clusters of the embeddings that the memory was filled with."""
         self.bank[:-1][targets[self.first : self.last] < 0] = 0
         self.targets.copy_(targets)
         self.recount()
@@ -189,7 +194,8 @@ class Memory:
         """Sums and counts from embeddings and targets."""
         own = self.targets[self.first : self.last]
         self.sums.zero_()
-        self._add(self.bank[:-1][own >= 0], own[own >= 0])
+        for rows, clusters in zip(self.bank[:-1].split(4096), own.split(4096)):
+            self._add(rows[clusters >= 0], clusters[clusters >= 0])
         self.counts.copy_(torch.bincount(self.targets[self.targets >= 0], minlength=len(self.counts)))
 
     def _add(self, rows, clusters, sign=1):
@@ -293,9 +299,10 @@ def assign(memory, z, iterations, generator):
     readable = int(distributed.all_sum(seen.sum()))
     if readable < K:
         raise data.DataError(f"--prototypes {K}: more than the {readable} images that can be read")
-    mine = torch.full((len(z),), -100, device=z.device)
-    _, mine[seen], _, _ = kmeans(F.normalize(z[seen].to(memory.bank.dtype)), K, iterations, generator=generator)
-    memory.start(z.nan_to_num(0.0).to(memory.bank.dtype), distributed.gather_rows(mine))
+    memory.fill(z)
+    x, mine = memory.bank[:-1], torch.full((len(z),), -100, device=z.device)
+    _, mine[seen], _, _ = kmeans(x if seen.all() else x[seen], K, iterations, generator=generator)
+    memory.start(distributed.gather_rows(mine))
 
 
 def prediction_loss(scores, targets, weight, temperature):
@@ -391,7 +398,8 @@ def main(config):
     meter = Meter(config.prototypes, len(images), device=device)
     run = Run(config, info["method"], images, steps_per_epoch, meter, objects, model.backbone, info, device, REMEDY)
     parameters = sum(p.numel() for p in model.parameters())
-    held = len(images) * (4 * config.dim + 16)  # memory; targets and assignments
+    # memory, and what it is filled from; targets and assignments
+    held = len(images) * ((4 + autocast_dtype(config.precision, device).itemsize) * config.dim + 16)
     run.report(recipe(Config, RECIPES, config.recipe), parameters, len(images), held)
     run.resume()
     for epoch in run.epochs():

@@ -318,8 +318,8 @@ def main(config):
     meter = Meter(config.prototypes, len(images), config.heads, device)
     run = Run(config, info["method"], images, steps_per_epoch, meter, objects, model.backbone, info, device, REMEDY)
     parameters = sum(p.numel() for p in model.parameters())
-    # memory, scores; targets and assignments
-    held = len(images) * (4 * config.crops[0] * config.dim + 4 * config.prototypes + 16 * config.heads)
+    # memory, and the bank that is being labelled; scores; targets and assignments
+    held = len(images) * (4 * (config.crops[0] + 1) * config.dim + 4 * config.prototypes + 16 * config.heads)
     run.report(recipe(Config, RECIPES, config.recipe), parameters, clustered, held)
     run.resume()
     for epoch in run.epochs():

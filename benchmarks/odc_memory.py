@@ -40,7 +40,8 @@ def main():
     crowded = torch.randperm(args.images, generator=generator, device=device)[: 2000 * (args.steps // 50)].split(2000)
     for cluster, images in enumerate(crowded):  # those that will be split
         targets[images] = args.clusters - 1 - cluster
-    memory.start(features, targets)
+    memory.fill(features)
+    memory.start(targets)
     del features
 
     def timed(function, *values):

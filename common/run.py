@@ -187,7 +187,8 @@ class Run:
 
     def report(self, recipe, parameters, balanced, held):
         """Says what is about to happen, and what will not work. recipe: its own Config; balanced: rows that an assignment
-        spreads over the clusters (batch + queue, or the data set); held: bytes kept beside the model."""
+        spreads over the clusters (batch + queue, or the data set); held: bytes that are there beside the model
+        at the most, over all ranks."""
         c, n, k = self.config, len(self.images), self.meter.clusters
         labels = f"{len(self.images.classes)} classes (used to evaluate only)" if self.images.labels is not None else "no labels"
         crops = " + ".join(f"{v}x{s} px" for v, s in zip(c.crops, c.sizes))

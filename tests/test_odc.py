@@ -42,7 +42,8 @@ def replay(name, ranks_of_the_file):
     for t, operation in enumerate(numbers["ops"].tolist()):
         changed = float("nan")
         if operation == 0:
-            memory.start(mine(numbers["init_features"]), numbers["init_labels"])
+            memory.fill(mine(numbers["init_features"]))
+            memory.start(numbers["init_labels"])
         elif operation == 1:
             index, z = numbers["idx"][t - 1], numbers["features"][t - 1]  # (W, B) (W, B, D)
             r, W = distributed.rank(), distributed.world_size()
@@ -130,7 +131,8 @@ def history(steps=60, n=203, D=5, K=7):
     memory = odc.Memory(n, D, K, min_cluster=10)
     targets = torch.randint(K, (n,), generator=generator)
     targets[[3, 150]] = -100
-    memory.start(mine(torch.randn(n, D, generator=generator)), targets)
+    memory.fill(mine(torch.randn(n, D, generator=generator)))
+    memory.start(targets)
     smallest, splits, second_half = [], [], memory._second_half
     memory._second_half = lambda *arguments: (splits.append(1), second_half(*arguments))[1]
     for step in range(steps):
@@ -170,7 +172,8 @@ def test_a_saved_memory_goes_on_as_it_was():
 
 def test_equal_images_are_split_too():
     memory = odc.Memory(40, 3, 2, min_cluster=5)
-    memory.start(torch.ones(40, 3), torch.zeros(40, dtype=torch.int64))
+    memory.fill(torch.ones(40, 3))
+    memory.start(torch.zeros(40, dtype=torch.int64))
     memory.repair()
     assert memory.counts.tolist() == [20, 20]
 
