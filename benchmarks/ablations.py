@@ -5,13 +5,14 @@
     python -m benchmarks.ablations --list
 
 Where an option does it, the run has that option; where none does, a line below puts another function in the script's place. After
-the runs a table: loss as a share of ln K, clusters in use, the largest cluster's share of the images, and 20-NN accuracy on
-held-out images. A run is kept in --out and not made twice; nothing is written before all are there.
+the runs a table: the last epoch's loss as a share of ln K, clusters in use and the largest one's share of the images (means over
+heads), and 20-NN accuracy on held-out images. A run is kept in --out and not made twice; nothing is written before all are there.
 """
 
 import argparse
 import dataclasses
 import fnmatch
+import statistics
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ import deepclusterv2
 import odc
 import sela
 import swav
-from benchmarks.record import curve_of, finished, metrics, show, write
+from benchmarks.record import curve_of, finished, last_loss, show, write
 from common.config import ArgumentError, recipe
 from common.run import launch
 
@@ -114,12 +115,11 @@ def train(name, config):
 
 
 def figures_of(out):
-    """Of a finished run: loss / ln K, clusters in use, the largest one's share of the images in percent, 20-NN top-1."""
+    """Of a finished run: COLUMNS."""
     with np.load(out / "assignments.npz") as file:
-        first = file["assignments"][0]
-    counts = np.bincount(first[first >= 0])
-    loss = [r["loss_per_ln_k"] for r in metrics(out) if "loss_per_ln_k" in r][-1]
-    return loss, int((counts > 0).sum()), 100 * counts.max() / counts.sum(), curve_of(out)[-1][1]
+        counts = [np.bincount(head[head >= 0]) for head in file["assignments"]]
+    used = statistics.mean(int((c > 0).sum()) for c in counts)
+    return last_loss(out), used, 100 * statistics.mean(c.max() / c.sum() for c in counts), curve_of(out)[-1][1]
 
 
 def main(args):

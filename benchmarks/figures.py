@@ -165,8 +165,9 @@ def deepclusterv2_picture(found):
         y, colour = high + row * number, "orange" if number else "grey"
         corners = [(left, y + 4), (x(accuracy), y + 4), (x(accuracy), y + row - 4), (left, y + row - 4)]
         parts += [draw.path(corners, f"fill: var(--{colour})", fill_opacity="0.7"), draw.text(left - 8, y + 20, name, "end")]
-        parts += [draw.text(x(accuracy) + 6, y + 20, f"{accuracy:g}")]
     parts += [draw.path([(x(floor), high), (x(floor), low + 4)], "stroke: var(--ink)", stroke_dasharray="3 3")]
+    for number, accuracy in enumerate(accuracies.values()):
+        parts += [draw.text(x(accuracy) + 6, high + row * number + 20, f"{accuracy:g}", colour="ink")]
     return draw.page(WIDTH, low + 34, [*parts, draw.text(x(floor), low + 22, f"untrained trunk {floor:g}", "middle")], SIZE)
 
 
@@ -224,7 +225,7 @@ def outcomes(found, title, rows):
         loss, used, largest, knn = (value(found, "ablations", f"{name}: {what}") for what in ablations.COLUMNS)
         method = ablations.METHODS[name.split(",")[0]]
         K = recipe(method.Config, method.RECIPES, found["ablations"]["settings"]["recipe"]).prototypes
-        lines.append(f"| {words} | {loss:.2f} | {used:.0f} of {K} | {largest:.1f} % | {knn:g} % |")
+        lines.append(f"| {words} | {loss:.2f} | {used:.3g} of {K} | {largest:.1f} % | {knn:g} % |")
     return [*lines, f"| untrained trunk | | | | {found['figures']['untrained']:g} % |"]
 
 

@@ -5,7 +5,8 @@
 
 Crops: 2 large ones against 4, 2 + 4 and 2 + 6, small ones being 96/224 of a large one's side. FLOPs forward and backward of a published
 step (ResNet-50, head and prototypes; a multiplication with an addition is two), time and peak memory of a step in a process of its
-own; 20-NN of the recipe with these crops after its number of epochs, and after as many as take the time of its 2 + 6 crops.
+own; 20-NN of the recipe with these crops after its number of epochs, and after as many as take the time of its 2 + 6 crops, by
+steps on synthetic images.
 Batches: two crops, 256 prototypes, the learning rate by the square root of the batch, with and without a queue of 1,024 from epoch 1.
 State: what each method says at its start that it holds beside the network, with its published recipe, extrapolated from two sizes.
 A run is kept in --out and not made twice.
@@ -28,7 +29,7 @@ import odc
 import sela
 import selav2
 import swav
-from benchmarks.record import curve_of, finished, medians, resident, write
+from benchmarks.record import curve_of, finished, last_loss, medians, resident, write
 from benchmarks.step import Synthetic, ours, seconds
 from common import data, distributed
 from common.config import recipe
@@ -126,12 +127,15 @@ def accuracies(args, device):
         args.out.mkdir(parents=True, exist_ok=True)
         taken = step_times(configs, device, args.rounds)
         kept.write_text(json.dumps(taken) + "\n")
+    figures |= {f"{name} crops: ms a step of the trained": 1000 * value for name, value in taken.items()}
     for name, c in configs.items():
         longer = round(config.epochs * taken["2 + 6"] / taken[name])
         for what, epochs in {"equal images": config.epochs, "equal time": longer}.items():
-            before, accuracy = train(replace(c, epochs=epochs), args.out / f"{name.replace(' ', '')}_crops_{epochs}_epochs")
+            folder = args.out / f"{name.replace(' ', '')}_crops_{epochs}_epochs"
+            before, accuracy = train(replace(c, epochs=epochs), folder)
             figures["untrained: 20-NN %"] = before
             figures |= {f"{name} crops: epochs at {what}": epochs, f"{name} crops: 20-NN % at {what}": accuracy}
+            figures[f"{name} crops: loss / ln K at {what}"] = last_loss(folder)
     for batch in BATCHES:
         more = batch / config.batch_size
         rates = dict(lr=config.lr * math.sqrt(more), final_lr=config.final_lr * math.sqrt(more))
@@ -174,7 +178,7 @@ def states():
     for name, method in METHODS.items():
         few, many = held(method, 20_000), held(method, 40_000)
         slope = (many - few) / 20_000
-        figures[f"{name}: bytes an image"] = slope
+        figures[f"{name}: bytes an image"] = round(slope)
         figures |= {f"{name}: GiB at {size}": (few + slope * (n - 20_000)) / 2**30 for size, n in SIZES.items()}
     return figures
 

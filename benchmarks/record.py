@@ -1,5 +1,6 @@
 """What every benchmark shares: rounds that alternate, medians, and a result file that says where it was made."""
 
+import itertools
 import json
 import os
 import platform
@@ -48,6 +49,14 @@ def curve_of(folder):
     return [(record["epoch"], record["knn_top1"]) for record in metrics(folder) if "knn_top1" in record]
 
 
+def last_loss(folder):
+    """Loss / ln K of the last epoch: the mean of its records, each of which is one over the steps since the record before."""
+    logged = [record for record in metrics(folder) if "loss_per_ln_k" in record]
+    steps = [after["step"] - before["step"] for before, after in itertools.pairwise([{"step": 0}, *logged])]
+    last = [(record["loss_per_ln_k"], n) for record, n in zip(logged, steps) if record["epoch"] > logged[-1]["epoch"] - 1]
+    return sum(loss * n for loss, n in last) / sum(n for _, n in last)
+
+
 def resident(which="VmHWM"):
     """The largest size of this process so far, or with VmRSS its size now, in bytes."""
     return 1024 * int(Path("/proc/self/status").read_text().split(f"{which}:")[1].split()[0])
@@ -93,7 +102,7 @@ def write(name, device, settings, figures):
     record = {
         **origin(name, device),
         "settings": settings,
-        "figures": {key: float(f"{value:.4g}") for key, value in figures.items()},
+        "figures": {key: value if isinstance(value, int) else float(f"{value:.4g}") for key, value in figures.items()},
     }
     show(record["figures"])
     slug = device.type if device.type == "cpu" else machine(device).lower().replace(" ", "_")
