@@ -137,22 +137,24 @@ class Pixels(nn.Module):
         return x.flatten(1)
 
 
-def judge(trunk, info, images, queries, folder, linear_words, workers):
+def judge(trunk, info, images, queries, folder, linear_words, workers, precision="auto"):
     """Figures of a trunk's features in percent, as the evaluation scripts find them: 20-NN, a linear classifier (last epoch, the
     best of its rates), and how k-means with as many clusters as there are classes, fitted to the training images, sorts the
     held-out ones. Kept in the folder until the trunk there is a younger one. linear_words: what eval_linear.py takes; without
-    any it gets the features."""
+    any it gets the features. precision: that of the run."""
     kept, file, saved = folder / f"figures_{info['size']}.json", folder / f"features_{info['size']}.npz", folder / "backbone.pt"
     if kept.exists() and not (saved.exists() and saved.stat().st_mtime > kept.stat().st_mtime):
         return json.loads(kept.read_text())
     folder.mkdir(parents=True, exist_ok=True)
     device, classes = distributed.start(), len(images.classes)
-    how = dict(workers=workers, precision=autocast_dtype("auto", device))
+    how = dict(workers=workers, precision=autocast_dtype(precision, device))
     sets = (features.extract(trunk.to(device), part, info["resize"], info["size"], device, **how) for part in (images, queries))
     bank, held_out = ([t.cpu() for t in part] for part in sets)
     if not linear_words:
         features.save(file, bank, held_out, info)
-    process = python(["eval_linear", *(linear_words or [str(file)]), "--workers", str(workers)], stdout=subprocess.PIPE)
+    process = python(
+        ["eval_linear", *(linear_words or [str(file)]), "--workers", str(workers), "--precision", precision], stdout=subprocess.PIPE
+    )
     (probe,) = json.loads(process.stdout.splitlines()[-1])["chosen"].values()
     centroids, *_ = kmeans(F.normalize(bank[0].float()), classes, 50, generator=torch.Generator().manual_seed(0))
     clusters, labels = nearest(F.normalize(held_out[0].float()), centroids)[0].numpy(), held_out[1].numpy()
@@ -162,15 +164,6 @@ def judge(trunk, info, images, queries, folder, linear_words, workers):
     kept.write_text(json.dumps(figures) + "\n")
     print(f"{folder}: {figures}", flush=True)
     return figures
-
-
-def own_clusters(folder):
-    """What a method's own heads, mean over them, make of the held-out images."""
-    kept = folder / "eval_cluster.json"
-    if not kept.exists() or kept.stat().st_mtime < (folder / "backbone.pt").stat().st_mtime:
-        python(["eval_cluster", str(folder), "--samples", "0"])
-    heads = json.loads(kept.read_text())["heads"]
-    return {name: statistics.mean(head[name] for head in heads) for name in ("clusters", "used", "nmi", "ami")}
 
 
 # ---------------------------------------------------------------------------------------------------------- results
@@ -185,15 +178,14 @@ def collect(args, images, queries, seconds):
         runs = []
         for seed, folder in folders.items():
             trunk, info = load_backbone(folder)
-            words = [str(folder), "--cache"]
-            figures = judge(trunk, info, images, queries, folder, words, args.workers)
+            words, precision = [str(folder), "--cache"], config_of(name, args, seed).precision
+            figures = judge(trunk, info, images, queries, folder, words, args.workers, precision)
             small = {**info, "resize": 32, "size": 32}
             if name == PEER:  # its own benchmark looks at images of this size
                 smaller = [*words, "--resize", "32", "--size", "32"]
-                figures["knn_at_32_px"] = judge(trunk, small, images, queries, folder, smaller, args.workers)["knn"]
-            own = {"own_clusters": own_clusters(folder)} if name in METHODS else {}
+                figures["knn_at_32_px"] = judge(trunk, small, images, queries, folder, smaller, args.workers, precision)["knn"]
             line = command(training(name, args, seed, folder))
-            runs.append({"seed": seed, "command": line, **figures, **own, "curve": curve_of(folder)})
+            runs.append({"seed": seed, "command": line, **figures, "curve": curve_of(folder)})
         if runs:
             config = config_of(name, args, 0)
             times = dict(zip(("first_epoch_s", "epoch_s"), seconds.get(name, [])))

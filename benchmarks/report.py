@@ -85,6 +85,7 @@ def table(results):
             cells += [f"{seconds(method, s['epochs']) / 60:.0f}", f"{accuracy_at(method, epochs_in(method, time)):.1f}"]
         lines.append(f"| {method['title']} | {len(method['runs'])} | {method['crops']} | {' | '.join(cells)} |")
     for title, floor in results["floors"].items():
+        title += ", at 32 px" if title == "pixels" else ""
         lines.append(f"| {title} | | | {' | '.join(f'{floor[key]:.1f}' for key in COLUMNS)} |{' |' * 2 * bool(time)}")
     return "\n".join([*lines, *peer(results)])
 
