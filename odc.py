@@ -177,9 +177,9 @@ class Memory:
 
     @torch.no_grad()
     def fill(self, features):
-        """features (n, D): of this rank's rows, of any length; NaN for an image that cannot be read."""
+        """features (n, D): of this rank's rows, of any length; NaN for an image that cannot be read, of which start makes 0."""
         for rows, block in zip(self.bank[:-1].split(4096), features.split(4096)):
-            rows.copy_(F.normalize(block.nan_to_num(0.0).to(rows.dtype)))
+            rows.copy_(F.normalize(block.to(rows.dtype)))
 
     @torch.no_grad()
     def start(self, targets):

@@ -162,6 +162,24 @@ def test_sums_and_counts_are_exact_and_no_cluster_stays_small():
         assert same(other[0], state) and other[1:] == one[1:]
 
 
+def started(rows):
+    memory = odc.Memory(len(rows), 5, 4)
+    odc.assign(memory, mine(rows), 5, torch.Generator().manual_seed(0))
+    return memory.state_dict(), memory.counts
+
+
+def test_the_memory_starts_without_images_that_cannot_be_read():
+    z = torch.randn(60, 5, generator=torch.Generator().manual_seed(1))
+    unread = torch.zeros(60, dtype=torch.bool).index_fill(0, torch.tensor([3, 40]), True)
+    state, counts = started(z.masked_fill(unread[:, None], torch.nan))
+    without, without_counts = started(z[~unread])
+    assert (state["targets"][unread] == -100).all() and (state["bank"][unread] == 0).all()
+    assert torch.equal(state["targets"][~unread], without["targets"]) and torch.equal(state["bank"][~unread], F.normalize(z[~unread]))
+    assert torch.equal(state["centroids"], without["centroids"]) and torch.equal(counts, without_counts) and counts.sum() == 58
+    for other, other_counts in ranks(2, started, z.masked_fill(unread[:, None], torch.nan)):
+        assert same(other, state) and torch.equal(other_counts, counts)
+
+
 def test_a_saved_memory_goes_on_as_it_was():
     state, *_ = history()
     memory = odc.Memory(203, 5, 7, min_cluster=10)
