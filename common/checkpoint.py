@@ -41,11 +41,15 @@ class Damaged(CheckpointError):
 
 class _HashingWriter:
     def __init__(self, file):
-        self.file, self.digest = file, hashlib.sha256()
+        self.file, self.digest, self.error = file, hashlib.sha256(), None
 
     def write(self, block):
         self.digest.update(block)
-        return self.file.write(block)
+        try:
+            return self.file.write(block)
+        except OSError as error:
+            self.error = error
+            raise
 
     def flush(self):
         self.file.flush()
@@ -76,21 +80,23 @@ def writing(path, text=False, sync=False, keep=None):
 
 
 def _torch_save(state, file):
+    """Returns the SHA-256 of what it has written. Raises OSError, as of a full disk, which torch's writer makes a riddle of."""
+    writer = _HashingWriter(file)
     try:
-        torch.save(state, file)
-    except RuntimeError as error:
-        if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
+        torch.save(state, writer)
+    except RuntimeError:
+        if writer.error is None:
             raise
-        raise OSError(str(error).splitlines()[0]) from None  # torch's writer reports a full disk so
+        raise writer.error from None
+    return writer.digest.digest()
 
 
 def save(path, state):
     """Writes state (tensors, numbers, strings, lists, tuples and dicts) to path, keeping the file that was there as
     previous_path(path). The name never points at half a file. Raises OSError, with the old files intact."""
     with writing(path, sync=True, keep=previous_path(path)) as file:
-        writer = _HashingWriter(file)
-        _torch_save(state, writer)
-        file.write(MARK + writer.digest.digest())
+        digest = _torch_save(state, file)
+        file.write(MARK + digest)
 
 
 def previous_path(path):
