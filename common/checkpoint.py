@@ -80,7 +80,7 @@ def writing(path, text=False, sync=False, keep=None):
 
 
 def _torch_save(state, file):
-    """Returns the SHA-256 of what it has written. Raises OSError, as of a full disk, which torch's writer makes a riddle of."""
+    """Returns the SHA-256 of what it has written. Raises the file's own OSError, in whose place torch reports a position."""
     writer = _HashingWriter(file)
     try:
         torch.save(state, writer)
@@ -95,8 +95,7 @@ def save(path, state):
     """Writes state (tensors, numbers, strings, lists, tuples and dicts) to path, keeping the file that was there as
     previous_path(path). The name never points at half a file. Raises OSError, with the old files intact."""
     with writing(path, sync=True, keep=previous_path(path)) as file:
-        digest = _torch_save(state, file)
-        file.write(MARK + digest)
+        file.write(MARK + _torch_save(state, file))
 
 
 def previous_path(path):

@@ -187,8 +187,8 @@ class Run:
 
     def report(self, recipe, parameters, balanced, held):
         """Says what is about to happen, and what will not work. recipe: its own Config; balanced: rows that an assignment
-        spreads over the clusters (batch + queue, or the data set); held: bytes that are there beside the model
-        at the most, over all ranks."""
+        spreads over the clusters (batch + queue, or the data set); held: the most bytes that there
+        are beside the model, over all ranks."""
         c, n, k = self.config, len(self.images), self.meter.clusters
         labels = f"{len(self.images.classes)} classes (used to evaluate only)" if self.images.labels is not None else "no labels"
         crops = " + ".join(f"{v}x{s} px" for v, s in zip(c.crops, c.sizes))
@@ -259,7 +259,7 @@ class Run:
     def accept(self, rows):
         """rows as they are: features (n, D) of this rank's rows from a pass over the data, in which what cannot be read is a row of NaN.
 
-        Too many of these end the run, and so does any other row that is not finite.
+        Too many of these end the run, and so do more rows that are not finite than images that cannot be read.
         """
         self.collect_bad()
         finite = torch.cat([block.isfinite().all(1) for block in rows.split(4096)])

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -41,7 +42,7 @@ from helpers import (
 import swav
 from common import checkpoint, data, meter, resnet
 from common.distributed import rank
-from common.run import Run
+from common.run import Diverged, Run
 
 # ---- exact resume
 
@@ -400,11 +401,25 @@ def test_a_full_disk_is_said_and_survived(tmp_path, capsys):
         out, err = capsys.readouterr()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert f"warning: cannot write to {tmp_path}: " in out and "the training goes on" in out and "step 6/" in out
+    assert f"warning: cannot write to {tmp_path}: File too large; " in out and "the training goes on" in out and "step 6/" in out
     assert err.count("\n") == 1 and "the end of the run is not saved" in err
     assert [(tmp_path / name).read_bytes() for name in ("checkpoint.pt", "backbone.pt")] == before
     assert not list(tmp_path.glob("*.partial")) and not (tmp_path / "previous_checkpoint.pt").exists()
     assert swav_here(*run, "--max-steps", 6) == 0 and "resumed at step 2 of" in capsys.readouterr().out
+
+
+def test_a_full_disk_is_named_wherever_it_stops_a_save(tmp_path):
+    """torch's writer reports a position for it at some places, and the error itself at others."""
+    state = {f"w{i}": torch.randn(30, 30 + i) for i in range(20)}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        for room in range(2000, 80_000, 3000):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+            with pytest.raises(OSError, match="File too large"):
+                checkpoint.save(tmp_path / "checkpoint.pt", state)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_restart_on_a_full_disk_is_one_line(tmp_path, capsys):
@@ -554,6 +569,21 @@ def test_a_readable_image_whose_features_are_not_finite_ends_the_run(tmp_path, c
     error = capsys.readouterr().err
     assert "features of images that can be read are not finite" in error and error.count("\n") == 1
     assert not (tmp_path / "assignments.npz").exists()
+
+
+def accepted(bad):
+    """What becomes of rows of which the last rank has one that is not finite."""
+    rows = torch.zeros(5, 3)
+    rows[2] = math.nan if rank() == 1 else 0.0
+    try:
+        return Run.accept(SimpleNamespace(collect_bad=lambda: None, bad=bad), rows) is rows
+    except Diverged as error:
+        return str(error)
+
+
+def test_all_ranks_end_for_features_of_one_that_are_not_finite():
+    assert ranks(2, accepted, {7}) == [True, True]  # an image that cannot be read
+    assert all("not finite" in error for error in ranks(2, accepted, set()))
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path, capsys, monkeypatch):
