@@ -56,4 +56,4 @@ diff:  ## changed lines between neighbouring methods, after `diff --ignore-all-s
 	  printf '%s -> %s: ' $$1.py $$2.py; diff -w $$1.py $$2.py | grep -c '^[<>]'; shift 2; done
 
 loc:  ## lines of code
-	@wc -l *.py common/*.py | sort -n
+	@wc -l *.py $$(find common -name '*.py') | sort -n

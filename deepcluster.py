@@ -31,13 +31,16 @@ from torch import nn
 
 from common import data, distributed
 from common.alexnet import alexnet
-from common.config import ArgumentError, option, parse, recipe
+from common.batchnorm import parallel
+from common.engine.errors import ArgumentError, DataError, say
+from common.engine.launch import autocast_dtype, launch, start
+from common.engine.log import Meter, nmi
+from common.engine.options import option, parse, recipe
+from common.engine.run import Run
 from common.kmeans import fit_whitening, held_scores, kmeans
-from common.meter import Meter, nmi
 from common.multicrop import MEAN, STD, Augmentation, MultiCrop, to_device
 from common.optim import warmup_cosine
 from common.resnet import ARCHITECTURES
-from common.run import Run, autocast_dtype, launch, say, start
 
 # Letters in shapes: B images of this rank, V crops, F features, K prototypes (one a cluster), N data set (n here).
 
@@ -185,7 +188,7 @@ def assign(memory, prototypes, x, iterations, generator):
     K, seen = len(prototypes.weight), ~x[:, 0].isnan()
     readable = int(distributed.all_sum(seen.sum()))
     if readable < K:
-        raise data.DataError(f"--prototypes {K}: more than the {readable} images that can be read")
+        raise DataError(f"--prototypes {K}: more than the {readable} images that can be read")
     mine = torch.full((len(x),), -100, device=x.device)
     _, mine[seen], counts, _ = kmeans(x if seen.all() else x[seen], K, iterations, generator=generator)
     previous, memory.targets = memory.targets, distributed.gather_rows(mine)  # (N,)
@@ -275,7 +278,7 @@ def main(config):
     images = distributed.from_main(data.open_images, config.data or "shapes", "train", config.root)
     steps_per_epoch = len(images) // config.batch_size
     if not steps_per_epoch:
-        raise data.DataError(f"--data has {len(images)} images, fewer than one batch: --batch-size {config.batch_size}")
+        raise DataError(f"--data has {len(images)} images, fewer than one batch: --batch-size {config.batch_size}")
     if len(images) < config.prototypes:
         raise ArgumentError(f"--prototypes {config.prototypes}: more than the {len(images)} images, which are clustered")
     if "alexnet" in config.arch and ({*config.sizes, config.eval_size or 224}, config.width, config.stem) != ({224}, 1, "imagenet"):
@@ -287,7 +290,7 @@ def main(config):
     model.to(device, torch.float64 if config.precision == "float64" else torch.float32, memory_format=torch.channels_last)
     if config.compile:
         model.backbone.compile()
-    net = distributed.parallel(model)
+    net = parallel(model)
     # The classifier starts anew each epoch, so it has no momentum that would come from another one.
     groups = [{"params": list(model.backbone.parameters())}, {"params": list(model.prototypes.parameters()), "momentum": 0.0}]
     optimizer = torch.optim.SGD(groups, config.lr, config.momentum, weight_decay=config.weight_decay)

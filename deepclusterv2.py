@@ -26,14 +26,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import data, distributed
-from common.config import ArgumentError, option, parse, recipe
-from common.features import rows_of
+from common.batchnorm import parallel
+from common.distributed import rows_of
+from common.engine.errors import ArgumentError, DataError, Diverged
+from common.engine.launch import autocast_dtype, launch, start
+from common.engine.log import Meter
+from common.engine.options import option, parse, recipe
+from common.engine.run import Run
 from common.kmeans import kmeans
-from common.meter import Meter
 from common.multicrop import MEAN, STD, Augmentation, MultiCrop, to_device
 from common.optim import LARC, warmup_cosine
 from common.resnet import ARCHITECTURES
-from common.run import Diverged, Run, autocast_dtype, launch, start
 
 # Letters in shapes: B images of this rank, W ranks, V crops (first U large), F features, D embedding, H heads of K prototypes, N data set.
 
@@ -194,7 +197,7 @@ def assign(memory, prototypes, iterations, generator):
     """
     K, readable = len(prototypes[0].weight), int(distributed.all_sum(memory.filled[:-1].sum()))
     if readable < K:
-        raise data.DataError(f"--prototypes {K}: more than the {readable} images that can be read")
+        raise DataError(f"--prototypes {K}: more than the {readable} images that can be read")
     for h, head in enumerate(prototypes):
         try:
             centroids, assignments, _, _ = kmeans(
@@ -278,7 +281,7 @@ def main(config):
     images = distributed.from_main(data.open_images, config.data or "shapes", "train", config.root)
     steps_per_epoch = len(images) // config.batch_size
     if not steps_per_epoch:
-        raise data.DataError(f"--data has {len(images)} images, fewer than one batch: --batch-size {config.batch_size}")
+        raise DataError(f"--data has {len(images)} images, fewer than one batch: --batch-size {config.batch_size}")
     if sum(config.crops) < 2:
         raise ArgumentError(f"--crops {sum(config.crops)}: at least 2 crops are needed, to predict one from another")
     clustered = steps_per_epoch * config.batch_size
@@ -289,7 +292,7 @@ def main(config):
     model.to(device, torch.float64 if config.precision == "float64" else torch.float32, memory_format=torch.channels_last)
     if config.compile:
         model.backbone.compile()
-    net = distributed.parallel(model)
+    net = parallel(model)
     optimizer = LARC(model.parameters(), config.lr, config.momentum, config.weight_decay)
     memory = Memory(len(images), config.crops[0], config.dim, config.heads, device, model.prototypes[0].weight.dtype)
 

@@ -19,112 +19,19 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.optimize import linear_sum_assignment
-from scipy.sparse import coo_array
-from scipy.special import gammaln
 from torch import nn
 
-from common import checkpoint, data, distributed, evaluation, gallery
-from common.config import ArgumentError
+from common import data, distributed, weights
+from common.engine.errors import ArgumentError, CheckpointError, DataError, say
+from common.engine.files import writing
+from common.engine.launch import launch
+from common.evaluation import gallery
+from common.evaluation import protocol as evaluation
+from common.evaluation.metrics import METRICS, ami, ari, hungarian_accuracy, nmi  # noqa: F401 (names to import from here)
 from common.features import extract
 from common.kmeans import kmeans, nearest
-from common.run import launch, say
 
 # N images, H heads, K clusters of a head, C classes
-
-# ----------------------------------------------------------------------------------------------------------- metrics
-# Of two labellings (N,) with any whole numbers, also negative ones; the names of the labels do not matter.
-
-
-def contingency(a, b):
-    """How often each value of a meets each value of b: (values in a, values in b) int64, sparse."""
-    a, b = np.asarray(a), np.asarray(b)
-    if a.ndim != 1 or a.shape != b.shape or not len(a):
-        raise ValueError(f"two labellings of the same items, (N,) with N >= 1, are needed: got shapes {a.shape} and {b.shape}")
-    rows, columns = (np.unique(x, return_inverse=True)[1] for x in (a, b))
-    counts = coo_array((np.ones(len(a), np.int64), (rows, columns)))
-    counts.sum_duplicates()
-    return counts
-
-
-def entropy(counts):
-    share = counts / counts.sum()
-    return -(share * np.log(share)).sum()
-
-
-def _information(a, b):
-    """Mutual information of a and b in nats, their entropies, and how often each value occurs."""
-    counts = contingency(a, b)
-    n, size_a, size_b = counts.sum(), counts.sum(axis=1), counts.sum(axis=0)
-    mutual = (counts.data / n * np.log(n * counts.data / (size_a[counts.row] * size_b[counts.col]))).sum()
-    return max(0.0, mutual), entropy(size_a), entropy(size_b), size_a, size_b
-
-
-def nmi(a, b, geometric=False):
-    """Mutual information over the arithmetic mean of the entropies, or the geometric one (DeepCluster's paper): 0 to 1."""
-    mutual, h_a, h_b, size_a, size_b = _information(a, b)
-    if len(size_a) == len(size_b) == 1:
-        return 1.0
-    mean = math.sqrt(h_a * h_b) if geometric else (h_a + h_b) / 2
-    return float(mutual / mean) if mean else 0.0
-
-
-def ami(a, b):
-    """Adjusted mutual information, arithmetic mean ("aNMI" in SeLa's table): 1 if equal, 0 on average by chance."""
-    mutual, h_a, h_b, size_a, size_b = _information(a, b)
-    mean, n = (h_a + h_b) / 2, size_a.sum()
-    if len(size_a) == len(size_b) and len(size_a) in (1, n):
-        return 1.0  # all in one, or each alone, in both: equal, though chance would do no worse
-    expected = expected_information(size_a, size_b)
-    return float((mutual - expected) / (mean - expected))
-
-
-def expected_information(size_a, size_b):
-    """Mean mutual information of all pairs of labellings with these cluster sizes (hypergeometric model)."""
-    n, total = size_a.sum(), 0.0
-    log_factorial = gammaln(np.arange(n + 1) + 1)
-    (size_a, times_a), (size_b, times_b) = (np.unique(sizes, return_counts=True) for sizes in (size_a, size_b))
-    for a, times in zip(size_a, times_a):
-        # The overlap of two clusters, but for what lies where its probability is below exp(-45), by Chernoff's bounds.
-        mean = a * size_b / n
-        first = np.maximum(np.maximum(1, a + size_b - n), np.floor(mean - np.sqrt(90 * mean))).astype(np.int64)
-        last = np.minimum(np.minimum(a, size_b), np.ceil(mean + 15 + np.sqrt(225 + 90 * mean))).astype(np.int64)
-        lengths = last - first + 1
-        column = np.repeat(np.arange(len(size_b)), lengths)
-        overlap = np.arange(len(column)) - np.repeat(lengths.cumsum() - lengths - first, lengths)
-        b = size_b[column]
-        log_p = log_factorial[a] + log_factorial[b] + log_factorial[n - a] + log_factorial[n - b] - log_factorial[n]
-        log_p -= log_factorial[overlap] + log_factorial[a - overlap] + log_factorial[b - overlap] + log_factorial[n - a - b + overlap]
-        total += times * (times_b[column] * overlap / n * np.log(n * overlap / (a * b)) * np.exp(log_p)).sum()
-    return total
-
-
-def ari(a, b):
-    """Adjusted Rand index: agreement on the pairs of items that are together; 1 if equal, 0 on average by chance."""
-    counts = contingency(a, b)
-    together, in_a, in_b = ((x * (x - 1.0) / 2).sum() for x in (counts.data, counts.sum(axis=1), counts.sum(axis=0)))
-    pairs = counts.sum() * (counts.sum() - 1.0) / 2
-    expected = in_a * in_b / pairs if pairs else 0.0
-    if in_a == in_b == together:
-        return 1.0
-    return float((together - expected) / ((in_a + in_b) / 2 - expected))
-
-
-def hungarian_accuracy(a, b):
-    """Share of items that the best one-to-one matching of clusters with classes gets right ("label accuracy"). Clusters
-    beyond the number of classes stay without one."""
-    counts = contingency(a, b).toarray()
-    return float(counts[linear_sum_assignment(counts, maximize=True)].sum() / counts.sum())
-
-
-def purity(a, b):
-    """Share of items that have the label b most frequent in their cluster a: matching many to one. Not symmetric."""
-    counts = contingency(a, b)
-    return float(counts.max(axis=1).sum() / counts.sum())
-
-
-METRICS = {"nmi": nmi, "ami": ami, "ari": ari, "hungarian": hungarian_accuracy, "purity": purity}
-
 
 def judge(clusters, labels):
     """{metric: percent}, the NMI of the geometric mean beside."""
@@ -155,7 +62,7 @@ def by_heads(assign, images, info, how):
     rows = distributed.gather_rows(rows.float().cpu()).t()  # (2 H, N)
     clusters, scores = rows.chunk(2)
     if not scores[clusters >= 0].isfinite().all():
-        raise checkpoint.CheckpointError("the heads give scores that are not finite: the weights are damaged")
+        raise CheckpointError("the heads give scores that are not finite: the weights are damaged")
     return clusters.nan_to_num(-1).long().numpy(), scores.numpy()
 
 
@@ -183,11 +90,11 @@ def by_run(folder, images):
     path = Path(folder) / "assignments.npz"
     clusters = data.read_assignments(path, images).astype(np.int64)
     if not (clusters >= 0).any():
-        raise data.DataError(f"{path}: no image has a cluster yet")
+        raise DataError(f"{path}: no image has a cluster yet")
     try:
         k = json.loads((Path(folder) / "config.json").read_text())["prototypes"]
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise checkpoint.CheckpointError(f"{folder}/config.json cannot be read ({error})") from None
+        raise CheckpointError(f"{folder}/config.json cannot be read ({error})") from None
     return clusters, [max(k, int(clusters.max()) + 1)] * len(clusters)
 
 
@@ -274,21 +181,21 @@ def open_subject(args):
         images = data.open_images(args.images, "" if folder else "train", args.root)
         return data.open_images(args.data, "train", args.root) if args.data else None, images, f"images of {args.images}"
     if args.training and not args.kmeans and not Path(args.trunk).is_dir():
-        raise checkpoint.CheckpointError(f"{args.trunk} is no run: --training needs the directory of one, or --kmeans")
+        raise CheckpointError(f"{args.trunk} is no run: --training needs the directory of one, or --kmeans")
     spec, root, val = evaluation.sources(args)
     if not spec and not (val and not args.training and not args.kmeans):
         if not Path(args.trunk).exists():  # with a run that is there, there would be data
-            raise checkpoint.CheckpointError(f"{args.trunk} does not exist")
+            raise CheckpointError(f"{args.trunk} does not exist")
         raise ArgumentError("--data is needed: labelled images, or --images DIR")
     training = data.open_images(spec, "train", root) if args.training or args.kmeans else None
     images = training if args.training else data.open_queries(spec, val, root)
     name = "--data" if args.training else "--val"
     if images.labels is None:
-        raise data.DataError(f"{name} has no labels to compare clusters with: class folders are needed, or --images DIR to look alone")
+        raise DataError(f"{name} has no labels to compare clusters with: class folders are needed, or --images DIR to look alone")
     found = images.labels[images.labels >= 0].unique().tolist()
     if len(found) < 2:
         only = f" ({images.classes[found[0]]})" if found else ""
-        raise data.DataError(f"{name} has images of {len(found)} class{only}: at least two are needed to compare clusters with")
+        raise DataError(f"{name} has images of {len(found)} class{only}: at least two are needed to compare clusters with")
     return training, images, "training images" if args.training else "held-out images"
 
 
@@ -299,9 +206,9 @@ def check_head(args, heads):
 
 def open_heads(args, device):
     """The model that assigns, on the device, its info, and how to look at images with it."""
-    model, info = distributed.from_main(checkpoint.load_model, args.trunk)
+    model, info = distributed.from_main(weights.load_model, args.trunk)
     if not len(model.heads):
-        raise checkpoint.CheckpointError(f"{args.trunk} has no heads to cluster with: --kmeans K clusters its features")
+        raise CheckpointError(f"{args.trunk} has no heads to cluster with: --kmeans K clusters its features")
     info = {**info, "resize": args.resize or info["resize"], "size": args.size or info["size"]}
     return Assign(model).to(device, memory_format=torch.channels_last), info, evaluation.extraction(args, info, device)
 
@@ -371,7 +278,7 @@ def compare(clusters, labels):
     for c in clusters:
         known = (c >= 0) & (labels >= 0)
         if not known.any():
-            raise data.DataError("no image has both a cluster and a label")
+            raise DataError("no image has both a cluster and a label")
         shuffled = np.random.default_rng(0).permutation(labels[known])
         heads.append((judge(c[known], labels[known]), judge(c[known], shuffled)))
     return heads
@@ -410,7 +317,7 @@ def describe(record, args, info):
 
 def write_csv(path, images, clusters, scores):
     """path, then cluster and score of each head: -1 and nothing for an image that cannot be read."""
-    with checkpoint.writing(path, text=True) as file:
+    with writing(path, text=True) as file:
         writer = csv.writer(file)
         writer.writerow(["path", *(f"{what}{h}" for h in range(len(clusters)) for what in ("head", "score"))])
         for name, own, score in zip(images.paths, clusters.T.tolist(), scores.T.tolist()):

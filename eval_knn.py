@@ -16,11 +16,13 @@ from pathlib import Path
 
 import torch
 
-from common import distributed, evaluation
-from common.config import ArgumentError
-from common.features import classify as classify  # eval_knn.classify, for those who import it
-from common.features import extract, knn_accuracy, load
-from common.run import launch, say
+from common import distributed
+from common.engine.errors import ArgumentError, say
+from common.engine.launch import launch
+from common.evaluation import protocol as evaluation
+from common.evaluation.store import load
+from common.features import extract, knn_accuracy
+from common.features import knn_classify as classify  # noqa: F401 (eval_knn.classify, for those who import it)
 
 
 def arguments(argv=None):

@@ -30,11 +30,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import data, distributed, evaluation, features
-from common.config import ArgumentError
-from common.multicrop import MEAN, STD, Augmentation, CenterCrop, MultiCrop, RandomCrop, TenCrop, photometric
-from common.pooling import FEATURES, pooled_maps, shapes
-from common.run import Diverged, autocast_dtype, launch, say
+from common import data, distributed, features
+from common.batchnorm import SyncBatchNorm
+from common.engine.errors import ArgumentError, DataError, Diverged, say
+from common.engine.launch import autocast_dtype, launch
+from common.evaluation import protocol as evaluation
+from common.evaluation import store
+from common.evaluation.metrics import ranked, ranked_accuracy
+from common.evaluation.pooling import FEATURES, pooled_maps, shapes
+from common.multicrop import MEAN, STD, TRIES, Augmentation, CenterCrop, MultiCrop, RandomCrop, TenCrop, photometric
 
 # B images, C channels of a map, F features of a layer, G settings (learning rate, weight decay), K classes
 
@@ -239,7 +243,7 @@ class Probe(nn.Module):
         self.weight = nn.Parameter(weight.flatten(1)[:, None].repeat(1, len(settings), 1))  # (K, G, F)
         self.bias = nn.Parameter(bias[:, None].repeat(1, len(settings)))  # (K, G)
         self.register_buffer("decay", torch.tensor([decay for _, decay in settings], dtype=torch.float64), persistent=False)  # (G,)
-        self.norm = distributed.SyncBatchNorm(shape[0], affine=False) if norm else None
+        self.norm = SyncBatchNorm(shape[0], affine=False) if norm else None
         if norm == "affine":
             self.gain = nn.Parameter(torch.ones(len(settings), shape[0]))  # (G, C)
             self.shift = nn.Parameter(torch.zeros(len(settings), shape[0]))
@@ -290,7 +294,7 @@ def judge(probes, maps, views=1, probabilities=False):
     for probe in probes:
         logits = probe.eval()(maps[probe.layer])  # (views B, K, G)
         logits = (logits.softmax(1) if probabilities else logits).unflatten(0, (views, -1)).mean(0)
-        best.append(evaluation.ranked(logits.transpose(1, 2)))
+        best.append(ranked(logits.transpose(1, 2)))
     return torch.cat(best, dim=1)
 
 
@@ -331,7 +335,7 @@ class Cached:
 
     def judge(self, probes):
         best = [judge(probes, {"avgpool": block[:, :, None, None]}) for block in self.val.split(4096)]
-        return evaluation.ranked_accuracy(torch.cat(best), self.val_labels)
+        return ranked_accuracy(torch.cat(best), self.val_labels)
 
 
 def extract_both(trunk, info, images, queries, preset, args, device):
@@ -347,7 +351,7 @@ def extract_both(trunk, info, images, queries, preset, args, device):
         evaluation.warn_of_unreadable(part, rows[-1][1], name)
     if args.save_features:
         what = {key: info.get(key) for key in ("arch", "width", "method", "epoch")}
-        features.save(args.save_features, *rows, {**what, "size": preset.size, "classes": len(images.classes)})
+        store.save(args.save_features, *rows, {**what, "size": preset.size, "classes": len(images.classes)})
         say(f"kept in {args.save_features}")
     return Cached(*rows, device)
 
@@ -398,7 +402,7 @@ class Drawn:
             yield maps, self.images.labels[index].to(self.device, non_blocking=True), total
         bad, lost = distributed.all_sum(torch.tensor([len(self.loader.bad), self.loader.lost])).tolist()
         if lost:
-            raise data.DataError(f"{data.TRIES} images of --data in a row cannot be read")
+            raise DataError(f"{TRIES} images of --data in a row cannot be read")
         if bad and epoch == 0:
             say(f"warning: {bad} images of --data cannot be read and are replaced by their neighbours")
 
@@ -419,7 +423,7 @@ class Drawn:
             view=p.view,
         )
         settings = sum(len(probe.settings) for probe in probes)
-        return evaluation.ranked_accuracy(best.nan_to_num(-1).long().unflatten(1, (settings, -1)), labels)
+        return ranked_accuracy(best.nan_to_num(-1).long().unflatten(1, (settings, -1)), labels)
 
 
 def main(args):
@@ -437,7 +441,7 @@ def main(args):
     if cached and any(probe.partition("+")[0] != "avgpool" for probe in preset.probes):
         raise ArgumentError(f"cached features are those of avgpool, --preset {args.preset} has {_words(preset.probes)}: see --layers")
     if kept:
-        train, val, info = features.load(args.trunk)
+        train, val, info = store.load(args.trunk)
         source = Cached(train, val, device)
         classes = 1 + int(
             distributed.all_max(source.labels.max() if len(source.labels) else torch.zeros((), dtype=torch.int64, device=device))
@@ -456,7 +460,7 @@ def main(args):
     drop_last = left < max(2, distributed.world_size())
     steps = source.n // preset.batch_size + (not drop_last)
     if steps == 0:
-        raise data.DataError(f"{source.n} labelled images are too few to train on")
+        raise DataError(f"{source.n} labelled images are too few to train on")
 
     settings = list(itertools.product(preset.lr, preset.weight_decay))
     probes = [Probe(name, source.shapes[name.partition("+")[0]], classes, settings, preset.start, args.seed) for name in preset.probes]

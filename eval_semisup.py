@@ -27,11 +27,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import data, distributed, evaluation
-from common.config import ArgumentError
+from common import data, distributed
+from common.batchnorm import parallel
+from common.engine.errors import ArgumentError, DataError, Diverged, say
+from common.engine.launch import launch, repeatable
+from common.evaluation import protocol as evaluation
+from common.evaluation.metrics import accuracy
 from common.features import extract
-from common.multicrop import Augmentation, MultiCrop, photometric
-from common.run import Diverged, launch, repeatable, say
+from common.multicrop import TRIES, Augmentation, MultiCrop, photometric
 
 
 @dataclass(frozen=True)
@@ -220,7 +223,7 @@ def train_one_epoch(net, optimizer, loader, labels, p, epoch, seed, options):
 def finetune(model, lr, head, p, loader, images, queries, info, seed, options):
     """Trains model at one setting; after each epoch gives its loss, and top-1 and top-5 on the queries. Ends early with a loss
     that is not finite. model: on its device. head: multiple of lr that the head has."""
-    net = distributed.parallel(model)
+    net = parallel(model)
     groups = [{"params": list(model.backbone.parameters())}, {"params": list(model.fc.parameters())}]
     optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, weight_decay=p.weight_decay, nesterov=p.nesterov)
     for epoch in range(p.epochs):
@@ -228,12 +231,12 @@ def finetune(model, lr, head, p, loader, images, queries, info, seed, options):
         optimizer.param_groups[0]["lr"], optimizer.param_groups[1]["lr"] = rate, rate * head
         loss = train_one_epoch(net, optimizer, loader, images.labels, p, epoch, seed, options)
         if distributed.all_max(torch.tensor(int(loader.lost))):
-            raise data.DataError(f"{data.TRIES} images in a row of --data cannot be read")
+            raise DataError(f"{TRIES} images in a row of --data cannot be read")
         if not math.isfinite(loss):
             yield loss, None, None
             return
         scores, labels = extract(model, queries, info["resize"], info["size"], **options)
-        yield loss, *evaluation.accuracy(scores, labels)
+        yield loss, *accuracy(scores, labels)
 
 
 def report(settings, p):
@@ -290,7 +293,7 @@ def main(args):
     whole = args.fraction is None and distributed.from_main(Path(args.data).is_file)  # a list says itself which
     images = Part(everything, draw(everything.labels, 1 if whole else p.fraction, args.seed))
     if len(images) < p.batch_size:
-        raise data.DataError(f"{len(images)} images are drawn of --data, fewer than one batch: --batch-size {p.batch_size}")
+        raise DataError(f"{len(images)} images are drawn of --data, fewer than one batch: --batch-size {p.batch_size}")
     options = {**evaluation.extraction(args, info, device), "batch_size": 256, "bad": set()}
     loader = data.Loader(training_crops(images, info["size"], args.seed), args.workers, device.type == "cuda")
 

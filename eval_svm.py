@@ -29,11 +29,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from common import data, distributed, evaluation, pooling
-from common.config import ArgumentError
+from common import distributed
+from common.engine.errors import ArgumentError, DataError, say
+from common.engine.launch import launch
+from common.evaluation import pooling
+from common.evaluation import protocol as evaluation
 from common.features import extract
 from common.multicrop import CenterCrop, Warp
-from common.run import launch, say
+from common.sources.files import decode
 
 COSTS = {
     "openselfsup": (1.0, 10.0, 100.0, *(0.5**k for k in range(4, 20))),
@@ -108,13 +111,13 @@ class Voc:
         inside = [Path(spec, *parts) for parts in ((), ("VOC2007",), ("VOCdevkit", "VOC2007"))]
         self.folder = next((folder for folder in inside if (folder / "ImageSets" / "Main").is_dir()), None)
         if self.folder is None:
-            raise data.DataError(f"{spec} is no VOCdevkit: a folder with VOC2007/ImageSets/Main, Annotations and JPEGImages is needed")
+            raise DataError(f"{spec} is no VOCdevkit: a folder with VOC2007/ImageSets/Main, Annotations and JPEGImages is needed")
         tables = {split: _class_files(self.folder, split) or _annotations(self.folder, split) for split in ("trainval", "test")}
         self.classes = sorted({name for table in tables.values() for name in table})
         for split, table in tables.items():
             for name in self.classes:
                 if name not in table or 1 not in table[name].values():
-                    raise data.DataError(f"{self.folder}: class {name!r} has no positive image in {split}")
+                    raise DataError(f"{self.folder}: class {name!r} has no positive image in {split}")
         ids = {split: sorted(next(iter(table.values()))) for split, table in tables.items()}
         self.names, self.trainval = ids["trainval"] + ids["test"], len(ids["trainval"])
         rows = [[tables[split][name][i] for name in self.classes] for split in ids for i in ids[split]]
@@ -122,7 +125,7 @@ class Voc:
         self.labels = torch.zeros(len(self), dtype=torch.int64)  # none is what extract makes -1: an image that cannot be read
         missing = [name for name in self.names if not self.path(name).is_file()]
         if missing:
-            raise data.DataError(f"{len(missing)} of {len(self)} images are missing: {self.path(missing[0])}")
+            raise DataError(f"{len(missing)} of {len(self)} images are missing: {self.path(missing[0])}")
 
     def __len__(self):
         return len(self.names)
@@ -131,14 +134,14 @@ class Voc:
         return self.folder / "JPEGImages" / f"{name}.jpg"
 
     def read(self, i):
-        return data.decode(self.path(self.names[i]))
+        return decode(self.path(self.names[i]))
 
 
 def _lines(path):
     try:
         return [line.split() for line in path.read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise data.DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _class_files(folder, split):
@@ -147,12 +150,12 @@ def _class_files(folder, split):
     for path in sorted((folder / "ImageSets" / "Main").glob(f"*_{split}.txt")):
         lines = _lines(path)
         if not all(len(line) == 2 and line[1] in ("1", "-1", "0") for line in lines):
-            raise data.DataError(f"{path}: lines with an image and 1, 0 or -1 are needed")
+            raise DataError(f"{path}: lines with an image and 1, 0 or -1 are needed")
         table[path.name.removesuffix(f"_{split}.txt")] = {name: {"1": 1, "-1": 0, "0": -1}[value] for name, value in lines}
     first = next(iter(table), None)
     for name in table:
         if table[name].keys() != table[first].keys():
-            raise data.DataError(f"{folder}: the {split} files of {first!r} and {name!r} name different images")
+            raise DataError(f"{folder}: the {split} files of {first!r} and {name!r} name different images")
     return table
 
 
@@ -164,7 +167,7 @@ def _annotations(folder, split):
         try:
             objects = [(o.findtext("name"), o.findtext("difficult") == "1") for o in ElementTree.parse(path).iter("object")]
         except (OSError, ElementTree.ParseError) as error:
-            raise data.DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+            raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
         found[name] = {c: -1 if all(difficult for other, difficult in objects if other == c) else 1 for c, _ in objects}
     return {c: {name: present.get(c, 0) for name, present in found.items()} for c in sorted({c for p in found.values() for c in p})}
 
@@ -323,7 +326,7 @@ def main(args):
     rows, labels = extract(model, voc, info["resize"], info["size"], view=view, **evaluation.extraction(args, info, device))
     unreadable = distributed.gather_rows(labels).lt(0).nonzero()[:, 0].tolist()
     if unreadable:
-        raise data.DataError(f"{len(unreadable)} images of --data cannot be read: {voc.path(voc.names[unreadable[0]])}")
+        raise DataError(f"{len(unreadable)} images of --data cannot be read: {voc.path(voc.names[unreadable[0]])}")
     rows = distributed.gather_rows(rows.cpu()).split([math.prod(shape) for shape in shapes.values()], dim=1)
     record = {
         "trunk": args.trunk,

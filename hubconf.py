@@ -3,7 +3,7 @@
     network = torch.hub.load("path/to/this/repository", "resnet50", checkpoint="runs/swav", source="local")
     features = network.eval()(images)  # (B, 2048), of normalised images
 
-checkpoint: a run directory, a backbone.pt, or what `python -m common.checkpoint FILE --to torchvision` or `--to model` wrote.
+checkpoint: a run directory, a backbone.pt, or what `python -m common.weights FILE --to torchvision` or `--to model` wrote.
 """
 
 from pathlib import Path
@@ -46,7 +46,7 @@ def _load(arch, checkpoint):
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip()
         sobel = ", Sobel" if info.get("sobel") else ""
-        convert = f"{reason}; if it is another project's: python -m common.checkpoint {path} --to torchvision --out new.pt"
+        convert = f"{reason}; if it is another project's: python -m common.weights {path} --to torchvision --out new.pt"
         what = f"{info['arch']} x{info['width']:g}, {info['stem']} stem{sobel}" if info else convert
         raise ValueError(f"{path} is no {arch} of torchvision: {what}") from None
     return network

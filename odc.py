@@ -29,14 +29,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import data, distributed
-from common.config import ArgumentError, option, parse, recipe
-from common.features import rows_of
+from common.batchnorm import parallel
+from common.distributed import rows_of
+from common.engine.errors import ArgumentError, DataError, say
+from common.engine.launch import autocast_dtype, launch, start
+from common.engine.log import Meter
+from common.engine.options import option, parse, recipe
+from common.engine.run import Run
 from common.kmeans import fit_whitening, kmeans
-from common.meter import Meter
 from common.multicrop import MEAN, STD, Augmentation, MultiCrop, to_device
 from common.optim import drops
 from common.resnet import ARCHITECTURES
-from common.run import Run, autocast_dtype, launch, say, start
 
 # Letters in shapes: B images of this rank, W ranks, V crops, F features, D embedding, K prototypes (one a cluster), N data set (n here).
 
@@ -298,7 +301,7 @@ def assign(memory, z, iterations, generator):
     K, seen = len(memory.centroids), ~z[:, 0].isnan()
     readable = int(distributed.all_sum(seen.sum()))
     if readable < K:
-        raise data.DataError(f"--prototypes {K}: more than the {readable} images that can be read")
+        raise DataError(f"--prototypes {K}: more than the {readable} images that can be read")
     memory.fill(z)
     x, mine = memory.bank[:-1], torch.full((len(z),), -100, device=z.device)
     _, mine[seen], _, _ = kmeans(x if seen.all() else x[seen], K, iterations, generator=generator)
@@ -365,7 +368,7 @@ def main(config):
     images = distributed.from_main(data.open_images, config.data or "shapes", "train", config.root)
     steps_per_epoch = len(images) // config.batch_size
     if not steps_per_epoch:
-        raise data.DataError(f"--data has {len(images)} images, fewer than one batch: --batch-size {config.batch_size}")
+        raise DataError(f"--data has {len(images)} images, fewer than one batch: --batch-size {config.batch_size}")
     if len(images) < config.prototypes:
         raise ArgumentError(f"--prototypes {config.prototypes}: more than the {len(images)} images, which are clustered")
 
@@ -373,7 +376,7 @@ def main(config):
     model.to(device, torch.float64 if config.precision == "float64" else torch.float32, memory_format=torch.channels_last)
     if config.compile:
         model.backbone.compile()
-    net = distributed.parallel(model)
+    net = parallel(model)
     # The classifier has no momentum, as in the authors' code.
     below = [*model.backbone.parameters(), *model.projection_head.parameters()]
     groups = [{"params": below}, {"params": list(model.prototypes.parameters()), "momentum": 0.0}]

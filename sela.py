@@ -28,13 +28,16 @@ from torch import nn
 
 from common import data, distributed
 from common.alexnet import alexnet
-from common.config import ArgumentError, option, parse, recipe
-from common.features import rows_of
-from common.meter import Meter
+from common.batchnorm import parallel
+from common.distributed import rows_of
+from common.engine.errors import ArgumentError, DataError, Diverged, say
+from common.engine.launch import autocast_dtype, launch, start
+from common.engine.log import Meter
+from common.engine.options import option, parse, recipe
+from common.engine.run import Run
 from common.multicrop import MEAN, STD, Augmentation, CenterCrop, MultiCrop, to_device
 from common.optim import drops
 from common.resnet import ARCHITECTURES
-from common.run import Diverged, Run, autocast_dtype, launch, say, start
 from common.sinkhorn import balanced_assignments
 
 # Letters in shapes: B images of this rank, W ranks, V crops, F features, H heads of K prototypes (one a cluster), N data set (n here).
@@ -204,7 +207,7 @@ def assign(memory, prototypes, features, heads, lam, tolerance):
     K, seen = len(prototypes[0].weight), ~features[:, 0].isnan()
     readable = int(distributed.all_sum(seen.sum()))
     if readable < K:
-        raise data.DataError(f"--prototypes {K}: more than the {readable} images that can be read")
+        raise DataError(f"--prototypes {K}: more than the {readable} images that can be read")
     features = features[seen] if not seen.all() else features
     rounds = []
     for h in heads:
@@ -338,7 +341,7 @@ def main(config):
     images = distributed.from_main(data.open_images, config.data or "shapes", "train", config.root)
     steps_per_epoch = len(images) // config.batch_size
     if not steps_per_epoch:
-        raise data.DataError(f"--data has {len(images)} images, fewer than one batch: --batch-size {config.batch_size}")
+        raise DataError(f"--data has {len(images)} images, fewer than one batch: --batch-size {config.batch_size}")
     if len(images) < config.prototypes:
         raise ArgumentError(f"--prototypes {config.prototypes}: more than the {len(images)} images, which are clustered")
     if "alexnet" in config.arch and ({*config.sizes, config.eval_size or 224}, config.width, config.stem) != ({224}, 1, "imagenet"):
@@ -350,7 +353,7 @@ def main(config):
     model.to(device, torch.float64 if config.precision == "float64" else torch.float32, memory_format=torch.channels_last)
     if config.compile:
         model.backbone.compile()
-    net = distributed.parallel(model)
+    net = parallel(model)
     optimizer = torch.optim.SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
     memory = Memory(len(images), config.heads, config.prototypes, config.seed, device)
 

@@ -26,12 +26,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import data, distributed
-from common.config import ArgumentError, option, parse, recipe
-from common.meter import Meter
+from common.batchnorm import parallel
+from common.engine.errors import ArgumentError, DataError, say
+from common.engine.launch import autocast_dtype, launch, start
+from common.engine.log import Meter
+from common.engine.options import option, parse, recipe
+from common.engine.run import Run
 from common.multicrop import MEAN, STD, Augmentation, MultiCrop, to_device
 from common.optim import LARC, warmup_cosine
 from common.resnet import ARCHITECTURES
-from common.run import Run, autocast_dtype, launch, say, start
 from common.sinkhorn import sinkhorn
 
 # Letters in shapes: B images of this rank, W ranks, V crops (first U large), F features, D embedding, K prototypes, L queue, N data set.
@@ -276,7 +279,7 @@ def main(config):
     images = distributed.from_main(data.open_images, config.data or "shapes", "train", config.root)
     steps_per_epoch = len(images) // config.batch_size
     if not steps_per_epoch:
-        raise data.DataError(f"--data has {len(images)} images, fewer than one batch: --batch-size {config.batch_size}")
+        raise DataError(f"--data has {len(images)} images, fewer than one batch: --batch-size {config.batch_size}")
     if sum(config.crops) < 2:
         raise ArgumentError(f"--crops {sum(config.crops)}: at least 2 crops are needed, to predict one from another")
     queue_length = config.queue_length // config.batch_size * config.batch_size
@@ -287,7 +290,7 @@ def main(config):
     model.to(device, torch.float64 if config.precision == "float64" else torch.float32, memory_format=torch.channels_last)
     if config.compile:
         model.backbone.compile()
-    net = distributed.parallel(model)
+    net = parallel(model)
     optimizer = LARC(model.parameters(), config.lr, config.momentum, config.weight_decay)
     memory = Memory(queue_length, config.crops[0], config.dim, device, model.prototypes.weight.dtype)
 

@@ -25,8 +25,9 @@ import odc
 import sela
 import swav
 from benchmarks.record import curve_of, finished, last_loss, show, write
-from common.config import ArgumentError, recipe
-from common.run import launch
+from common.engine.errors import ArgumentError
+from common.engine.launch import launch
+from common.engine.options import recipe
 
 METHODS = {"swav": swav, "deepcluster": deepcluster, "odc": odc, "sela": sela, "deepclusterv2": deepclusterv2}
 

@@ -24,9 +24,9 @@ from benchmarks import ablations, draw, multicrop
 from benchmarks.record import RESULTS, curve_of, origin
 from benchmarks.report import ROOT, between
 from common import data
-from common.checkpoint import writing
-from common.config import recipe
-from common.multicrop import Augmentation, MultiCrop, to_device
+from common.engine.files import writing
+from common.engine.options import recipe
+from common.multicrop import Augmentation, MultiCrop, collate, to_device
 from common.sinkhorn import sinkhorn
 
 FILES = {"figures": "figures", "ablations": "ablations_cpu", "multicrop": "multicrop_cpu"}  # benchmark: what it writes in RESULTS
@@ -93,7 +93,7 @@ def first_scores():
     augmentation = Augmentation(jitter=config.jitter, blur_p=config.blur_p)
     crops = MultiCrop(images, config.crops, config.sizes, [config.scales], augmentation, config.seed)
     batch = data.batches(len(images), config.batch_size, 0, config.seed, 0, 1)[0]
-    _, views, params = data.collate([crops[0, position, index] for position, index in batch])
+    _, views, params = collate([crops[0, position, index] for position, index in batch])
     _, scores = model(to_device(views, params, torch.device("cpu"), torch.float32))  # (V B, K)
     return scores[: config.batch_size]
 

@@ -17,11 +17,12 @@ from lightly.transforms import SwaVTransform
 from torch import nn
 
 from common import data
-from common.config import parse, recipe
-from common.meter import Meter
-from common.multicrop import MEAN, STD, generator
+from common.engine.launch import autocast_dtype, launch, start
+from common.engine.log import Meter
+from common.engine.options import parse, recipe
+from common.engine.run import Run
+from common.multicrop import MEAN, STD, generator, read_or_next
 from common.resnet import ARCHITECTURES
-from common.run import Run, autocast_dtype, launch, start
 from swav import Config
 
 # lightly's CIFAR-10 benchmark (docs/source/getting_started/benchmarks/cifar10_benchmark.py in its repository, not in the package; written
@@ -58,7 +59,7 @@ class Views:
 
     def __getitem__(self, key):
         epoch, position, index = key
-        index, image = data.read_or_next(self.images, index)
+        index, image = read_or_next(self.images, index)
         torch.manual_seed(generator(self.seed, epoch, position).getrandbits(63))  # what its transforms draw from
         views = self.transform(image)
         return index, [torch.stack(views)], torch.zeros(len(views), 8)  # (V, 3, s, s)

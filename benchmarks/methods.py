@@ -28,10 +28,12 @@ import eval_cluster
 from benchmarks import report
 from benchmarks.record import command, curve_of, finished, metrics, origin
 from common import data, distributed, features
-from common.checkpoint import build_backbone, load_backbone
-from common.config import recipe
+from common.engine.launch import autocast_dtype, launch
+from common.engine.options import recipe
+from common.evaluation import store
 from common.kmeans import kmeans, nearest
-from common.run import autocast_dtype, launch
+from common.sources.files import Files
+from common.weights import build_backbone, load_backbone
 
 METHODS = {"swav": "SwAV", "deepclusterv2": "DeepCluster-v2", "selav2": "SeLa-v2"}
 METHODS |= {"deepcluster": "DeepCluster", "odc": "ODC", "sela": "SeLa"}
@@ -106,7 +108,7 @@ def speeds(names, args, images):
     folder = args.out / "speed"
     folder.mkdir(parents=True, exist_ok=True)
     spec, count = dict(data=args.data, root=args.root), len(images)
-    if isinstance(images, data.Files):
+    if isinstance(images, Files):
         some = range(0, count, 8)
         lines = [f"{images.paths[i]},{images.classes[images.labels[i]]}\n" for i in some]
         (folder / "images.txt").write_text("".join(lines), errors="surrogateescape")
@@ -151,7 +153,7 @@ def judge(trunk, info, images, queries, folder, linear_words, workers, precision
     sets = (features.extract(trunk.to(device), part, info["resize"], info["size"], device, **how) for part in (images, queries))
     bank, held_out = ([t.cpu() for t in part] for part in sets)
     if not linear_words:
-        features.save(file, bank, held_out, info)
+        store.save(file, bank, held_out, info)
     process = python(
         ["eval_linear", *(linear_words or [str(file)]), "--workers", str(workers), "--precision", precision], stdout=subprocess.PIPE
     )

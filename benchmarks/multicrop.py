@@ -32,8 +32,9 @@ import swav
 from benchmarks.record import curve_of, finished, last_loss, medians, resident, write
 from benchmarks.step import Synthetic, ours, seconds
 from common import data, distributed
-from common.config import recipe
-from common.run import Run, launch
+from common.engine.launch import launch
+from common.engine.options import recipe
+from common.engine.run import Run
 
 CROPS = {"2": (2,), "4": (4,), "2 + 4": (2, 4), "2 + 6": (2, 6)}
 BATCHES, QUEUES = (64, 256, 1024), (0, 1024)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from common.config import differences
+from common.engine.options import differences
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -9,7 +9,7 @@ import statistics
 from pathlib import Path
 
 from benchmarks import draw
-from common.checkpoint import writing
+from common.engine.files import writing
 
 ROOT = Path(__file__).parents[1]
 RESULTS, README, FIGURE = ROOT / "benchmarks/results/methods.json", ROOT / "README.md", ROOT / "docs/curves.svg"

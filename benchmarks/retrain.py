@@ -20,9 +20,9 @@ import torch
 import sela
 from benchmarks.record import curve_of, write
 from common import data, distributed, features
-from common.checkpoint import load_backbone
+from common.engine.launch import autocast_dtype
 from common.multicrop import Augmentation, MultiCrop, to_device
-from common.run import autocast_dtype
+from common.weights import load_backbone
 
 
 def arguments():

@@ -22,9 +22,10 @@ from scipy.optimize import linear_sum_assignment
 import deepcluster
 import odc
 from benchmarks.record import finished, write
-from common.config import recipe
-from common.meter import nmi
-from common.run import Run, launch
+from common.engine.launch import launch
+from common.engine.log import nmi
+from common.engine.options import recipe
+from common.engine.run import Run
 
 METHODS = {"ODC": odc, "DeepCluster": deepcluster}
 

@@ -20,11 +20,12 @@ from torch import nn
 import swav
 from benchmarks.record import medians, write
 from common import distributed
-from common.config import recipe
+from common.batchnorm import SyncBatchNorm
+from common.engine.launch import autocast_dtype
+from common.engine.options import recipe
 from common.multicrop import Augmentation, to_device
 from common.optim import LARC
 from common.resnet import ARCHITECTURES
-from common.run import autocast_dtype
 
 
 def arguments():
@@ -179,7 +180,7 @@ def synced(config, synthetic, args, native):
     dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
     distributed.world_size = lambda: 2  # take the path of many processes
     contenders = {
-        "own SyncBatchNorm": ours(config, synthetic, convert=distributed.SyncBatchNorm.convert),
+        "own SyncBatchNorm": ours(config, synthetic, convert=SyncBatchNorm.convert),
         "native SyncBatchNorm": ours(config, synthetic, convert=nn.SyncBatchNorm.convert_sync_batchnorm),
     }
     for run in contenders.values():

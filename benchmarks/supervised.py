@@ -11,12 +11,13 @@ from torch import nn
 
 import swav
 from common import data
-from common.config import parse, recipe
-from common.meter import Meter
+from common.engine.launch import autocast_dtype, launch, start
+from common.engine.log import Meter
+from common.engine.options import parse, recipe
+from common.engine.run import Run
 from common.multicrop import MEAN, STD, Augmentation, MultiCrop, to_device
 from common.optim import warmup_cosine
 from common.resnet import ARCHITECTURES
-from common.run import Run, autocast_dtype, launch, start
 from swav import Config
 
 USUAL = dict(lr=0.05, final_lr=0.0, weight_decay=5e-4)  # SGD with momentum on CIFAR-10; not tuned

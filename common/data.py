@@ -8,32 +8,22 @@ of ranks and workers sees the same global batches.
 """
 
 import atexit
-import hashlib
-import json
 import os
 import signal
-import time
-import warnings
 import zipfile
 import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision
-from PIL import Image
 from torch.utils.data import DataLoader
 
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".avif", ".jp2"}
-TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "svhn": "SVHN", "stl10": "STL10"}
-TRIES = 100  # unreadable images in a row before a sample is given up
-RETRIED = {5, 11, 110, 116, 121}  # errno of a network file system's bad moments: EIO, EAGAIN, ETIMEDOUT, ESTALE, EREMOTEIO
-
-
-class DataError(ValueError):
-    """Data that cannot be used. The message names the path, what was found and what is needed."""
-
-    exit_code = 3
+from .engine.errors import DataError
+from .multicrop import TRIES, collate
+from .sources.files import scan
+from .sources.lists import open_list
+from .sources.named import TORCHVISION, Torchvision
+from .sources.shapes import Shapes, count
 
 
 def open_images(spec, split="train", root=""):
@@ -50,7 +40,7 @@ def open_images(spec, split="train", root=""):
     """
     name, _, argument = str(spec).partition(":")
     if name == "shapes":
-        return Shapes(split, *([_count(argument)] if argument else []))
+        return Shapes(split, *([count(argument)] if argument else []))
     if name in TORCHVISION:
         return Torchvision(name, split, argument or os.path.join("data", name))
     path = Path(spec)
@@ -58,18 +48,18 @@ def open_images(spec, split="train", root=""):
         if split == "val" and not (path / "val").is_dir():
             raise DataError(f"{path} has no val/ folder to evaluate on")
         inner = path / split
-        return _scan(inner if inner.is_dir() else path)
+        return scan(inner if inner.is_dir() else path)
     if path.is_file():
         if split == "val":
             raise DataError(f"{path} is a list of images: name the list or folder to evaluate on with --val")
-        return _open_list(path, root, split)
+        return open_list(path, root, split)
     raise DataError(f"{spec} does not exist (a folder, a list file, shapes, {', '.join(TORCHVISION)})")
 
 
 def open_queries(spec, val="", root=""):
     """The images to judge by: those that `val` names (its "val" split, if it has one), else the "val" split of spec."""
     if val and Path(val).is_file():
-        return _open_list(Path(val), root, "val")
+        return open_list(Path(val), root, "val")
     return open_images(val or spec, "val" if not val or has_split(val, "val") else "train", root)
 
 
@@ -128,165 +118,6 @@ def read_assignments(path, images):
 
 def _numbered(images):
     return getattr(images, "numbered", False)
-
-
-class Files:
-    """Image files. Paths are packed into one array, so a million of them cost a worker nothing."""
-
-    def __init__(self, root, paths, labels=None, classes=(), numbered=False):
-        encoded = [os.fsencode(path) for path in paths]
-        # Tensors live in shared memory when a worker is spawned, and hold no Python objects that a fork would copy.
-        self._bytes = torch.frombuffer(bytearray(b"".join(encoded)), dtype=torch.uint8)
-        self._ends = torch.from_numpy(np.cumsum([len(e) for e in encoded], dtype=np.int64))
-        self.root, self.classes, self.numbered = str(root), list(classes), numbered  # numbered: the classes have no names
-        self.labels = None if labels is None else torch.tensor(labels, dtype=torch.int64)
-        digest = hashlib.sha256(b"\0".join(encoded)).hexdigest()
-        self.fingerprint = f"{len(encoded)} files {digest[:16]}"
-        self.paths = _Paths(self)
-
-    def __len__(self):
-        return len(self._ends)
-
-    def path(self, i):
-        start = int(self._ends[i - 1]) if i else 0
-        return os.fsdecode(self._bytes[start : int(self._ends[i])].numpy().tobytes())
-
-    def read(self, i):
-        return decode(os.path.join(self.root, self.path(i)))
-
-
-class _Paths:
-    """The paths of a Files set as a sequence of strings, made when asked for."""
-
-    def __init__(self, files):
-        self.files = files
-
-    def __len__(self):
-        return len(self.files)
-
-    def __getitem__(self, i):
-        if not 0 <= i < len(self):
-            raise IndexError(i)
-        return self.files.path(i)
-
-
-class Torchvision:
-    """A labelled data set of torchvision, downloaded on first use."""
-
-    def __init__(self, name, split, root):
-        cls = getattr(torchvision.datasets, TORCHVISION[name])
-        wanted = "test" if split == "val" else "train"
-        which = {"train": split == "train"} if name.startswith("cifar") else {"split": wanted}
-        if name == "stl10" and split == "train":
-            which = {"split": "train+unlabeled"}
-        try:
-            self.set = cls(root, download=True, **which)
-        except (OSError, RuntimeError) as error:
-            raise DataError(f"{name}: not in {root}, and it cannot be downloaded ({error})") from None
-        labels = torch.as_tensor(self.set.targets if hasattr(self.set, "targets") else self.set.labels).long()
-        self.labels = labels  # -1 for STL-10's unlabelled images
-        self.classes = list(getattr(self.set, "classes", map(str, range(10))))
-        self.paths = [f"{name}/{split}/{i:06d}" for i in range(len(self.set))]
-        self.fingerprint = f"{name} {split} {len(self.set)}"
-
-    def __len__(self):
-        return len(self.set)
-
-    def read(self, i):
-        return self.set[i][0].convert("RGB")
-
-
-class Shapes:
-    """Ten classes of form or texture, drawn on the fly: 32x32 pixels, a function of (split, index) alone.
-
-    Colours, place, size, rotation, background and noise are drawn independently of the class, so raw pixels and a
-    random network say little about it. 10,000 images to train on and 2,000 held out; "shapes:N" has N and N / 5.
-    """
-
-    classes = ("disc", "square", "triangle", "cross", "ring", "star", "stripes", "checks", "dots", "waves")
-
-    def __init__(self, split, n=10_000):
-        self.n = n if split == "train" else max(1, n // 5)
-        self.split = split
-        self.labels = torch.arange(self.n) % 10
-        self.paths = [f"shapes/{split}/{i:06d}" for i in range(self.n)]
-        self.fingerprint = f"shapes {split} {self.n}"
-
-    def __len__(self):
-        return self.n
-
-    def read(self, i):
-        return Image.fromarray(draw_shape(i % 10, np.random.default_rng((i, self.split == "val"))))
-
-
-def draw_shape(label, rng, size=32):
-    """One image of class `label` (see Shapes.classes) as (size, size, 3) uint8, its nuisances drawn from rng."""
-    y, x = np.mgrid[:size, :size] / (size - 1) * 2 - 1  # -1 .. 1
-    angle = rng.uniform(-0.5, 0.5)
-    scale = rng.uniform(0.55, 0.8)
-    x, y = (x - rng.uniform(-0.2, 0.2)) / scale, (y - rng.uniform(-0.2, 0.2)) / scale
-    u, v = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
-    radius, turn = np.hypot(u, v), np.arctan2(v, u)
-    frequency, phase = rng.uniform(5.5, 8.5), rng.uniform(0, 2 * np.pi, 2)
-    # Signed distance: below 0 inside.
-    if label == 0:
-        distance = radius - 0.9
-    elif label == 1:
-        distance = np.maximum(abs(u), abs(v)) - 0.8
-    elif label == 2:
-        distance = np.maximum(abs(u) * 0.866 + v * 0.5, -v) - 0.55
-    elif label == 3:
-        distance = np.minimum(np.maximum(abs(u) - 0.28, abs(v) - 1), np.maximum(abs(v) - 0.28, abs(u) - 1))
-    elif label == 4:
-        distance = abs(radius - 0.75) - 0.2
-    elif label == 5:
-        distance = radius * (1 + 0.42 * np.cos(5 * turn)) - 0.6
-    elif label == 6:
-        distance = np.sin(frequency * u + phase[0]) * 0.2
-    elif label == 7:
-        distance = np.sin(frequency * u + phase[0]) * np.sin(frequency * v + phase[1]) * 0.3
-    elif label == 8:
-        distance = 0.35 - (np.sin(frequency * u + phase[0]) * np.sin(frequency * v + phase[1])) ** 2
-    else:
-        distance = np.sin(frequency * (u + 0.35 * np.sin(3.5 * v + phase[1])) + phase[0]) * 0.2
-    inside = np.clip(0.5 - distance * scale * size / 2, 0, 1)[..., None]  # one pixel of anti-aliasing
-    ground, figure = rng.uniform(0, 1, 3), rng.uniform(0, 1, 3)
-    while abs(ground - figure).sum() < 0.8:  # visible
-        ground, figure = rng.uniform(0, 1, 3), rng.uniform(0, 1, 3)
-    slope = np.outer(np.linspace(-1, 1, size), rng.normal(0, 0.12, 3))  # light that changes across the image
-    shade = slope[:, None] + np.outer(np.linspace(-1, 1, size), rng.normal(0, 0.12, 3))[None]
-    image = ground + inside * (figure - ground) + shade + rng.normal(0, 0.06, (size, size, 3))
-    return (image.clip(0, 1) * 255).astype(np.uint8)
-
-
-def decode(path):
-    """The first frame of an image file as an 8-bit RGB PIL image.
-
-    16-bit and floating-point grey are scaled to 8 bits; CMYK, palette, grey and alpha are converted, and transparency
-    is dropped; the EXIF orientation is ignored, as in the papers. Files over Pillow's limit of 179 million pixels are
-    refused. Raises what Pillow raises for a file that it cannot read.
-    """
-    for attempt in (1, 2, 3):
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # damaged EXIF, large images: thousands of lines in a real data set
-                with Image.open(path) as image:
-                    return _to_rgb(image)
-        except OSError as error:
-            if error.errno not in RETRIED or attempt == 3:
-                raise
-            time.sleep(0.1 * 10**attempt)
-
-
-def _to_rgb(image):
-    if image.mode.startswith("I") or image.mode == "F":  # Pillow itself clips these to white or black
-        pixels = np.asarray(image, dtype=np.float64)
-        if not np.isfinite(pixels).all():
-            raise ValueError("pixels that are not finite")
-        top = 65535 if pixels.max() > 255 else 255 if pixels.max() > 1 or image.mode != "F" else 1
-        top = 65535 if image.mode.startswith("I;16") else max(top, pixels.max())
-        image = Image.fromarray((pixels.clip(0) / top * 255).round().astype(np.uint8))
-    return image.convert("RGB")
 
 
 def batches(n, batch_size, epoch, seed, rank, world_size, order=None, drop_last=True):
@@ -375,169 +206,7 @@ class _Keys:
             yield [(epoch, position, index) for position, index in batches[step]]
 
 
-def collate(samples):
-    """Samples (index, [(V_r, 3, s, s)], (V, 8)) to (B,), [(V_r, B, 3, s, s)] and (V, B, 8): one tensor a resolution."""
-    index, crops, params = zip(*samples)
-    return torch.tensor(index), [torch.stack(group, dim=1) for group in zip(*crops)], torch.stack(params, dim=1)
-
-
-def read_or_next(images, index):
-    """(index, image) of the first readable image from `index` on, or (index, None) if TRIES in a row are not."""
-    for i in range(min(TRIES, len(images))):
-        try:
-            return (index + i) % len(images), images.read((index + i) % len(images))
-        except Exception:  # Pillow's plug-ins raise a dozen kinds for damaged files
-            continue
-    return index, None
-
-
 def _ignore_signals(worker):
     # A stop signal often reaches the whole process group. The main process decides; its workers go on until it ends.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _scan(root):
-    """Image files below root in name order. Class = first folder below the root; no labels if images lie in it."""
-    paths, empty, seen = [], [], set()
-    real_root = os.path.realpath(root)
-
-    def walk(relative):
-        found = False
-        folder = os.path.join(root, relative)
-        try:
-            entries = sorted(os.scandir(folder), key=lambda entry: os.fsencode(entry.name))
-        except OSError as error:
-            raise DataError(f"{folder} cannot be read: {error.strerror}") from None
-        for entry in entries:
-            if entry.name.startswith("."):  # .DS_Store, ._photo.jpg, .thumbnails
-                continue
-            name = os.path.join(relative, entry.name)
-            if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
-                if entry.is_symlink():  # a link back into the tree would count images twice, or without end
-                    real = os.path.realpath(entry.path)
-                    if real in seen or os.path.commonpath([real, real_root]) in (real, real_root):
-                        continue
-                    seen.add(real)
-                inside = walk(name)
-                if not inside and not relative:
-                    empty.append(entry.name)
-                found = found or inside
-            elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
-                paths.append(name)
-                found = True
-        return found
-
-    walk("")
-    if not paths:
-        raise DataError(f"{root} holds no images ({' '.join(sorted(EXTENSIONS))})")
-    if any(os.sep not in path for path in paths):
-        return Files(root, paths)
-    if empty:
-        print(f"warning: {root}: {len(empty)} folders without images are left out: {', '.join(map(repr, empty[:3]))}")
-    classes = sorted({path.split(os.sep, 1)[0] for path in paths}, key=os.fsencode)
-    number = {name: i for i, name in enumerate(classes)}
-    return Files(root, paths, [number[path.split(os.sep, 1)[0]] for path in paths], classes)
-
-
-def _open_list(path, root, split):
-    return _read_annotations(path, root, split) if path.suffix.lower() == ".json" else _read_list(path, root, split)
-
-
-def _start(path, root, split, first):
-    """The folder that the paths of a list start from, judged by the first of them: root, or train/ or val/ in it."""
-    root = Path(root or path.parent)
-    return next((base for base in (root, root / split) if os.path.isfile(base / first)), root)
-
-
-def _check_some(path, root, names, place):
-    """Looking at every file of a long list takes minutes on a network: these catch a wrong root or a wrong list."""
-    for i in range(0, len(names), max(1, len(names) // 10_000)):
-        if not os.path.isfile(root / names[i]):
-            raise DataError(f"{path} {place(i)}: {os.fspath(root / names[i])[:200]} does not exist")
-
-
-def _read_list(path, root, split):
-    """A list file: a path a line, with an integer label or a class name behind it on every line or on none."""
-    try:
-        with open(path, "rb") as file:
-            if b"\0" in file.read(4096):  # an archive or an image, perhaps larger than the memory
-                raise DataError(f"{path} is not a list of images: a text file with one path a line is needed")
-        text = path.read_text(encoding="utf-8", errors="surrogateescape").removeprefix("\ufeff")
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from None
-    lines = [line for line in text.split("\n") if line.strip()]
-    if not lines or "\0" in text:
-        raise DataError(f"{path} is not a list of images: a text file with one path a line is needed")
-
-    endings = tuple(EXTENSIONS)
-
-    def cut(line):
-        for separator in (",", "\t", " "):
-            head, found, label = line.rpartition(separator)
-            if found and label.strip() and head.rstrip().lower().endswith(endings):
-                return head.strip(), label.strip()
-        return line.strip(), None
-
-    def place(i):
-        return f"line {[number for number, line in enumerate(text.split(chr(10)), 1) if line.strip()][i]}"
-
-    pairs = [cut(line) for line in lines]
-    names, labels = [name for name, _ in pairs], [label for _, label in pairs]
-    del lines, pairs  # hundreds of megabytes for Places205
-    if None in labels:
-        if any(label is not None for label in labels):
-            raise DataError(f"{path} {place(labels.index(None))} has no label, but other lines have one")
-        first = names[0]
-        root, bare = _start(path, root, split, first), not any("/" in name for name in names)
-        base = _start(path, root, split, os.path.join(first.partition("_")[0], first))
-        if bare and not os.path.isfile(root / first) and os.path.isfile(base / first.partition("_")[0] / first):
-            labels = [name.partition("_")[0] for name in names]  # SimCLR's lists: n01440764_10026.JPEG is in n01440764
-            names, root = [os.path.join(label, name) for label, name in zip(labels, names)], base
-    else:
-        root = _start(path, root, split, names[0])
-    _check_some(path, root, names, place)
-    if labels[0] is None:
-        return Files(root, names)
-    numeric = all(label.isdecimal() and len(label) < 7 for label in labels)  # longer ones are names: times, bar codes
-    classes = [str(i) for i in range(max(map(int, labels)) + 1)] if numeric else sorted(set(labels), key=os.fsencode)
-    number = {name: i for i, name in enumerate(classes)}
-    return Files(root, names, [int(label) if numeric else number[label] for label in labels], classes, numeric)
-
-
-def _read_annotations(path, root, split):
-    """A .json file of iNaturalist's competitions: images with id and file_name, annotations with image_id and category_id.
-
-    Classes are the ids of its categories, as text; iNaturalist's class folders have these names.
-    """
-    try:
-        content = json.loads(path.read_bytes())
-        images = {image["id"]: image["file_name"] for image in content["images"]}
-        pairs = [(annotation["image_id"], annotation["category_id"]) for annotation in content.get("annotations") or []]
-        ids = {category["id"] for category in content.get("categories") or []} | {category for _, category in pairs}
-        ids = sorted(ids)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from None
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        needed = "images with id and file_name, and annotations with image_id and category_id, are needed"
-        raise DataError(f"{path} is not a list of images in iNaturalist's format: {needed} ({type(error).__name__})") from None
-    if not images:
-        raise DataError(f"{path} lists no images")
-    names, category = list(images.values()), dict(pairs)
-    root = _start(path, root, split, names[0])
-    _check_some(path, root, names, lambda i: f"image {i + 1}")
-    if not pairs:
-        return Files(root, names)
-    if len(category) < len(pairs):
-        raise DataError(f"{path} has {len(pairs)} annotations for {len(category)} images: one each is needed")
-    missing = [image for image in images if image not in category]
-    if missing:
-        raise DataError(f"{path}: image {missing[0]!r} has no annotation, but other images have one")
-    number = {category: i for i, category in enumerate(ids)}
-    return Files(root, names, [number[category[image]] for image in images], map(str, ids))
-
-
-def _count(text):
-    if not text.isdigit() or int(text) < 1:
-        raise DataError(f"shapes:{text}: the number of images is needed behind the colon")
-    return int(text)

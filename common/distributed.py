@@ -6,15 +6,12 @@ travel over gloo and tensors on a GPU over NCCL, so small control messages never
 
 import datetime
 import os
-import sys
-import time
-import warnings
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import nn
 from torch.distributed.rendezvous import rendezvous
+
+from .engine.errors import fail
 
 
 def start(device="auto"):
@@ -39,16 +36,6 @@ def start(device="auto"):
         timeout = datetime.timedelta(minutes=30)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     return torch.device(device, local_rank if device == "cuda" else None)
-
-
-def fail(message, code, speaks=None):
-    """Ends this process with an exit code. One line says why, on rank 0 alone, or on those where `speaks` is true:
-    for what other ranks do not know of. torchrun then ends those."""
-    if speaks or (speaks is None and int(os.environ.get("RANK", 0)) == 0):
-        print(f"error: {message}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(2)  # torchrun stops all ranks when the first one ends: let rank 0 speak
-    sys.exit(code)
 
 
 def stop():
@@ -130,107 +117,6 @@ def from_main(function, *arguments):
     return result
 
 
-class _SyncedBatchNorm(torch.autograd.Function):
-    """Batch norm with the statistics of all ranks' rows: one all-reduce forward and one backward."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, eps):
-        dims = [d for d in range(x.dim()) if d != 1]
-        exact = torch.promote_types(x.dtype, torch.float32)  # statistics of a bf16 map are float32
-        var, mean = torch.var_mean(x.to(exact), dims, correction=0) if x.numel() else x.new_zeros(2, x.shape[1], dtype=exact)  # (C,) (C,)
-        count = mean.new_full((1,), x.numel() // x.shape[1], dtype=torch.float64)
-        # Moments about zero add up over ranks; float64 keeps the difference below exact.
-        mean, var = mean.double(), var.double()
-        moments = all_sum(torch.cat([mean * count, (var + mean**2) * count, count]))  # (2C+1,)
-        count = moments[-1]
-        mean, square = (moments[:-1] / count).chunk(2)  # (C,) (C,)
-        var = (square - mean**2).clamp_(min=0)
-        mean, var = mean.to(exact), var.to(exact)
-        ctx.save_for_backward(x, weight, mean, (var + eps).rsqrt(), count.to(exact))
-        ctx.mark_non_differentiable(mean, var, count)
-        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps), mean, var, count
-
-    @staticmethod
-    def backward(ctx, grad, *unused):
-        x, weight, mean, inverse_std, count = ctx.saved_tensors
-        dims = [d for d in range(x.dim()) if d != 1]
-        shape = [1, -1] + [1] * (x.dim() - 2)
-        grad_exact = grad.to(mean.dtype)
-        normalized = (x.to(mean.dtype) - mean.view(shape)) * inverse_std.view(shape)
-        bias_grad = grad_exact.sum(dims)  # (C,)
-        weight_grad = (grad_exact * normalized).sum(dims)  # (C,)
-        bias_mean, weight_mean = (all_sum(torch.cat([bias_grad, weight_grad])) / count).chunk(2)
-        x_grad = grad_exact - bias_mean.view(shape) - normalized * weight_mean.view(shape)
-        x_grad = x_grad * (inverse_std if weight is None else inverse_std * weight).view(shape)
-        if weight is None:
-            return x_grad.to(x.dtype), None, None, None
-        return x_grad.to(x.dtype), weight_grad.to(weight.dtype), bias_grad.to(weight.dtype), None
-
-
-class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """BatchNorm1d/2d over the rows of all ranks, on GPUs and (unlike torch.nn.SyncBatchNorm) on CPUs over gloo.
-
-    In a single process and in eval mode it is the native batch norm. State-dict keys are those of nn.BatchNorm2d.
-    """
-
-    def _check_input_dim(self, x):
-        if x.dim() < 2:
-            raise ValueError(f"SyncBatchNorm needs (B, C, ...), got {x.dim()} dimensions")
-
-    def forward(self, x):
-        if not self.training or world_size() == 1:
-            return super().forward(x)
-        y, mean, var, count = _SyncedBatchNorm.apply(x, self.weight, self.bias, self.eps)
-        with torch.no_grad():
-            unbiased = var * (count / (count - 1)).to(var.dtype)
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
-            self.num_batches_tracked += 1
-        return y
-
-    @classmethod
-    def convert(cls, module):
-        """Replaces every BatchNorm1d/2d inside module, keeping parameters and buffers; returns module."""
-        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
-            synced = cls(module.num_features, module.eps, module.momentum, module.affine)
-            synced.weight, synced.bias = module.weight, module.bias
-            synced.running_mean, synced.running_var = module.running_mean, module.running_var
-            synced.num_batches_tracked = module.num_batches_tracked
-            return synced
-        for name, child in module.named_children():
-            setattr(module, name, cls.convert(child))
-        return module
-
-
-class Dropout(nn.Dropout):
-    """Dropout with a mask drawn for the rows of all ranks, of which this rank takes its own: as in one process.
-
-    Every rank's generator must be in the same state, and rows of all ranks concatenated must be the batch of one process:
-    one crop an image.
-    """
-
-    def forward(self, x):
-        if not self.training or self.p == 0:
-            return x
-        draws = torch.rand(world_size() * len(x), *x.shape[1:], device=x.device)
-        return x * (draws[rank() * len(x) :][: len(x)] >= self.p) / (1 - self.p)
-
-
-def share_dropout(module):
-    """Replaces every nn.Dropout inside module by Dropout; returns module."""
-    for name, child in module.named_children():
-        setattr(module, name, Dropout(child.p) if isinstance(child, nn.Dropout) else share_dropout(child))
-    return module
-
-
-def parallel(model):
-    """The model to train: in one process itself, with dropout masks as on many ranks; else with synced batch norm inside
-    DistributedDataParallel."""
-    model = share_dropout(model)
-    if world_size() == 1:
-        return model
-    model = SyncBatchNorm.convert(model)
-    # Synced statistics make the buffers equal on all ranks already, so they are not broadcast.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # new versions have another name for it, old ones this one only
-        return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+def rows_of(n, rank, world_size):
+    """First and last + 1 of the data-set rows that a rank holds."""
+    return rank * n // world_size, (rank + 1) * n // world_size

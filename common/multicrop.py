@@ -16,10 +16,9 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms import functional as TF
 
-from .data import read_or_next
-
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet, RGB in [0, 1]
 STD = (0.229, 0.224, 0.225)
+TRIES = 100  # unreadable images in a row before a sample is given up
 ORDERS = torch.tensor(list(itertools.permutations(range(4))))  # (24, 4): brightness 0, contrast 1, saturation 2, hue 3
 
 
@@ -154,6 +153,24 @@ class Warp(CenterCrop):
 
     def cut(self, image):
         return to_tensor(TF.resize(TF.resize(image, self.resize), (self.size, self.size)))[None]
+
+
+def collate(samples):
+    """Samples (index, [(V_r, 3, s, s)], (V, 8)) to (B,), [(V_r, B, 3, s, s)] and (V, B, 8): one tensor a resolution."""
+    index, crops, params = zip(*samples)
+    return torch.tensor(index), [torch.stack(group, dim=1) for group in zip(*crops)], torch.stack(params, dim=1)
+
+
+
+def read_or_next(images, index):
+    """(index, image) of the first readable image from `index` on, or (index, None) if TRIES in a row are not."""
+    for i in range(min(TRIES, len(images))):
+        try:
+            return (index + i) % len(images), images.read((index + i) % len(images))
+        except Exception:  # Pillow's plug-ins raise a dozen kinds for damaged files
+            continue
+    return index, None
+
 
 
 def generator(seed, epoch, position):

@@ -20,8 +20,8 @@ from PIL import Image
 
 import swav
 from common import distributed
-from common.config import parse
-from common.run import launch
+from common.engine.launch import launch
+from common.engine.options import parse
 
 GOLDEN = Path(__file__).parent / "golden"
 ROOT = Path(__file__).parents[1]

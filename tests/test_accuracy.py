@@ -7,7 +7,7 @@ import torch
 from helpers import ranks
 
 from common.distributed import rank
-from common.evaluation import accuracy, ranked, ranked_accuracy
+from common.evaluation.metrics import accuracy, ranked, ranked_accuracy
 
 
 def draw(n=23, classes=7):

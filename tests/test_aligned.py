@@ -86,7 +86,7 @@ def test_remedies_name_options(method):
 def test_no_option_is_dead(method):
     """Each option is read by the script, or by what all scripts share."""
     text = source(method)
-    shared = "".join((ROOT / "common" / f"{name}.py").read_text() for name in ("run", "config", "checkpoint", "data"))
+    shared = "".join(file.read_text() for file in [*(ROOT / "common" / "engine").glob("*.py"), ROOT / "common" / "data.py"])
     body = text[text.index("class Model") :]
     for name in fields(method):
         assert re.search(rf"\bconfig\.{name}\b", body) or re.search(rf"\b(c|config)\.{name}\b|\"{name}\"", shared), name
@@ -120,7 +120,7 @@ def test_what_is_the_same_is_the_same_text():
         "def train_one_epoch(net, optimizer, memory, loader, run, config, epoch):\n",
         "    for step, (index, crops, params) in run.steps(loader, batches, epoch):\n",
         '    run = Run(config, info["method"], images, steps_per_epoch, meter, objects, model.backbone, info, device, REMEDY)\n',
-        "    net = distributed.parallel(model)\n",
+        "    net = parallel(model)\n",
         "    run.resume()\n    for epoch in run.epochs():\n",
         '    loader = data.Loader(crops, config.workers, device.type == "cuda")\n',
         "    launch(main, parse(Config, RECIPES, __doc__))\n",
@@ -130,7 +130,7 @@ def test_what_is_the_same_is_the_same_text():
     for methods, lines in (
         (
             "selav2 deepclusterv2 deepcluster odc sela",
-            'raise data.DataError(f"--prototypes {K}: more than the {readable} images that can be read")',
+            'raise DataError(f"--prototypes {K}: more than the {readable} images that can be read")',
         ),
         ("selav2 deepclusterv2 odc", "row = torch.where((index >= self.first) & (index < self.last), index - self.first, self.own)"),
         ("selav2 deepclusterv2 sela", '; a lower --lr may help") from None\n'),

@@ -20,11 +20,15 @@ import odc
 import sela
 import selav2
 import swav
-from common import checkpoint, distributed, families
+from common import distributed, weights
 from common.alexnet import AlexNet, alexnet
-from common.preact import PreactResNet50
+from common.engine import checkpoint
+from common.engine.errors import CheckpointError
+from common.engine.launch import launch
 from common.resnet import resnet10, resnet18, resnet34, resnet50
-from common.run import launch
+from common.weights import __main__ as tool
+from common.weights import export, families, load
+from common.weights.preact import PreactResNet50
 
 
 def randomised(module, seed=0):
@@ -320,29 +324,29 @@ def test_a_file_of_every_family_gives_the_same_features_and_scores(tmp_path, fam
     saved, expected, scores, name = family()
     path = tmp_path / "file.pth"
     torch.save(saved, path)
-    trunk, info = checkpoint.load_backbone(path)
+    trunk, info = weights.load_backbone(path)
     x = images()
     with torch.no_grad():
         features = expected(x)
         assert features.std() > 0.01 and torch.equal(trunk.eval()(x), features)
         assert info["method"] == name and (info["resize"], info["size"]) == (256, 224)
-        model, _ = checkpoint.load_model(path)
+        model, _ = weights.load_model(path)
         assert model.training
         found, wanted = model.eval()(x), scores(features) if scores else []
         assert len(found) == len(wanted) and all(torch.equal(a, b) for a, b in zip(found, wanted))
         # the round trip: one file with all that was found, which torchvision's names are in
         labels = saved.get("L", saved.get("labels"))
         checkpoint.export_backbone(tmp_path / "new.pt", model.backbone, info, model, labels)
-        again, same = checkpoint.load_model(tmp_path / "new.pt")
+        again, same = weights.load_model(tmp_path / "new.pt")
         assert same == info and all(torch.equal(a, b) for a, b in zip(again.eval()(x), wanted, strict=True))
         assert (again.projection_head is None) == (model.projection_head is None)
-        assert torch.equal(checkpoint.load_backbone(tmp_path / "new.pt")[0].eval()(x), features)
+        assert torch.equal(weights.load_backbone(tmp_path / "new.pt")[0].eval()(x), features)
 
 
 def test_a_projection_without_clusters(tmp_path):
     torch.save(moco()[0], tmp_path / "moco.pth")
     torch.save(mocov2()[0], tmp_path / "mocov2.pth")
-    v1, v2 = (checkpoint.load_model(tmp_path / name)[0].projection_head for name in ("moco.pth", "mocov2.pth"))
+    v1, v2 = (weights.load_model(tmp_path / name)[0].projection_head for name in ("moco.pth", "mocov2.pth"))
     assert [type(layer) for layer in v1] == [nn.Linear] and [type(layer) for layer in v2] == [nn.Linear, nn.ReLU, nn.Linear]
     assert torch.equal(v1[0].weight, linear(5, 256).weight)
 
@@ -404,8 +408,8 @@ def vissl_alexnet():
 def test_alexnets(tmp_path, monkeypatch, make):
     saved, expected, scores, facts = make()
     torch.save(saved, tmp_path / "checkpoint.pth.tar")
-    monkeypatch.setattr(checkpoint, "build_backbone", small_alexnet)
-    model, info = checkpoint.load_model(tmp_path / "checkpoint.pth.tar")
+    monkeypatch.setattr(load, "build_backbone", small_alexnet)
+    model, info = weights.load_model(tmp_path / "checkpoint.pth.tar")
     assert facts.items() <= info.items()
     with torch.no_grad():
         features = expected(images(224))
@@ -428,13 +432,13 @@ def test_the_names_and_shapes_of_real_alexnets():
         )
         assert contents.info["arch"] == arch and contents.trunk.keys() == state.keys()
     info = dict(arch="alexnet", sobel=True, convolutions_only=True)
-    assert checkpoint.build_backbone(info).feature_dim == 9216
+    assert weights.build_backbone(info).feature_dim == 9216
 
 
 def test_a_torchvision_resnet50_of_real_size(tmp_path):
     network = randomised(torchvision.models.resnet50())
     torch.save(network.state_dict(), tmp_path / "resnet50.pth")
-    trunk, info = checkpoint.load_backbone(tmp_path / "resnet50.pth")
+    trunk, info = weights.load_backbone(tmp_path / "resnet50.pth")
     network.fc = nn.Identity()
     with torch.no_grad():
         assert torch.equal(trunk.eval()(images(64)), network(images(64)))
@@ -490,9 +494,9 @@ def reshaped(name):
 )
 def test_files_that_are_refused(tmp_path, change, words, capsys):
     torch.save(change(swav_released()[0]), tmp_path / "file.pth")
-    for load in (checkpoint.load_backbone, checkpoint.load_model):
-        with pytest.raises(checkpoint.CheckpointError) as refusal:
-            load(tmp_path / "file.pth")
+    for loader in (weights.load_backbone, weights.load_model):
+        with pytest.raises(CheckpointError) as refusal:
+            loader(tmp_path / "file.pth")
         assert words in str(refusal.value) and str(refusal.value).count("\n") == 0, refusal.value
     assert command(tmp_path / "file.pth") == 4
     assert capsys.readouterr().err == f"error: {refusal.value}\n"
@@ -501,7 +505,7 @@ def test_files_that_are_refused(tmp_path, change, words, capsys):
 def test_counters_may_be_missing(tmp_path):
     saved, expected, *_ = swav_released()
     torch.save(no_counters(saved), tmp_path / "file.pth")
-    trunk, _ = checkpoint.load_backbone(tmp_path / "file.pth")
+    trunk, _ = weights.load_backbone(tmp_path / "file.pth")
     assert torch.equal(trunk.eval()(images()), expected(images()))
 
 
@@ -509,14 +513,14 @@ def test_heads_that_do_not_fit(tmp_path, capsys):
     saved = swav_released()[0]
     saved["module.prototypes.weight"] = torch.zeros(7, 5)
     torch.save(saved, tmp_path / "file.pth")
-    checkpoint.load_backbone(tmp_path / "file.pth")
-    with pytest.raises(checkpoint.CheckpointError, match="its heads do not fit its resnet50"):
-        checkpoint.load_model(tmp_path / "file.pth")
+    weights.load_backbone(tmp_path / "file.pth")
+    with pytest.raises(CheckpointError, match="its heads do not fit its resnet50"):
+        weights.load_model(tmp_path / "file.pth")
     new = tmp_path / "new.pt"
-    checkpoint.main(checkpoint.arguments([str(tmp_path / "file.pth"), "--to", "torchvision", "--out", str(new)]))
-    assert "they are left out" in capsys.readouterr().out and not len(checkpoint.load_model(new)[0].heads)
-    with pytest.raises(checkpoint.CheckpointError, match="do not fit"):
-        checkpoint.main(checkpoint.arguments([str(tmp_path / "file.pth"), "--to", "model", "--out", str(new)]))
+    tool.main(tool.arguments([str(tmp_path / "file.pth"), "--to", "torchvision", "--out", str(new)]))
+    assert "they are left out" in capsys.readouterr().out and not len(weights.load_model(new)[0].heads)
+    with pytest.raises(CheckpointError, match="do not fit"):
+        tool.main(tool.arguments([str(tmp_path / "file.pth"), "--to", "model", "--out", str(new)]))
 
 
 class Code:
@@ -537,9 +541,9 @@ def test_a_pickle_with_code_executes_nothing(tmp_path, kind, capsys):
         torch.save(saved, path, _use_new_zipfile_serialization=kind == "new")
     else:
         path.write_bytes(pickle.dumps(saved))
-    for load in (checkpoint.load_backbone, checkpoint.load_model):
-        with pytest.raises(checkpoint.CheckpointError, match=r"cannot be loaded without running code that is in it .*--trust-pickle"):
-            load(path)
+    for loader in (weights.load_backbone, weights.load_model):
+        with pytest.raises(CheckpointError, match=r"cannot be loaded without running code that is in it .*--trust-pickle"):
+            loader(path)
     assert command(path) == command(path, "--to", "torchvision", "--out", tmp_path / "new.pt") == 4
     error = capsys.readouterr().err
     assert error.count("\n") == 2 and not (tmp_path / "executed").exists() and not (tmp_path / "new.pt").exists()
@@ -553,9 +557,9 @@ def test_an_old_pickle_is_converted_once(tmp_path, capsys):
     assert command(tmp_path / "old.pth.tar") == 4
     error = capsys.readouterr().err
     assert "(argparse.Namespace)" in error
-    line = error[error.index("python -m common.checkpoint") :].split()[3:]
+    line = error[error.index("python -m common.weights") :].split()[3:]
     assert command(*line[:-1], tmp_path / "new.pt") == 0
-    model, info = checkpoint.load_model(tmp_path / "new.pt")
+    model, info = weights.load_model(tmp_path / "new.pt")
     assert all(torch.equal(a, b) for a, b in zip(model.eval()(images()), scores(expected(images())), strict=True))
     assert info["method"] == "DeepCluster-v2 or SeLa-v2"
 
@@ -569,14 +573,14 @@ def test_files_that_are_none(tmp_path):
         *(("page.pth", "it is not what torch.save writes"), ("empty.pth", "it is empty"), ("cut.pth", "cannot be loaded: ")),
         *(("none.pth", "does not exist"), ("none.pkl", "does not exist")),
     ):
-        with pytest.raises(checkpoint.CheckpointError, match=words) as refusal:
-            checkpoint.load_backbone(tmp_path / name)
+        with pytest.raises(CheckpointError, match=words) as refusal:
+            weights.load_backbone(tmp_path / name)
         assert "\n" not in str(refusal.value)
     for trust in (False, True):
-        with pytest.raises(checkpoint.CheckpointError, match="does not exist"):
-            checkpoint.load_backbone(tmp_path / "none.pkl", trust)
-    with pytest.raises(checkpoint.CheckpointError, match=r"cannot be loaded: "):
-        checkpoint.load_backbone(tmp_path / "page.pth", trust_pickle=True)
+        with pytest.raises(CheckpointError, match="does not exist"):
+            weights.load_backbone(tmp_path / "none.pkl", trust)
+    with pytest.raises(CheckpointError, match=r"cannot be loaded: "):
+        weights.load_backbone(tmp_path / "page.pth", trust_pickle=True)
 
 
 # ---- our own runs
@@ -594,7 +598,7 @@ HEAD = "--hidden 16 --dim 8".split()
 )
 def test_the_model_of_a_run_scores_as_its_method_does(tmp_path, method, options):
     assert run_here(method, *TINY, *options, "--out", tmp_path) == 0
-    model, info = checkpoint.load_model(tmp_path)
+    model, info = weights.load_model(tmp_path)
     state = checkpoint.load(tmp_path / "checkpoint.pt")
     own = randomised(method.Model(method.Config(**state["config"])))
     own.load_state_dict(state["model"])
@@ -611,16 +615,16 @@ def test_the_model_of_a_run_scores_as_its_method_does(tmp_path, method, options)
         assert model.projection_head is None or (model.projection_head(model.backbone(images(16))).min() >= 0) == (method is odc)
     assert model.projection_head is None or (model.projection_head[1].weight is None) == (method is odc)
     (tmp_path / "checkpoint.pt").rename(tmp_path / "elsewhere.pt")
-    checkpoint.load_backbone(tmp_path)
-    with pytest.raises(checkpoint.CheckpointError, match=r"checkpoint.pt does not exist"):
-        checkpoint.load_model(tmp_path)
-    with pytest.raises(checkpoint.CheckpointError, match="name the run's directory"):
-        checkpoint.load_model(tmp_path / "elsewhere.pt")
-    assert not checkpoint.load_model(tmp_path / "backbone.pt")[0].heads
+    weights.load_backbone(tmp_path)
+    with pytest.raises(CheckpointError, match=r"checkpoint.pt does not exist"):
+        weights.load_model(tmp_path)
+    with pytest.raises(CheckpointError, match="name the run's directory"):
+        weights.load_model(tmp_path / "elsewhere.pt")
+    assert not weights.load_model(tmp_path / "backbone.pt")[0].heads
 
 
 def _load_on_every_rank(path):
-    model, _ = distributed.from_main(checkpoint.load_model, path)
+    model, _ = distributed.from_main(weights.load_model, path)
     return [scores.detach() for scores in model.eval()(images())]
 
 
@@ -638,26 +642,26 @@ def test_init_from_another_projects_file(tmp_path):
     options = [*TINY, *HEAD, "--arch", "resnet50", "--stem", "imagenet", "--init-from", tmp_path / "file.pth", "--lr", 1e-12]
     options += ["--precision", "float32"]  # oneDNN's bfloat16 gradient of a strided convolution of a 1x1 map reads beyond it
     assert run_here(swav, *options, "--out", tmp_path / "run") == 0
-    trunk, _ = checkpoint.load_backbone(tmp_path / "run")
+    trunk, _ = weights.load_backbone(tmp_path / "run")
     torch.testing.assert_close(trunk.layer4[2].conv3.weight.detach(), saved["state_dict"]["layer4.2.conv3.weight"], rtol=1e-4, atol=1e-6)
 
 
 def test_init_from_compares_with_what_the_run_says_of_its_trunk(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "build_backbone", small_alexnet)
+    monkeypatch.setattr(load, "build_backbone", small_alexnet)
     torch.save(sela_alexnet()[0], tmp_path / "sela.pth")
     run = dict(arch="alexnet_sela", width=1.0, stem="imagenet", channels=3)
-    assert "features.0.weight" in checkpoint.load_trunk(tmp_path / "sela.pth", run)
-    with pytest.raises(checkpoint.CheckpointError, match="has arch alexnet_sela, this run has --arch alexnet"):
-        checkpoint.load_trunk(tmp_path / "sela.pth", {**run, "arch": "alexnet"})
+    assert "features.0.weight" in weights.load_trunk(tmp_path / "sela.pth", run)
+    with pytest.raises(CheckpointError, match="has arch alexnet_sela, this run has --arch alexnet"):
+        weights.load_trunk(tmp_path / "sela.pth", {**run, "arch": "alexnet"})
 
 
 # ---- exports
 
 
 def command(*arguments):
-    """Runs python -m common.checkpoint in this process; returns its exit code."""
+    """Runs python -m common.weights in this process; returns its exit code."""
     try:
-        launch(checkpoint.main, checkpoint.arguments([str(a) for a in arguments]))
+        launch(tool.main, tool.arguments([str(a) for a in arguments]))
     except SystemExit as stop:
         return stop.code
     return 0
@@ -678,7 +682,7 @@ def test_the_trunk_in_torchvision(tmp_path, capsys):
     network.fc = nn.Identity()
     network.load_state_dict(torch.load(tmp_path / "new.pt", weights_only=True)["state_dict"], strict=True)
     assert torch.equal(network.eval()(images()), trunk(images()))
-    model, _ = checkpoint.load_model(tmp_path / "new.pt")
+    model, _ = weights.load_model(tmp_path / "new.pt")
     assert all(torch.equal(a, b(trunk(images()))) for a, b in zip(model.eval()(images()), heads, strict=True))
     assert torch.equal(torch.load(tmp_path / "new.pt", weights_only=True)["L"], torch.arange(30).view(3, 10))
 
@@ -690,7 +694,7 @@ def test_a_model_in_torchvision(tmp_path):
     network = torchvision.models.resnet18(num_classes=9)
     network.load_state_dict(saved["state_dict"], strict=True)
     assert torch.equal(network.eval()(images()), heads[1](trunk(images()))) and torch.equal(saved["L"], torch.arange(30).view(3, 10))
-    model, _ = checkpoint.load_model(tmp_path / "new.pth")
+    model, _ = weights.load_model(tmp_path / "new.pth")
     assert [torch.equal(x, heads[1](trunk(images()))) for x in model.eval()(images())] == [True]
 
 
@@ -702,7 +706,7 @@ def test_a_resnet50_model_of_a_run_in_torchvision(tmp_path):
     saved = torch.load(tmp_path / "new.pth", weights_only=True)
     network = torchvision.models.resnet50(num_classes=5)
     network.load_state_dict(saved["state_dict"], strict=True)
-    model, _ = checkpoint.load_model(tmp_path / "run")
+    model, _ = weights.load_model(tmp_path / "run")
     with torch.no_grad():
         assert torch.equal(network.eval()(images()), model.eval()(images())[1])
     assert saved["L"].shape == (2, 16) and saved["L"].dtype == torch.int64
@@ -728,13 +732,13 @@ def test_detectron2(tmp_path, capsys):
     content = pickle.loads((tmp_path / "new.pkl").read_bytes())
     assert content["model"].keys() == detectron2_names() and len(content["model"]) == 265 and content["matching_heuristics"] is True
     assert all(type(array).__module__ == "numpy" and array.dtype == "float32" for array in content["model"].values())
-    with pytest.raises(checkpoint.CheckpointError, match="--trust-pickle"):
-        checkpoint.load_backbone(tmp_path / "new.pkl")
-    trunk, info = checkpoint.load_backbone(tmp_path / "new.pkl", trust_pickle=True)
+    with pytest.raises(CheckpointError, match="--trust-pickle"):
+        weights.load_backbone(tmp_path / "new.pkl")
+    trunk, info = weights.load_backbone(tmp_path / "new.pkl", trust_pickle=True)
     assert torch.equal(trunk.eval()(images()), expected(images())) and info["method"] == "detectron2"
-    checkpoint.export_detectron2(tmp_path / "new.pkl", randomised(resnet18(width=0.125)), {**info, "arch": "resnet18"})
-    assert "RES2_OUT_CHANNELS 8" in checkpoint.detectron2_options({**info, "arch": "resnet18"})
-    trunk, info = checkpoint.load_backbone(tmp_path / "new.pkl", trust_pickle=True)
+    export.export_detectron2(tmp_path / "new.pkl", randomised(resnet18(width=0.125)), {**info, "arch": "resnet18"})
+    assert "RES2_OUT_CHANNELS 8" in export.detectron2_options({**info, "arch": "resnet18"})
+    trunk, info = weights.load_backbone(tmp_path / "new.pkl", trust_pickle=True)
     assert info["arch"] == "resnet18" and torch.equal(trunk.eval()(images()), randomised(resnet18(width=0.125))(images()))
 
 
@@ -770,14 +774,14 @@ def test_what_cannot_be_exported(tmp_path, capsys):
         assert command(*options) == 2
         error = capsys.readouterr().err
         assert words in error and error.count("\n") == 1, error
-    assert checkpoint.load_backbone(tmp_path / "swav")[1]["method"] == "SwAV"  # it is what it was
+    assert weights.load_backbone(tmp_path / "swav")[1]["method"] == "SwAV"  # it is what it was
 
 
 def test_the_command_says_what_a_file_is(tmp_path):
     saved = moco()[0]
     torch.save(saved, tmp_path / "moco.pth.tar")
     torch.save(mmselfsup_odc()[0], tmp_path / "odc.pth")
-    run = subprocess.run([sys.executable, "-m", "common.checkpoint", tmp_path / "moco.pth.tar"], cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-m", "common.weights", tmp_path / "moco.pth.tar"], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0 and not run.stderr, run.stderr
     out = run.stdout
     assert "MoCo, resnet50 x0.125, imagenet stem" in out and "265 of 265 tensors" in out and "256 features" in out
@@ -791,7 +795,7 @@ def test_the_command_on_other_files(tmp_path, capsys):
     assert command(tmp_path / "odc.pth", "--to", "torchvision", "--out", tmp_path / "new.pt") == 0
     out = capsys.readouterr().out
     assert "projection  12 -> 6" in out and "9 clusters" in out and "loss_weight (1), memory_bank (1)" in out
-    assert "common.checkpoint.load_backbone rebuilds it" in out
+    assert "common.weights.load_backbone rebuilds it" in out
     assert run_here(sela, *TINY, "--heads", 2, "--out", tmp_path / "run") == 0
     capsys.readouterr()
     assert command(tmp_path / "run") == 0
@@ -826,10 +830,10 @@ def test_hub_in_a_project_with_its_own_common(tmp_path):
     (project / "common" / "__init__.py").write_text("")
     (project / "main.py").write_text(HUB)
     torch.save(images(), project / "x.pt")
-    model, info = checkpoint.load_model(path)
+    model, info = weights.load_model(path)
     (tmp_path / "run").mkdir()
     checkpoint.export_backbone(tmp_path / "run" / "backbone.pt", model.backbone, info)
-    checkpoint.export_model(tmp_path / "fc.pt", model, info, head=2)
+    weights.export_model(tmp_path / "fc.pt", model, info, head=2)
     line = [sys.executable, "main.py", str(ROOT), str(project), str(tmp_path / "run"), str(tmp_path / "fc.pt")]
     run = subprocess.run(line, cwd=project, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert run.returncode == 0, run.stderr

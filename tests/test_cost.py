@@ -8,8 +8,8 @@ import odc
 import selav2
 import swav
 from benchmarks import multicrop
-from common.config import recipe
-from common.run import autocast_dtype
+from common.engine.launch import autocast_dtype
+from common.engine.options import recipe
 
 EMBEDDING = autocast_dtype("auto", torch.device("cpu")).itemsize  # bytes of a number, as a trunk gives it on this machine
 

@@ -21,8 +21,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from common import data
-from common.data import DataError, Files, Loader, batches, collate, decode, open_images, read_or_next
-from common.multicrop import Augmentation, CenterCrop, MultiCrop
+from common.data import Loader, batches, open_images
+from common.engine.errors import DataError
+from common.multicrop import TRIES, Augmentation, CenterCrop, MultiCrop, collate, read_or_next
+from common.sources import files, named
+from common.sources.files import Files, decode
+from common.sources.shapes import Shapes
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
 
@@ -147,8 +151,8 @@ def test_torchvision_sets(monkeypatch):
 
         return Set
 
-    monkeypatch.setattr(data.torchvision.datasets, "CIFAR10", stand_in(targets=[2, 0, 1], classes=["a", "b", "c"]))
-    monkeypatch.setattr(data.torchvision.datasets, "STL10", stand_in(labels=np.array([1, -1, -1])))
+    monkeypatch.setattr(named.torchvision.datasets, "CIFAR10", stand_in(targets=[2, 0, 1], classes=["a", "b", "c"]))
+    monkeypatch.setattr(named.torchvision.datasets, "STL10", stand_in(labels=np.array([1, -1, -1])))
     images = open_images("cifar10:/some/where", "val")
     assert images.set.arguments == ("/some/where", {"train": False})
     assert images.labels.tolist() == [2, 0, 1] and images.classes == ["a", "b", "c"] and len(images.paths) == 3
@@ -158,7 +162,7 @@ def test_torchvision_sets(monkeypatch):
     def offline(*arguments, **options):
         raise RuntimeError("no network")
 
-    monkeypatch.setattr(data.torchvision.datasets, "CIFAR10", offline)
+    monkeypatch.setattr(named.torchvision.datasets, "CIFAR10", offline)
     with pytest.raises(DataError, match=r"cifar10.*no network"):
         open_images("cifar10")
 
@@ -456,14 +460,14 @@ def test_at_most_tries_images_in_a_row_are_read():
             return i
 
     assert read_or_next(Holey(), 60) == (150, 150)
-    assert read_or_next(Holey(), 150 - data.TRIES + 1) == (150, 150)
-    assert read_or_next(Holey(), 150 - data.TRIES) == (150 - data.TRIES, None)
+    assert read_or_next(Holey(), 150 - TRIES + 1) == (150, 150)
+    assert read_or_next(Holey(), 150 - TRIES) == (150 - TRIES, None)
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
 def test_transient_error_is_retried(tmp_path, monkeypatch, number):
     naps, failures = [], [number, number]
-    monkeypatch.setattr(data.time, "sleep", naps.append)
+    monkeypatch.setattr(files.time, "sleep", naps.append)
     image_open = Image.open
 
     def flaky(path):
@@ -482,7 +486,7 @@ def test_transient_error_is_retried(tmp_path, monkeypatch, number):
 
 
 def test_lasting_error_is_not_retried(tmp_path, monkeypatch):
-    monkeypatch.setattr(data.time, "sleep", lambda seconds: pytest.fail("waited for a file that is not there"))
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: pytest.fail("waited for a file that is not there"))
     with pytest.raises(FileNotFoundError):
         decode(tmp_path / "a.png")
 
@@ -607,7 +611,7 @@ def test_paths_are_a_sequence():
 # ---------------------------------------------------------------------------------------------- the loader
 
 
-CROPS = MultiCrop(data.Shapes("train", 40), (2, 1), (16, 8), ((0.3, 1), (0.1, 0.3)), Augmentation(), seed=3)
+CROPS = MultiCrop(Shapes("train", 40), (2, 1), (16, 8), ((0.3, 1), (0.1, 0.3)), Augmentation(), seed=3)
 
 
 def expected(epoch, rank=0, world_size=1, dataset=CROPS):

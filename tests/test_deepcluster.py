@@ -14,9 +14,10 @@ from torch import nn
 import deepcluster
 from common import distributed
 from common.alexnet import alexnet
-from common.checkpoint import load_backbone
-from common.config import recipe
+from common.batchnorm import parallel
+from common.engine.options import recipe
 from common.resnet import resnet18
+from common.weights import load_backbone
 
 SCRIPT = "deepcluster.py"
 TINY = (
@@ -139,7 +140,7 @@ def dropped_on_a_rank():
     weights = torch.randn(10, 10, dtype=torch.float64)
     model = nn.Sequential(nn.Linear(10, 10, bias=False), nn.Sequential(nn.Dropout(0.5), nn.Linear(10, 1))).double()
     model[0].weight.data = weights
-    net = distributed.parallel(model)
+    net = parallel(model)
     x = torch.randn(12, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     mine = x.chunk(distributed.world_size())[distributed.rank()]
     torch.manual_seed(7)

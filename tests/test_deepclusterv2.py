@@ -11,11 +11,10 @@ from helpers import ROOT, TINY, command, finish, golden, kill_tree, losses, metr
 from torch import nn
 
 import deepclusterv2
-from common import data
-from common.config import recipe
 from common.distributed import rank
+from common.engine.errors import DataError, Diverged
+from common.engine.options import recipe
 from common.kmeans import kmeans
-from common.run import Diverged
 
 SCRIPT = "deepclusterv2.py"
 SHARED = ["--data", "shapes:80", *TINY, "--epochs", 4]
@@ -114,7 +113,7 @@ def test_embeddings_that_cannot_be_clustered_are_named():
     heads.requires_grad_(False)
     rows = F.normalize(torch.randn(30, 4))
     memory.update(torch.arange(2), rows[None, :2])
-    with pytest.raises(data.DataError, match="--prototypes 3: more than the 2 images that can be read"):
+    with pytest.raises(DataError, match="--prototypes 3: more than the 2 images that can be read"):
         deepclusterv2.assign(memory, heads, 10, None)
     rows[7] = torch.nan
     memory.update(torch.arange(30), rows[None])

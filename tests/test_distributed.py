@@ -8,7 +8,9 @@ from helpers import ranks
 from torch import nn
 
 from common import distributed
-from common.distributed import SyncBatchNorm, rank
+from common.batchnorm import SyncBatchNorm
+from common.distributed import rank
+from common.engine import errors
 
 # ---- collectives
 
@@ -101,7 +103,7 @@ def test_one_process_is_the_identity():
 @pytest.mark.parametrize("local_rank", [0, 1])
 def test_too_few_gpus_are_said_by_one_process_of_the_node(monkeypatch, capsys, local_rank):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(distributed.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(errors.time, "sleep", lambda seconds: None)
     monkeypatch.setenv("RANK", str(8 + local_rank))  # the second node: rank 0 knows nothing of it
     monkeypatch.setenv("LOCAL_RANK", str(local_rank))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")

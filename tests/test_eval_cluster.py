@@ -16,11 +16,14 @@ from PIL import Image
 from torch import nn
 
 import eval_cluster
-from common import checkpoint, data, features
+from common import data, features, weights
+from common.engine import checkpoint
+from common.engine.errors import CheckpointError
+from common.engine.launch import launch
+from common.evaluation import metrics as agreement
+from common.evaluation.metrics import ami, ari, contingency, hungarian_accuracy, nmi, purity
 from common.multicrop import MEAN, STD
 from common.resnet import resnet10
-from common.run import launch
-from eval_cluster import ami, ari, contingency, hungarian_accuracy, nmi, purity
 
 
 def cluster_here(*arguments):
@@ -58,7 +61,7 @@ def test_metrics_agree_with_scikit_learn_whatever_the_labels(pair):
     a, b = pair
     assert nmi(a, b) == pytest.approx(metrics.normalized_mutual_info_score(a, b), abs=1e-9)
     assert ari(a, b) == pytest.approx(metrics.adjusted_rand_score(a, b), abs=1e-9)
-    if abs(sum(eval_cluster._information(a, b)[1:3]) / 2 - eval_cluster.expected_information(*eval_cluster._information(a, b)[3:])) > 1e-9:
+    if abs(sum(agreement._information(a, b)[1:3]) / 2 - agreement.expected_information(*agreement._information(a, b)[3:])) > 1e-9:
         assert ami(a, b) == pytest.approx(metrics.adjusted_mutual_info_score(a, b), abs=1e-9)
     # Names do not matter; all but purity are symmetric.
     renamed = [{value: -value * 10**12 for value in a}[value] for value in a]
@@ -73,8 +76,8 @@ def test_expected_information_of_many_images_leaves_out_nothing_that_counts():
 
     rng = np.random.default_rng(0)
     a, b = rng.integers(0, 12, 20_000) ** 2, rng.geometric(0.05, 20_000)
-    _, _, _, size_a, size_b = eval_cluster._information(a, b)
-    assert eval_cluster.expected_information(size_a, size_b) == pytest.approx(
+    _, _, _, size_a, size_b = agreement._information(a, b)
+    assert agreement.expected_information(size_a, size_b) == pytest.approx(
         expected_mutual_information(contingency(a, b).tocsr(), 20_000), rel=1e-9
     )
 
@@ -148,13 +151,13 @@ INFO = dict(arch="resnet10", width=0.5, stem="small", channels=3, mean=MEAN, std
 
 def of_colours(out, n, *arguments, heads=2):
     """Runs the script on the model above and N images; returns what it wrote."""
-    load, images = checkpoint.load_model, data.open_queries
-    checkpoint.load_model, data.open_queries = (lambda *_: (Colours(heads), dict(INFO))), (lambda *_: Plain(n))
+    load, images = weights.load_model, data.open_queries
+    weights.load_model, data.open_queries = (lambda *_: (Colours(heads), dict(INFO))), (lambda *_: Plain(n))
     try:
         options = ["--data", "shapes", "--workers", 0, "--precision", "float32", "--out", out, *arguments]
         eval_cluster.main(eval_cluster.arguments([str(a) for a in ("colours.pt", *options)]))
     finally:
-        checkpoint.load_model, data.open_queries = load, images
+        weights.load_model, data.open_queries = load, images
     return json.loads((out / "eval_cluster.json").read_text()), (out / "gallery.html").read_bytes() if (
         out / "gallery.html"
     ).exists() else b""
@@ -206,7 +209,7 @@ def test_a_score_that_is_no_number_is_an_error(tmp_path):
     load = Colours.forward
     try:
         Colours.forward = lambda self, images: [scores * float("nan") for scores in load(self, images)]
-        with pytest.raises(checkpoint.CheckpointError, match="not finite"):
+        with pytest.raises(CheckpointError, match="not finite"):
             of_colours(tmp_path, 30)
     finally:
         Colours.forward = load
@@ -227,7 +230,7 @@ def test_held_out_images_by_the_heads_of_a_run(run, capsys):
     assert cluster_here(run, "--workers", 0, "--precision", "float32") == 0
     record = record_of(capsys)
     assert (record["method"], record["images"], record["count"], record["unassigned"]) == ("swav", "held-out images", 20, 0)
-    model, info = checkpoint.load_model(run)
+    model, info = weights.load_model(run)
     images = data.open_images("shapes:100", "val")
 
     def scores(x):

@@ -12,11 +12,13 @@ from helpers import ROOT, finish, start, swav_here
 from PIL import Image
 
 import eval_knn
-from common import checkpoint
-from common.features import classify, knn_accuracy
+from common import weights
+from common.engine import checkpoint
+from common.engine.launch import launch
+from common.features import knn_accuracy
+from common.features import knn_classify as classify
 from common.multicrop import MEAN, STD, center
 from common.resnet import resnet10
-from common.run import launch
 
 COLOURS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}
 
@@ -60,7 +62,7 @@ def test_seven_images_of_three_classes(images, backbone, capsys):
     assert list(record["top1"]) == ["1", "5", "30"] and record["top5"] == {}  # fewer than five classes: no top-5
     assert "   31    skipped: only 30 images can vote" in table and any(line.startswith("  200    skipped") for line in table)
     # The same from the parts, one image after the other.
-    trunk, _ = checkpoint.load_backbone(backbone)
+    trunk, _ = weights.load_backbone(backbone)
     rows = {}
     for split in ("train", "val"):
         x, y = [], []

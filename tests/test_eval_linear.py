@@ -13,11 +13,15 @@ from torch import nn
 
 import eval_knn
 import eval_linear
-from common import checkpoint, data, distributed, features
+from common import data, distributed, weights
 from common.alexnet import AlexNet, Sobel
+from common.engine import checkpoint
+from common.engine.errors import DataError
+from common.engine.launch import launch
+from common.evaluation import store
 from common.multicrop import MEAN, STD, center
 from common.resnet import resnet10, resnet50
-from common.run import launch
+from common.weights import load
 from eval_linear import PRESETS, Cached, Probe, judge, train_one_epoch
 
 COLOURS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}
@@ -291,7 +295,7 @@ def test_ranks_train_as_one_process_on_kept_features(world_size):
 def drawn(root, path):
     """What feeds the probes in two epochs: maps, labels and the size of the batch of all ranks."""
     args = eval_linear.arguments([str(path), "--preset", "mhead_90e", "--layers", "feature5", "--workers", "0", "--precision", "float32"])
-    trunk, info = checkpoint.load_backbone(path)
+    trunk, info = weights.load_backbone(path)
     images = data.open_images(root)
     images.labels[4] = -1  # has no label: never shown
     source = eval_linear.Drawn(trunk, info, images, None, eval_linear.choose(args), args, torch.device("cpu"))
@@ -320,7 +324,7 @@ def test_colour_noise(images, imagenet_stem, monkeypatch):
     monkeypatch.setattr(eval_linear, "photometric", lambda crops, *a: torch.zeros(crops.shape))
     monkeypatch.setattr(eval_linear.Reading, "forward", lambda self, x: seen.append(x) or {})
     args = eval_linear.arguments([str(imagenet_stem), "--preset", "mhead_90e", "--workers", "0"])
-    trunk, info = checkpoint.load_backbone(imagenet_stem)
+    trunk, info = weights.load_backbone(imagenet_stem)
     source = eval_linear.Drawn(trunk, info, data.open_images("shapes:1000"), None, eval_linear.choose(args), args, torch.device("cpu"))
     source.loader.epoch = lambda epoch, batches: [
         (torch.zeros(len(b), dtype=torch.int64), [torch.zeros(1, len(b), 3, 4, 4)], torch.zeros(1, len(b), 8)) for b in batches
@@ -374,8 +378,8 @@ def test_a_run_on_colours(images, run, capsys):
 
 def test_the_trunk_keeps_every_bit(images, run, monkeypatch, capsys):
     trunks = []
-    real = checkpoint.load_backbone
-    monkeypatch.setattr(checkpoint, "load_backbone", lambda path: trunks.append(real(path)) or trunks[-1])
+    real = weights.load_backbone
+    monkeypatch.setattr(weights, "load_backbone", lambda path: trunks.append(real(path)) or trunks[-1])
     for options in ((), ("--cache",)):
         assert linear_here(run, "--data", images, "--workers", 0, "--epochs", 2, "--batch-size", 8, *options) == 0
     before = torch.load(run / "backbone.pt", weights_only=True)["state_dict"]
@@ -402,7 +406,7 @@ def test_kept_features(images, run, tmp_path, capsys):
         assert arrays["train_features"].shape == (29, 64) and arrays["train_features"].dtype == np.float32
         assert arrays["val_labels"].tolist() == [0, 0, 0, 1, 1, 2, 2]  # blue, green, red
         features, names = torch.from_numpy(arrays["val_features"]), sorted((images / "val").glob("*/*.png"))
-    trunk, _ = checkpoint.load_backbone(run)
+    trunk, _ = weights.load_backbone(run)
     for row, name in zip(features, names):
         pixels = center(Image.open(name), 24, 20).float() / 255
         x = torch.stack([(p - m) / s for p, m, s in zip(pixels, MEAN, STD)])[None]
@@ -436,8 +440,8 @@ def keep_and_read(folder):
     results = []
     for i, (counts, val_counts) in enumerate(KEPT):
         rows = mine(x.flatten(1), labels, counts=counts), mine(val.flatten(1), val_labels, counts=val_counts)
-        features.save(folder / f"{i}.npz", *rows, {"arch": "resnet10"})
-        results.append(features.load(folder / f"{i}.npz"))
+        store.save(folder / f"{i}.npz", *rows, {"arch": "resnet10"})
+        results.append(store.load(folder / f"{i}.npz"))
     return results
 
 
@@ -455,8 +459,8 @@ def test_ranks_keep_and_read_one_file(tmp_path):
 def unwritable(path):
     x, labels = toy(5)
     try:
-        features.save(path, (x.flatten(1), labels), (x.flatten(1), labels), {})
-    except data.DataError as error:
+        store.save(path, (x.flatten(1), labels), (x.flatten(1), labels), {})
+    except DataError as error:
         return str(error)
 
 
@@ -489,7 +493,7 @@ def test_published_presets_on_an_alexnet(images, tmp_path, monkeypatch, capsys, 
                 layer.reset_parameters()
         return trunk
 
-    monkeypatch.setattr(checkpoint, "build_backbone", build)
+    monkeypatch.setattr(load, "build_backbone", build)
     torch.manual_seed(0)
     info = dict(arch=arch, width=1, stem="imagenet", sobel=arch == "alexnet", resize=256, size=224)
     path = export(tmp_path / "backbone.pt", build(info), **info)

@@ -9,10 +9,13 @@ from helpers import image_tree, ranks
 from torch import nn
 
 import eval_semisup
-from common import checkpoint, data, distributed, evaluation
+from common import data, distributed
+from common.engine import checkpoint
+from common.engine.launch import launch
+from common.evaluation.metrics import accuracy
 from common.multicrop import MEAN, STD, Augmentation, MultiCrop
 from common.resnet import resnet10, resnet50
-from common.run import launch
+from common.sources.shapes import Shapes
 from eval_semisup import PRESETS, Model, Part, Preset, draw, finetune
 
 INFO = dict(arch="resnet10", width=0.125, stem="small", channels=3, mean=MEAN, std=STD, method="swav", resize=16, size=16, epoch=5)
@@ -96,7 +99,7 @@ def test_whole_schedules(monkeypatch, name, lr, head, expected):
     monkeypatch.setattr(eval_semisup, "train_one_epoch", epoch)
     monkeypatch.setattr(eval_semisup, "extract", lambda *a, **k: (torch.eye(6), torch.arange(6)))
     model = Model(resnet10(width=0.125), 6, p.head_std)
-    loader, images = data.Loader([]), Part(data.Shapes("train", 20), draw(torch.arange(20) % 10, 1, 0))
+    loader, images = data.Loader([]), Part(Shapes("train", 20), draw(torch.arange(20) % 10, 1, 0))
     history = list(finetune(model, lr, head, p, loader, images, None, INFO, 0, {}))
     assert history == [(1.0, 100.0, 100.0)] * p.epochs
     assert [pytest.approx(pair, rel=1e-12) for pair in expected] == seen
@@ -139,8 +142,8 @@ def test_the_presets_are_listed_with_their_figures(capsys):
 
 def test_accuracy_counts_rows_once_and_leaves_out_those_without_a_label():
     scores = torch.tensor([[9.0, 5, 4, 3, 2, 1], [5, 9, 4, 3, 2, 1], [1, 5, 4, 3, 2, 9], [1, 2, 3, 4, 5, 6], [0, 0, 0, 0, 0, torch.nan]])
-    assert evaluation.accuracy(scores, torch.tensor([0, 0, 0, -1, 5])) == (25.0, 50.0)
-    assert evaluation.accuracy(scores[:, :4], torch.tensor([0, 0, 0, -1, 3])) == (25.0, None)  # four classes: no top-5
+    assert accuracy(scores, torch.tensor([0, 0, 0, -1, 5])) == (25.0, 50.0)
+    assert accuracy(scores[:, :4], torch.tensor([0, 0, 0, -1, 3])) == (25.0, None)  # four classes: no top-5
 
 
 # ---- training
@@ -148,7 +151,7 @@ def test_accuracy_counts_rows_once_and_leaves_out_those_without_a_label():
 
 def tune(p, dtype=torch.float64):
     """Losses, accuracies and weights of a small fine-tuning: 23 images of 60, judged on 12, on all ranks."""
-    everything, queries = data.Shapes("train", 60), data.Shapes("val", 60)
+    everything, queries = Shapes("train", 60), Shapes("val", 60)
     everything.classes = queries.classes = everything.classes[:6]
     everything.labels, queries.labels = everything.labels % 6, queries.labels % 6
     images = Part(everything, draw(everything.labels, 0.39, 1)[:23])
@@ -176,7 +179,7 @@ def test_two_ranks_equal_one():
 
 def test_an_epoch_is_what_a_few_plain_lines_compute():
     _, history, weights = tune(SMALL)
-    everything = data.Shapes("train", 60)
+    everything = Shapes("train", 60)
     rows = draw(everything.labels % 6, 0.39, 1)[:23]
     crops = MultiCrop(everything, (1,), (16,), ((0.08, 1.0),), Augmentation((0, 0, 0, 0), 0, 0, False, 0), 1)
     torch.manual_seed(1)

@@ -14,11 +14,13 @@ from PIL import Image
 from torch import nn
 
 import eval_svm
-from common import checkpoint
+from common import weights
 from common.alexnet import AlexNet
+from common.engine import checkpoint
+from common.engine.launch import launch
 from common.multicrop import MEAN, STD, Warp
 from common.resnet import resnet10
-from common.run import launch
+from common.weights import load
 from eval_svm import COSTS, Voc, average_precision, draw, full, low_shot, unit
 
 pytest.importorskip("sklearn")
@@ -275,7 +277,7 @@ def test_voc_end_to_end(voc2007, backbone, capsys):
     assert shots["1"]["oracle"]["min"] <= shots["1"]["oracle"]["map"] <= shots["1"]["oracle"]["max"]
     assert "images, 40 are needed" in shots["40"]["skipped"] and "   40   skipped: class 'cat' has" in out
     # The same from the parts, one image after the other.
-    voc, (trunk, _) = Voc(voc2007), checkpoint.load_backbone(backbone)
+    voc, (trunk, _) = Voc(voc2007), weights.load_backbone(backbone)
     x = [Warp(voc, 16, 16)[0, 0, i][1][0].float() / 255 for i in range(77)]
     with torch.no_grad():
         x = torch.cat([trunk.eval()((crop - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)) for crop in x])
@@ -308,7 +310,7 @@ def test_the_convolutions_of_an_alexnet(voc2007, tmp_path, monkeypatch, capsys):
                 layer.reset_parameters()
         return trunk
 
-    monkeypatch.setattr(checkpoint, "build_backbone", build)
+    monkeypatch.setattr(load, "build_backbone", build)
     info = dict(arch="alexnet_sela", width=1, stem="imagenet", method="sela", resize=256, size=224)
     torch.manual_seed(0)
     checkpoint.export_backbone(tmp_path / "backbone.pt", build(info), info)

@@ -11,7 +11,7 @@ import torch
 from browser import CHROME, Browser
 from PIL import Image
 
-from common import gallery
+from common.evaluation import gallery
 
 ATTACK = "<img src=x onerror='document.title=1;window.stolen=1'></script><script>window.stolen=1</script>&quot;.png"
 

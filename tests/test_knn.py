@@ -6,7 +6,8 @@ import torch
 from helpers import ranks
 
 from common.distributed import rank
-from common.features import classify, knn_accuracy
+from common.features import knn_accuracy
+from common.features import knn_classify as classify
 
 
 def draw(seed=0, bank=40, queries=7, classes=3, dim=6):

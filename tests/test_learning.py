@@ -4,9 +4,9 @@ import pytest
 import torch
 from helpers import metrics, swav_here
 
-from common.data import Shapes
 from common.features import knn_accuracy
 from common.multicrop import to_tensor
+from common.sources.shapes import Shapes
 
 
 @pytest.mark.slow

@@ -1,13 +1,14 @@
 """Published lists of images: each must open as the class folders that it describes."""
 
 import json
+import os
 
 import pytest
 import torch
 from PIL import Image
 
-from common import data
-from common.data import DataError, match_classes, open_images, open_queries
+from common.data import match_classes, open_images, open_queries
+from common.engine.errors import DataError
 
 # Class folder: its images. Names sort as bytes (n1 after n02), and train has them in another order than val.
 TRAIN = {"n02": ["n02_7.JPEG", "n02_30.JPEG"], "n01": ["n01_10026.JPEG"], "n1": ["n1_5.JPEG", "n1_6.JPEG", "n1_9.JPEG"]}
@@ -197,7 +198,7 @@ def test_a_long_list_holds_its_bytes_and_no_objects(tmp_path, monkeypatch):
     lines = "".join(f"data/images256/a/abbey/gsun_{i:032x}.jpg {i % 205}\n" for i in range(count))
     (tmp_path / "train_places205.csv").write_text(lines)
     looked = []
-    monkeypatch.setattr(data.os.path, "isfile", lambda path: looked.append(path) or True)
+    monkeypatch.setattr(os.path, "isfile", lambda path: looked.append(path) or True)
     images = open_images(tmp_path / "train_places205.csv")
     assert len(images) == count and len(images.classes) == 205 and images.labels[206] == 1
     assert images.paths[20_000] == f"data/images256/a/abbey/gsun_{20_000:032x}.jpg"

@@ -11,8 +11,8 @@ from helpers import ROOT, command, finish, golden, kill_tree, losses, metrics, r
 
 import odc
 from common import distributed
-from common.config import recipe
-from common.features import rows_of
+from common.distributed import rows_of
+from common.engine.options import recipe
 from common.optim import drops
 
 SCRIPT = "odc.py"

@@ -302,7 +302,7 @@ def test_knn(name):
     numbers = golden(f"knn_{name}")
     bank, labels, queries, truth = (numbers[key] for key in ("train_features", "train_labels", "test_features", "test_labels"))
     T, ks = numbers["T"].item(), numbers["k"].tolist()
-    votes = features.classify(bank, labels, queries, ks, T, int(numbers["num_classes"]))
+    votes = features.knn_classify(bank, labels, queries, ks, T, int(numbers["num_classes"]))
     accuracy = features.knn_accuracy(bank, labels, queries, truth, ks, T)
     assert list(votes) == list(accuracy) == ks == [10, 20, 100, 200]
     for k in ks:

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.pooling import FEATURES, LAYERS, pooled, pooled_maps, shapes
+from common.evaluation.pooling import FEATURES, LAYERS, pooled, pooled_maps, shapes
 from common.resnet import resnet10, resnet50
 
 

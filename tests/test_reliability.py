@@ -40,9 +40,12 @@ from helpers import (
 )
 
 import swav
-from common import checkpoint, data, meter, resnet
+from common import data, resnet
 from common.distributed import rank
-from common.run import Diverged, Run
+from common.engine import checkpoint
+from common.engine import log as meter
+from common.engine.errors import Damaged, Diverged
+from common.engine.run import Run
 
 # ---- exact resume
 
@@ -323,7 +326,7 @@ def test_every_flipped_bit_is_seen(tmp_path):
         flipped = bytearray(content)
         flipped[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
         path.write_bytes(flipped)
-        with pytest.raises(checkpoint.Damaged):
+        with pytest.raises(Damaged):
             checkpoint.load(path)
     path.write_bytes(content)
     assert checkpoint.load(path)["step"] == 3
@@ -361,7 +364,7 @@ def test_no_source_asks_for_unsafe_loading():
     unsafe = r"weights_only\s*=(?!\s*True)|pickle\.loads?\b|allow_pickle\s*=(?!\s*False)"
     for path in [*ROOT.glob("*.py"), *(ROOT / "common").glob("*.py")]:
         text = path.read_text()
-        if path.name == "checkpoint.py":
+        if path.name == "load.py":
             reader = text[text.index("def _read(path, trust_pickle):") :].split("\n\n\n")[0]
             assert re.findall(rf".*(?:{unsafe}).*", reader) == [
                 "            return pickle.loads(path.read_bytes())",

@@ -19,8 +19,8 @@ import sela
 import swav
 from benchmarks import ablations, figures, methods, multicrop, report, subset, supervised
 from common import data
-from common.config import parse, recipe
-from common.run import launch
+from common.engine.launch import launch
+from common.engine.options import parse, recipe
 
 
 def method(title, *finals, first_epoch_s=60.0, epoch_s=50.0):

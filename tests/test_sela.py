@@ -17,12 +17,13 @@ import sela
 import selav2
 from common import data, distributed
 from common.alexnet import alexnet
-from common.checkpoint import load_backbone
-from common.config import recipe
-from common.features import rows_of
+from common.distributed import rows_of
+from common.engine.errors import DataError, Diverged
+from common.engine.options import recipe
 from common.multicrop import center
 from common.optim import drops
-from common.run import Diverged
+from common.sources.files import Files
+from common.weights import load_backbone
 
 SCRIPT = "sela.py"
 TINY = "--recipe shapes --width 0.125 --sizes 16 --prototypes 5 --heads 2 --batch-size 16 --workers 0 --log-every 1".split()
@@ -209,7 +210,7 @@ def test_labels_are_read_back_by_path(tmp_path):
     images, file = data.open_images(str(folder)), tmp_path / "run" / "assignments.npz"
     wanted = {path: column for path, *column in csv_rows(tmp_path / "run" / "assignments.csv")}
     assert len(wanted) == len(images)
-    backwards = data.Files(str(folder), list(images.paths)[::-1])
+    backwards = Files(str(folder), list(images.paths)[::-1])
     for some in (images, backwards):
         found = data.read_assignments(file, some)
         assert [[str(c) for c in column] for column in found.T.tolist()] == [wanted[path] for path in some.paths]
@@ -220,7 +221,7 @@ def test_labels_are_read_back_by_path(tmp_path):
         tmp_path / "run" / "assignments.csv": "is not an assignments.npz",
         tmp_path / "run": "is not an assignments.npz",
     }.items():
-        with pytest.raises(data.DataError, match=re.escape(message)):
+        with pytest.raises(DataError, match=re.escape(message)):
             data.read_assignments(path, others)
 
 
@@ -244,7 +245,7 @@ def test_heads_that_cannot_be_labelled_are_named(method):
 
     with pytest.raises(Diverged, match="head 0 has collapsed: it scores all images alike"):
         label(rows[:1].expand(30, 4).contiguous())
-    with pytest.raises(data.DataError, match="--prototypes 3: more than the 2 images that can be read"):
+    with pytest.raises(DataError, match="--prototypes 3: more than the 2 images that can be read"):
         label(rows[:2])
     heads[1].weight.data[1] = torch.nan
     with pytest.raises(Diverged, match=r"head 1 cannot be labelled: row 0 of 30 .* is not finite"):

@@ -10,9 +10,8 @@ from helpers import TINY, command, finish, kill_tree, losses, ranks, run_here, s
 from torch import nn
 
 import selav2
-from common.config import recipe
-from common.distributed import rank, world_size
-from common.features import rows_of
+from common.distributed import rank, rows_of, world_size
+from common.engine.options import recipe
 
 SCRIPT = "selav2.py"
 SHARED = ["--data", "shapes:80", *TINY, "--prototypes", 6, "--freeze-prototypes-iters", 3, "--epochs", 4]

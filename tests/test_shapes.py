@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from common.data import Shapes, open_images
+from common.data import open_images
 from common.features import extract, knn_accuracy
 from common.multicrop import to_tensor
 from common.resnet import resnet10
+from common.sources.shapes import Shapes
 
 
 def pixels(images, n):

@@ -14,7 +14,7 @@ import torch
 from helpers import QUEUE, ROOT, TINY, command, finish, free_port, image_tree, losses, metrics, saved, start, swav_here, swav_ranks
 
 import swav
-from common.config import parse, recipe
+from common.engine.options import parse, recipe
 
 # ---- one process or many
 
@@ -248,7 +248,8 @@ def test_torchrun_says_an_error_once_and_does_not_hang(tmp_path):
 
 
 def test_every_option_is_read_somewhere():
-    source = "".join((ROOT / name).read_text() for name in ("swav.py", "common/run.py", "common/config.py", "common/checkpoint.py"))
+    files = [ROOT / "swav.py", *(ROOT / "common" / "engine").glob("*.py")]
+    source = "".join(file.read_text() for file in files)
     for f in fields(swav.Config):
         assert re.search(rf"\b(config|c)\.{f.name}\b|\"{f.name}\"", source), f.name
 

@@ -15,15 +15,9 @@ from typing import get_args, get_origin
 
 import torch
 
-from . import distributed
+from .errors import ArgumentError, fail
 
 LEARNING_RATES = ("lr", "final_lr", "start_lr")  # scale together
-
-
-class ArgumentError(ValueError):
-    """An option that cannot work. The message names the option, what was given and what is needed."""
-
-    exit_code = 2
 
 
 def option(default, help, group=None, choices=None, free=False):
@@ -35,7 +29,7 @@ class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, said by rank 0 alone, with exit code 2."""
 
     def error(self, message):
-        distributed.fail(f"{message} (python {self.prog} --help lists the options)", 2)
+        fail(f"{message} (python {self.prog} --help lists the options)", 2)
 
 
 def parse(cls, recipes, description, argv=None):

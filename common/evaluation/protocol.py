@@ -7,10 +7,12 @@ from pathlib import Path
 
 import torch
 
-from . import checkpoint, data, distributed
-from .config import ArgumentError, Parser
-from .multicrop import MEAN, STD
-from .run import autocast_dtype, say
+from .. import data, distributed, weights
+from ..engine.errors import ArgumentError, CheckpointError, DataError, say
+from ..engine.files import writing
+from ..engine.launch import autocast_dtype
+from ..engine.options import Parser
+from ..multicrop import MEAN, STD
 
 
 def parser(description, data_help, val_help):
@@ -64,7 +66,7 @@ def write(path, record):
 
 def _write(path, record):
     try:
-        with checkpoint.writing(path, text=True) as file:
+        with writing(path, text=True) as file:
             file.write(json.dumps(record, indent=1) + "\n")
     except OSError as error:
         return error.strerror or str(error)
@@ -72,10 +74,10 @@ def _write(path, record):
 
 def open_trunk(args):
     """(trunk, info) that the arguments name, on every rank; with --random-init one of its architecture with random weights."""
-    trunk, info = distributed.from_main(checkpoint.load_backbone, args.trunk)
+    trunk, info = distributed.from_main(weights.load_backbone, args.trunk)
     if args.random_init:
         torch.manual_seed(0)
-        trunk, info = checkpoint.build_backbone(info), {**info, "method": "random weights"}
+        trunk, info = weights.build_backbone(info), {**info, "method": "random weights"}
     return trunk, {**info, "resize": args.resize or info["resize"], "size": args.size or info["size"]}
 
 
@@ -94,10 +96,10 @@ def _open_labelled(args):
     images = data.open_images(spec, "train", root)
     queries = data.open_queries(spec, val, root)
     if queries.fingerprint == images.fingerprint and _folder(queries) == _folder(images):
-        raise data.DataError("--data and --val are the same images: each would find itself")
+        raise DataError("--data and --val are the same images: each would find itself")
     for part, name in ((images, "--data"), (queries, "--val")):
         if part.labels is None:
-            raise data.DataError(f"{name} has no labels: class folders, or a list with labels, are needed")
+            raise DataError(f"{name} has no labels: class folders, or a list with labels, are needed")
     data.match_classes(queries, images)
     return images, queries
 
@@ -108,7 +110,7 @@ def sources(args):
     try:
         run = json.loads(saved.read_text()) if saved.is_file() else {}
     except ValueError:
-        raise checkpoint.CheckpointError(f"{saved} is damaged") from None
+        raise CheckpointError(f"{saved} is damaged") from None
     spec = args.data or run.get("data") or ("shapes" if run else "")
     # What the run was trained on comes with its own root and held-out images; other data does not.
     if args.data:
@@ -137,27 +139,3 @@ def warn_of_unreadable(images, labels, name):
     unreadable = int(distributed.all_sum((labels < 0).sum())) - int((images.labels < 0).sum())  # STL-10 has images without a label
     if unreadable:
         say(f"warning: {unreadable} images of {name} cannot be read and are left out")
-
-
-def accuracy(scores, labels):
-    """(top-1, top-5) in percent of the rows of all ranks; top-5 is None below five classes.
-
-    scores (n, C) and labels (n,): this rank's rows; those with label -1 are left out. An image counts once, on one rank,
-    and counts are summed, so the result does not depend on the number of ranks. A row with a score that is not finite is wrong.
-    """
-    return ranked_accuracy(ranked(scores)[:, None], labels)[0]
-
-
-def ranked(scores):
-    """(..., C) scores to the up to five best classes (..., 5), best first; -1 in a row with a score that is not finite."""
-    ranking = scores.topk(min(5, scores.shape[-1])).indices
-    return torch.where(scores.isfinite().all(dim=-1, keepdim=True), ranking, -1)
-
-
-def ranked_accuracy(ranking, labels):
-    """[(top-1, top-5)] of several classifiers, counted as `accuracy` does from their best classes, ranking (n, H, up to 5)."""
-    asked = (labels >= 0).to(ranking.device)
-    hits = ranking[asked] == labels.to(ranking.device)[asked][:, None, None]  # (n, H, 5)
-    counts = torch.stack([hits[..., 0].sum(0), hits.sum((0, 2)), torch.full_like(hits[..., 0].sum(0), len(hits))])  # (3, H)
-    first, five, total = distributed.all_sum(counts).tolist()
-    return [(100 * a / max(1, n), 100 * b / max(1, n) if ranking.shape[-1] == 5 else None) for a, b, n in zip(first, five, total)]

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from . import checkpoint
+from ..engine.files import writing
 
 SIDES = {3_000: 96, 24_000: 48}  # up to so many thumbnails, a side of so many pixels; more are not read
 LIMIT = 26_000_000  # bytes of thumbnails, as base64, and their names in a page
@@ -80,7 +80,7 @@ def write(path, images, clusters, scores, k, about, samples=12, seed=0):
     text = json.dumps(page, separators=(",", ":")).replace("<", "\\u003c")
     template = Path(__file__).with_name("gallery.html").read_text(encoding="utf-8")
     text = template.replace("__DATA__", text)
-    with checkpoint.writing(path, text=True) as file:
+    with writing(path, text=True) as file:
         file.write(text)
     return Path(path).stat().st_size, samples
 

@@ -11,7 +11,7 @@
     detectron2              stem.conv1, res2 ..
     torchvision, timm, Lightning, lightly, torch.compile: conv1 .. after any prefix, or a ResNet's children by number
 
-No guess stands: checkpoint.py loads strictly, so a file is used only if every tensor of the trunk has found its place.
+No guess stands: load.py loads strictly, so a file is used only if every tensor of the trunk has found its place.
 """
 
 import re

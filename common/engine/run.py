@@ -22,7 +22,6 @@ import resource
 import signal
 import sys
 import time
-import warnings
 from dataclasses import asdict
 from pathlib import Path
 
@@ -30,85 +29,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from . import checkpoint, data, distributed, features
-from . import config as options
-
-
-class Diverged(ValueError):
-    """The loss is not finite any more."""
-
-    exit_code = 5
-
-
-class Stopped(Exception):
-    """Not an error: the run ends early, with everything saved."""
-
-
-def launch(main, config):
-    """Runs main(config) and turns what a user can cause into one line and an exit code: 2 arguments, 3 data,
-    4 checkpoint, 5 diverged; 0 for a finished or politely stopped run."""
-    try:
-        main(config)
-    except Stopped as reason:
-        say(reason)
-    except ValueError as error:
-        if not hasattr(error, "exit_code"):
-            raise
-        distributed.fail(error, error.exit_code)
-    except KeyboardInterrupt:  # before the run has begun to listen
-        distributed.fail("interrupted", 130)
-    except torch.OutOfMemoryError as error:
-        distributed.fail(
-            f"the GPU's memory is full: lower --batch-size, --sizes or --prototypes ({str(error).splitlines()[0]})", 1, speaks=True
-        )
-    except RuntimeError as error:
-        cause = (str(error).splitlines() or [""])[0]
-        if "use_deterministic_algorithms" in str(error):
-            distributed.fail(f"--deterministic cannot be kept: {cause}", 2)
-        if "DataLoader worker (pid" in cause:  # raised wherever this process was when its worker ended; no other rank knows
-            distributed.fail(f"a loader worker died, out of memory? lower --workers, or enlarge /dev/shm ({cause})", 3, speaks=True)
-        if "Connection closed by peer" in cause or "Connection reset by peer" in cause:
-            distributed.fail("another process of this run has ended: its own message says why", 1, speaks=True)
-        raise
-    distributed.stop()
-
-
-def start(config):
-    """Joins the other processes, checks the options that all methods share and seeds the weights; returns the device."""
-    device = distributed.start(config.device)
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # of ours, without file and line
-    options.check(config, distributed.world_size())
-    repeatable(config.deterministic)
-    torch.manual_seed(config.seed)
-    return device
-
-
-def repeatable(wanted):
-    """What --deterministic means: the same bits each time on a GPU too; an operation that cannot raises RuntimeError."""
-    if wanted:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(wanted)
-    torch.backends.cudnn.benchmark = not wanted
-
-
-def say(text):
-    if distributed.rank() == 0:
-        try:
-            print(text, flush=True)
-        except OSError:  # a full disk or a closed pipe behind the log: no reason to end a training
-            pass
-
-
-def autocast_dtype(precision, device):
-    """The dtype that --precision means: "auto" is bfloat16 where the hardware multiplies it fast, else float32."""
-    if precision != "auto":
-        return getattr(torch, precision)
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-        fast = "avx512_bf16" in cpu or "amx_bf16" in cpu
-    return torch.bfloat16 if fast else torch.float32
+from .. import data, distributed, features
+from ..multicrop import TRIES
+from . import checkpoint, options
+from .errors import ArgumentError, CheckpointError, Damaged, DataError, Diverged, Stopped, say
+from .files import writing
+from .launch import autocast_dtype
 
 
 class Run:
@@ -132,7 +58,11 @@ class Run:
         self.unwritten = ""  # what metrics.jsonl could not take yet
         self.queries = distributed.from_main(self._held_out) if config.eval_every else None
         starts = config.fresh or not (self.out / "checkpoint.pt").exists()
-        self.trunk = checkpoint.load_trunk(config.init_from, info) if config.init_from and starts else None
+        self.trunk = None
+        if config.init_from and starts:
+            from ..weights import load_trunk
+
+            self.trunk = load_trunk(config.init_from, info)
         distributed.from_main(self._open)  # last: with --fresh it deletes
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._on_signal)
@@ -144,7 +74,7 @@ class Run:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
-                raise options.ArgumentError("--tensorboard needs: pip install tensorboard") from None
+                raise ArgumentError("--tensorboard needs: pip install tensorboard") from None
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.out / "lock", "a+")
@@ -152,7 +82,7 @@ class Run:
                 fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 self.lock.seek(0)
-                raise options.ArgumentError(f"--out {self.out} is in use by another run ({self.lock.read()})") from None
+                raise ArgumentError(f"--out {self.out} is in use by another run ({self.lock.read()})") from None
             self.lock.truncate(0)
             self.lock.write(f"process {os.getpid()} on {platform.node()}")
             self.lock.flush()
@@ -170,7 +100,7 @@ class Run:
             for path in [path for pattern in stale for path in self.out.glob(pattern)]:
                 path.unlink()
         except OSError as error:
-            raise options.ArgumentError(f"--out {self.out} cannot be written: {error.strerror}") from None
+            raise ArgumentError(f"--out {self.out} cannot be written: {error.strerror}") from None
         if self.config.tensorboard:
             self.board = SummaryWriter(self.out)
 
@@ -178,10 +108,10 @@ class Run:
         c = self.config
         spec = c.val or c.data or "shapes"
         if not c.val and not data.has_split(spec, "val"):
-            raise options.ArgumentError(f"--eval-every needs held-out images, and {spec} has no val split: name some with --val")
+            raise ArgumentError(f"--eval-every needs held-out images, and {spec} has no val split: name some with --val")
         queries = data.open_queries(c.data or "shapes", c.val, c.root)
         if queries.labels is None or self.images.labels is None:
-            raise options.ArgumentError("--eval-every needs labels: class folders, or lists with labels")
+            raise ArgumentError("--eval-every needs labels: class folders, or lists with labels")
         data.match_classes(queries, self.images)
         return queries
 
@@ -286,7 +216,7 @@ class Run:
         stop, lost, due = flags.tolist()
         if lost:
             self.collect_bad()
-            raise data.DataError(f"{data.TRIES} images in a row cannot be read: {self._examples()}")
+            raise DataError(f"{TRIES} images in a row cannot be read: {self._examples()}")
         ended = 0 < self.config.max_steps <= self.step
         if stop or ended:
             if not keep:
@@ -364,10 +294,10 @@ class Run:
         say(f"warning: {len(self.bad)} images cannot be read and are replaced by their neighbours: see {self.out / 'bad_images.txt'}")
         limit = self.config.max_bad if self.config.max_bad >= 0 else max(10, len(self.images) // 1000)
         if len(self.bad) > limit:
-            raise data.DataError(f"{len(self.bad)} images cannot be read, more than --max-bad {limit}: {self._examples()}")
+            raise DataError(f"{len(self.bad)} images cannot be read, more than --max-bad {limit}: {self._examples()}")
 
     def _write_bad(self):
-        with checkpoint.writing(self.out / "bad_images.txt", text=True) as file:
+        with writing(self.out / "bad_images.txt", text=True) as file:
             file.writelines(f"{self.images.paths[i]}\n" for i in sorted(self.bad))
 
     def _examples(self):
@@ -446,7 +376,7 @@ class Run:
         problem = distributed.from_main(self._survive, self._write, state)
         self.saved_at = time.monotonic()
         if problem and final:
-            raise checkpoint.CheckpointError(f"{problem}: the end of the run is not saved")
+            raise CheckpointError(f"{problem}: the end of the run is not saved")
 
     def _survive(self, write, *arguments):
         """Runs what writes to the run directory. A full disk is a warning, said once until a write succeeds again, and
@@ -468,7 +398,7 @@ class Run:
         self._export(self.out / "backbone.pt")
 
     def _write_json(self, name, content):
-        with checkpoint.writing(self.out / name, text=True) as file:
+        with writing(self.out / name, text=True) as file:
             file.write(json.dumps(content, indent=1) + "\n")
 
     def _append(self, line):
@@ -491,9 +421,9 @@ class Run:
         """Cluster of every image in each head, -1 if not seen yet: assignments.npz and assignments.csv, both with the paths."""
         table = self.meter.assignments.numpy()
         paths = np.frombuffer("\0".join(self.images.paths).encode(errors="surrogateescape"), np.uint8)
-        with checkpoint.writing(self.out / "assignments.npz") as file:
+        with writing(self.out / "assignments.npz") as file:
             np.savez_compressed(file, assignments=table, paths=paths)
-        with checkpoint.writing(self.out / "assignments.csv", text=True) as file:
+        with writing(self.out / "assignments.csv", text=True) as file:
             writer = csv.writer(file)
             writer.writerow(["path", *(f"head{h}" for h in range(len(table)))])
             writer.writerows([path, *column] for path, column in zip(self.images.paths, table.T.tolist()))
@@ -515,7 +445,7 @@ class Run:
         try:
             return self._read_newest()
         except OSError as error:
-            raise options.ArgumentError(f"--out {self.out} cannot be read or written: {error.strerror or error}") from None
+            raise ArgumentError(f"--out {self.out} cannot be read or written: {error.strerror or error}") from None
 
     def _read_newest(self):
         newest = self.out / "checkpoint.pt"
@@ -526,19 +456,19 @@ class Run:
                 break
             except FileNotFoundError:
                 continue
-            except checkpoint.Damaged as error:
+            except Damaged as error:
                 damage.append(str(error))
-            except checkpoint.CheckpointError as error:
-                raise checkpoint.CheckpointError(f"{error}; --fresh starts over") from None
+            except CheckpointError as error:
+                raise CheckpointError(f"{error}; --fresh starts over") from None
         if state is None and damage:
-            raise checkpoint.CheckpointError(f"{'; '.join(damage)}; --fresh starts over")
+            raise CheckpointError(f"{'; '.join(damage)}; --fresh starts over")
         if state is not None:
             for error in damage:
                 say(f"warning: {error}; going on from {path}")
                 os.replace(newest, newest.with_name("damaged_checkpoint.pt"))  # or the next save would keep it as the previous one
             changed = options.differences(self.config, state["config"])
             if changed:
-                raise checkpoint.CheckpointError(f"{path} was made with other options: {', '.join(changed)}; --fresh starts over")
+                raise CheckpointError(f"{path} was made with other options: {', '.join(changed)}; --fresh starts over")
         self._rewind(state["step"] if state else -1)
         self._write_json("config.json", {"method": self.method, **asdict(self.config)})
         return state
@@ -556,5 +486,5 @@ class Run:
             except ValueError:  # the line that a kill cut short
                 continue
         if len(kept) < len(lines):
-            with checkpoint.writing(path, text=True) as file:
+            with writing(path, text=True) as file:
                 file.write("".join(kept))

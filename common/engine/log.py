@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from . import distributed
+from .. import distributed
 
 STUCK_STEPS = 1000  # so long at ln K, and the remedies are printed
 COLLAPSED_STEPS = 100  # so long without spread in the features, and they are printed too

@@ -1,0 +1,1 @@
+"""Runs a script: options, launch, the run directory, its log and checkpoints."""

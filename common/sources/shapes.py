@@ -1,0 +1,76 @@
+"""The embedded images: ten classes of drawn shapes and textures."""
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..engine.errors import DataError
+
+
+class Shapes:
+    """Ten classes of form or texture, drawn on the fly: 32x32 pixels, a function of (split, index) alone.
+
+    Colours, place, size, rotation, background and noise are drawn independently of the class, so raw pixels and a
+    random network say little about it. 10,000 images to train on and 2,000 held out; "shapes:N" has N and N / 5.
+    """
+
+    classes = ("disc", "square", "triangle", "cross", "ring", "star", "stripes", "checks", "dots", "waves")
+
+    def __init__(self, split, n=10_000):
+        self.n = n if split == "train" else max(1, n // 5)
+        self.split = split
+        self.labels = torch.arange(self.n) % 10
+        self.paths = [f"shapes/{split}/{i:06d}" for i in range(self.n)]
+        self.fingerprint = f"shapes {split} {self.n}"
+
+    def __len__(self):
+        return self.n
+
+    def read(self, i):
+        return Image.fromarray(draw_shape(i % 10, np.random.default_rng((i, self.split == "val"))))
+
+
+def draw_shape(label, rng, size=32):
+    """One image of class `label` (see Shapes.classes) as (size, size, 3) uint8, its nuisances drawn from rng."""
+    y, x = np.mgrid[:size, :size] / (size - 1) * 2 - 1  # -1 .. 1
+    angle = rng.uniform(-0.5, 0.5)
+    scale = rng.uniform(0.55, 0.8)
+    x, y = (x - rng.uniform(-0.2, 0.2)) / scale, (y - rng.uniform(-0.2, 0.2)) / scale
+    u, v = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
+    radius, turn = np.hypot(u, v), np.arctan2(v, u)
+    frequency, phase = rng.uniform(5.5, 8.5), rng.uniform(0, 2 * np.pi, 2)
+    # Signed distance: below 0 inside.
+    if label == 0:
+        distance = radius - 0.9
+    elif label == 1:
+        distance = np.maximum(abs(u), abs(v)) - 0.8
+    elif label == 2:
+        distance = np.maximum(abs(u) * 0.866 + v * 0.5, -v) - 0.55
+    elif label == 3:
+        distance = np.minimum(np.maximum(abs(u) - 0.28, abs(v) - 1), np.maximum(abs(v) - 0.28, abs(u) - 1))
+    elif label == 4:
+        distance = abs(radius - 0.75) - 0.2
+    elif label == 5:
+        distance = radius * (1 + 0.42 * np.cos(5 * turn)) - 0.6
+    elif label == 6:
+        distance = np.sin(frequency * u + phase[0]) * 0.2
+    elif label == 7:
+        distance = np.sin(frequency * u + phase[0]) * np.sin(frequency * v + phase[1]) * 0.3
+    elif label == 8:
+        distance = 0.35 - (np.sin(frequency * u + phase[0]) * np.sin(frequency * v + phase[1])) ** 2
+    else:
+        distance = np.sin(frequency * (u + 0.35 * np.sin(3.5 * v + phase[1])) + phase[0]) * 0.2
+    inside = np.clip(0.5 - distance * scale * size / 2, 0, 1)[..., None]  # one pixel of anti-aliasing
+    ground, figure = rng.uniform(0, 1, 3), rng.uniform(0, 1, 3)
+    while abs(ground - figure).sum() < 0.8:  # visible
+        ground, figure = rng.uniform(0, 1, 3), rng.uniform(0, 1, 3)
+    slope = np.outer(np.linspace(-1, 1, size), rng.normal(0, 0.12, 3))  # light that changes across the image
+    shade = slope[:, None] + np.outer(np.linspace(-1, 1, size), rng.normal(0, 0.12, 3))[None]
+    image = ground + inside * (figure - ground) + shade + rng.normal(0, 0.06, (size, size, 3))
+    return (image.clip(0, 1) * 255).astype(np.uint8)
+
+
+def count(text):
+    if not text.isdigit() or int(text) < 1:
+        raise DataError(f"shapes:{text}: the number of images is needed behind the colon")
+    return int(text)
