@@ -1,14 +1,15 @@
-"""DeepCluster-v2 (Caron et al., NeurIPS 2020, arXiv 2006.09882, appendix; DeepCluster: ECCV 2018, arXiv 1807.05520).
+"""DeepCluster-v2 (Caron et al., NeurIPS 2020, arXiv 2006.09882, appendix; DeepCluster: ECCV 2018, arXiv
+1807.05520).
 
-Once an epoch, spherical k-means clusters the embeddings that the last epoch left in a memory; during the epoch every crop
-of an image predicts the cluster of that image. Several heads have clusterings of their own.
+Once an epoch, spherical k-means clusters the embeddings that the last epoch left in a memory; during the
+epoch every crop of an image predicts the cluster of that image. Several heads have clusterings of their own.
 
     z_v = head(trunk(crop_v)) / |.|                                   unit embedding of crop v, D = 128
     C_h, y_h = k-means of the memory, cosine similarity               once an epoch, for each head h; no gradient
     L   = mean over h, v of  cross-entropy(z_v C_h^T / temperature, y_h)
 
-The centroids are the prototypes: copied into the heads, never trained. No Sinkhorn, no queue, no second network. What
-keeps it from collapsing is that k-means spreads its centroids over whatever the features are.
+The centroids are the prototypes: copied into the heads, never trained. No Sinkhorn, no queue, no second
+network. What keeps it from collapsing is that k-means spreads its centroids over whatever the features are.
 
 Published recipe, 75.2 % ImageNet linear top-1 reported by the authors (no full ImageNet run was made here):
 
@@ -38,14 +39,16 @@ from common.multicrop import MEAN, STD, Augmentation, MultiCrop, to_device
 from common.optim import LARC, warmup_cosine
 from common.resnet import ARCHITECTURES
 
-# Letters in shapes: B images of this rank, W ranks, V crops (first U large), F features, D embedding, H heads of K prototypes, N data set.
+# Letters in shapes: B images of this rank, W ranks, V crops (first U large), F features, D embedding, H heads
+# of K prototypes, N data set.
 
-# ---------------------------------------------------------------------------------------------------------- recipes
+# ---------------------------------------------------------------------------------------------------- recipes
 
 BATCH_4096 = dict(batch_size=4096, lr=4.8, final_lr=0.0048, start_lr=0.3)
 TWO_CROPS = dict(crops=(2,), sizes=(224,), scales=(0.08, 1.0))
 SIX_SMALL = dict(crops=(2, 6), sizes=(224, 96), scales=(0.14, 1.0, 0.05, 0.14))
-TINY = dict(arch="resnet10", width=0.5, stem="small", hidden=256, dim=64, crops=(4,), sizes=(32,), eval_size=48)
+TINY = dict(arch="resnet10", width=0.5, stem="small", hidden=256, dim=64, crops=(4,), sizes=(32,),
+            eval_size=48)
 TINY.update(scales=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), blur_p=0.0, prototypes=100)
 TINY.update(batch_size=32, lr=0.8, final_lr=0.0008, warmup_epochs=0)
 SHAPES = dict(TINY, sizes=(24,), eval_size=32, scales=(0.4, 1.0), jitter=(0.4, 0.4, 0.4, 0.2), epochs=5)
@@ -53,9 +56,11 @@ RECIPES = {  # name: (ImageNet linear top-1 reported by the authors, what differ
     "deepclusterv2_800ep": ("75.2, 64 GPUs", dict(BATCH_4096, epochs=800, **SIX_SMALL)),
     "deepclusterv2_400ep": ("74.3, 64 GPUs", dict(BATCH_4096, epochs=400)),
     "deepclusterv2_400ep_2x224": ("70.2, 64 GPUs", dict(BATCH_4096, epochs=400, **TWO_CROPS)),
-    "deepclusterv2_400ep_bs1024": ("one node of 8 GPUs: published at 4096, lr by the linear rule; the default with --data", {}),
+    "deepclusterv2_400ep_bs1024": ("one node of 8 GPUs: published at 4096, lr by the linear rule; the "
+                                   "default with --data", {}),
     "shapes": ("20-NN 46.0 on held-out images, untrained 30.3, not tuned: measured here", SHAPES),
-    "cifar": ("20-NN 50.6 from 10,000 images of CIFAR-10, untrained 35.0: measured here", dict(TINY, epochs=20)),
+    "cifar": ("20-NN 50.6 from 10,000 images of CIFAR-10, untrained 35.0: measured here",
+              dict(TINY, epochs=20)),
     "small": ("settings of cifar for longer: not measured", dict(TINY, epochs=50)),
 }
 REMEDY = """  try in this order: fewer --prototypes (ten per class you expect, a tenth of the images at most); fewer --heads;
@@ -64,22 +69,29 @@ REMEDY = """  try in this order: fewer --prototypes (ten per class you expect, a
 
 @dataclass
 class Config:
-    data: str = option("", "folder, list file, shapes, cifar10, cifar100, svhn or stl10 (default: shapes)", group="data", free=True)
+    data: str = option("", "folder, list file, shapes, cifar10, cifar100, svhn or stl10 (default: shapes)",
+                       group="data", free=True)
     val: str = option("", "held-out images for --eval-every; none: the val split of --data", free=True)
     root: str = option("", "folder that relative paths of a list file start from", free=True)
-    workers: int = option(-1, "loader processes per rank; -1: its share of the CPU cores, at most 8", free=True)
-    max_bad: int = option(-1, "unreadable images to put up with; -1: one in a thousand, at least 10", free=True)
+    workers: int = option(-1, "loader processes per rank; -1: its share of the CPU cores, at most 8",
+                          free=True)
+    max_bad: int = option(-1, "unreadable images to put up with; -1: one in a thousand, at least 10",
+                          free=True)
 
     arch: str = option("resnet50", "trunk", group="model", choices=tuple(ARCHITECTURES))
     width: float = option(1.0, "multiplies the trunk's channels")
-    stem: str = option("imagenet", "first layers: imagenet, or small for images of 32 to 64 pixels", choices=("imagenet", "small"))
+    stem: str = option("imagenet", "first layers: imagenet, or small for images of 32 to 64 pixels",
+                       choices=("imagenet", "small"))
     hidden: int = option(2048, "width of the projection head's hidden layer")
     dim: int = option(128, "size D of the embedding")
 
-    crops: tuple[int, ...] = option((2, 4), "crops of each size; those of the first, largest size are assigned", group="multi-crop")
+    crops: tuple[int, ...] = option((2, 4), "crops of each size; those of the first, largest size are "
+                                            "assigned", group="multi-crop")
     sizes: tuple[int, ...] = option((160, 96), "sides of the crops in pixels")
-    scales: tuple[float, ...] = option((0.08, 1.0, 0.05, 0.14), "smallest and largest share of the image's area, for each size")
-    eval_size: int = option(0, "side of the images that evaluations see; 0: that of the large crops", free=True)
+    scales: tuple[float, ...] = option((0.08, 1.0, 0.05, 0.14),
+                                       "smallest and largest share of the image's area, for each size")
+    eval_size: int = option(0, "side of the images that evaluations see; 0: that of the large crops",
+                            free=True)
     jitter: tuple[float, ...] = option((0.8, 0.8, 0.8, 0.2), "brightness, contrast, saturation, hue")
     blur_p: float = option(0.5, "probability of blur")
 
@@ -90,7 +102,8 @@ class Config:
 
     epochs: int = option(400, "passes over the data", group="optimisation")
     max_steps: int = option(0, "stop, saved, after this many steps; 0: never", free=True)
-    batch_size: int = option(1024, "images a step over all ranks; the recipe's learning rates follow it linearly")
+    batch_size: int = option(1024,
+                             "images a step over all ranks; the recipe's learning rates follow it linearly")
     lr: float = option(1.2, "peak learning rate at this batch size (LARC)")
     final_lr: float = option(0.0012, "learning rate that the cosine ends at")
     warmup_epochs: int = option(10, "epochs of linear warm-up")
@@ -98,15 +111,17 @@ class Config:
     momentum: float = option(0.9, "of SGD")
     weight_decay: float = option(1e-6, "of every parameter")
 
-    recipe: str = option("deepclusterv2_400ep_bs1024", "named settings; options given on the command line win", group="run", free=True)
+    recipe: str = option("deepclusterv2_400ep_bs1024",
+                         "named settings; options given on the command line win", group="run", free=True)
     out: str = option("", "run directory; the same command resumes (default: runs/METHOD_RECIPE)", free=True)
     fresh: bool = option(False, "start over, deleting what the run directory holds", free=True)
-    init_from: str = option("", "trunk to start from: a run, a backbone.pt or another project's checkpoint", free=True)
-    precision: str = option(
-        "auto", "auto is bfloat16 where the hardware is made for it, else float32", choices=("auto", "bfloat16", "float32", "float64")
-    )
+    init_from: str = option("", "trunk to start from: a run, a backbone.pt or another project's checkpoint",
+                            free=True)
+    precision: str = option("auto", "auto is bfloat16 where the hardware is made for it, else float32",
+                            choices=("auto", "bfloat16", "float32", "float64"))
     compile: bool = option(False, "compile the trunk with torch.compile", free=True)
-    deterministic: bool = option(False, "the same bits on a GPU too: slower, or stops at an operation that cannot", free=True)
+    deterministic: bool = option(False, "the same bits on a GPU too: slower, or stops at an operation that "
+                                        "cannot", free=True)
     seed: int = option(0, "of weights, order and crops")
     device: str = option("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"), free=True)
     log_every: int = option(20, "steps between log lines", free=True)
@@ -116,48 +131,52 @@ class Config:
     tensorboard: bool = option(False, "also write TensorBoard events", free=True)
 
 
-# ------------------------------------------------------------------------------------------------------------ model
+# ------------------------------------------------------------------------------------------------------ model
 
 
 class Model(nn.Module):
-    """Trunk, two-layer head, H sets of prototypes: a list of crop groups to unit embeddings and their cosines to each set."""
+    """Trunk, two-layer head, H sets of prototypes: a list of crop groups to unit embeddings and their cosines
+    to each set."""
 
     def __init__(self, config):
         super().__init__()
         self.backbone = ARCHITECTURES[config.arch](width=config.width, stem=config.stem)
-        self.projection_head = nn.Sequential(
-            nn.Linear(self.backbone.feature_dim, config.hidden),
-            nn.BatchNorm1d(config.hidden),
-            nn.ReLU(inplace=True),
-            nn.Linear(config.hidden, config.dim),
-        )
-        self.prototypes = nn.ModuleList(nn.Linear(config.dim, config.prototypes, bias=False) for _ in range(config.heads))  # (K, D) each
+        self.projection_head = nn.Sequential(nn.Linear(self.backbone.feature_dim, config.hidden),
+                                             nn.BatchNorm1d(config.hidden), nn.ReLU(inplace=True),
+                                             nn.Linear(config.hidden, config.dim))
+        # (K, D) each
+        self.prototypes = nn.ModuleList(nn.Linear(config.dim, config.prototypes,
+                                                  bias=False) for _ in range(config.heads))
         self.prototypes.requires_grad_(False)  # k-means makes them
 
     def forward(self, crops, autocast=torch.float32):
         """crops: one (V_r B, 3, s, s) a resolution, crop-major. Returns z (V B, D) and H scores (V B, K)."""
         with torch.autocast(crops[0].device.type, dtype=torch.bfloat16, enabled=autocast == torch.bfloat16):
-            # One pass per resolution: batch-norm statistics of large and small crops stay apart. The head sees all.
+            # One pass per resolution: batch-norm statistics of large and small crops stay apart. The head
+            # sees all.
             features = torch.cat([self.backbone(group) for group in crops])  # (V B, F)
             z = self.projection_head(features)
         z = F.normalize(z.to(self.prototypes[0].weight.dtype))  # (V B, D): full precision from here on
         return z, [head(z) for head in self.prototypes]
 
 
-# -------------------------------------------------------------------------------------------------------- algorithm
+# -------------------------------------------------------------------------------------------------- algorithm
 
 
 class Memory:
-    """Embeddings of the U assigning crops of every image, as one epoch's steps left them, and the clusters they were put in.
+    """Embeddings of the U assigning crops of every image, as one epoch's steps left them, and the clusters
+    they were put in.
 
-    This rank holds the data-set rows [rN/W, (r+1)N/W) of all U banks. Saved in data-set order, so that another world size
-    can load it. targets (H, N): cluster of each image, -100 (ignored) for an image that was not in the memory.
+    This rank holds the data-set rows [rN/W, (r+1)N/W) of all U banks. Saved in data-set order, so that
+    another world size can load it. targets (H, N): cluster of each image, -100 (ignored) for an image that
+    was not in the memory.
     """
 
     def __init__(self, n, U, D, heads, device=None, dtype=torch.float32):
         self.first, self.last = rows_of(n, distributed.rank(), distributed.world_size())
         self.own = self.last - self.first
-        # One row more than this rank holds takes what other ranks hold: sorting it out would wait for the device.
+        # One row more than this rank holds takes what other ranks hold: sorting it out would wait for the
+        # device.
         self.banks = torch.zeros(U, self.own + 1, D, device=device, dtype=dtype)
         self.filled = torch.zeros(self.own + 1, dtype=torch.bool, device=device)
         self.targets = torch.full((heads, n), -100, device=device)
@@ -165,7 +184,8 @@ class Memory:
 
     @torch.no_grad()
     def update(self, index, z):
-        """Stores the embeddings z (U, B, D) of this rank's images index (B,); every rank keeps its rows of all of them."""
+        """Stores the embeddings z (U, B, D) of this rank's images index (B,); every rank keeps its rows of
+        all of them."""
         index = distributed.gather_rows(index.to(z.device, non_blocking=True), equal=True)  # (W B,)
         z = distributed.gather_rows(z.transpose(0, 1), equal=True).transpose(0, 1)  # (U, W B, D)
         row = torch.where((index >= self.first) & (index < self.last), index - self.first, self.own)  # (W B,)
@@ -200,9 +220,8 @@ def assign(memory, prototypes, iterations, generator):
         raise DataError(f"--prototypes {K}: more than the {readable} images that can be read")
     for h, head in enumerate(prototypes):
         try:
-            centroids, assignments, _, _ = kmeans(
-                memory.rows(h % len(memory.banks)), len(head.weight), iterations, spherical=True, generator=generator
-            )
+            centroids, assignments, _, _ = kmeans(memory.rows(h % len(memory.banks)), len(head.weight),
+                                                  iterations, spherical=True, generator=generator)
         except ValueError as error:  # on every rank
             raise Diverged(f"head {h} cannot be clustered: {error}; a lower --lr may help") from None
         head.weight.copy_(centroids)
@@ -213,9 +232,11 @@ def assign(memory, prototypes, iterations, generator):
 
 
 def prediction_loss(scores, targets, temperature):
-    """Every crop predicts the clusters of its image: mean cross-entropy over heads, and over the crops of all ranks' images.
+    """Every crop predicts the clusters of its image: mean cross-entropy over heads, and over the crops of all
+    ranks' images.
 
-    scores: H tensors (V, B, K); targets: (H, B), where -100 is ignored. As in main_deepclusterv2.py of facebookresearch/swav.
+    scores: H tensors (V, B, K); targets: (H, B), where -100 is ignored. As in main_deepclusterv2.py of
+    facebookresearch/swav.
     """
     loss = 0
     for head, target in zip(scores, targets):
@@ -226,18 +247,22 @@ def prediction_loss(scores, targets, temperature):
     return loss / len(scores)
 
 
-# --------------------------------------------------------------------------------------------------------- training
+# --------------------------------------------------------------------------------------------------- training
 
 
 @torch.no_grad()
 def fill(model, memory, loader, run, config):
-    """One pass before the first epoch: each assigning crop by itself, in train mode (batch statistics), as the authors do."""
+    """One pass before the first epoch: each assigning crop by itself, in train mode (batch statistics), as
+    the authors do."""
     dtype = autocast_dtype(config.precision, run.device)
     own_number = config.epochs  # crops that no training epoch draws
-    batches = data.batches(len(run.images), config.batch_size, own_number, config.seed, distributed.rank(), distributed.world_size())
+    batches = data.batches(len(run.images), config.batch_size, own_number, config.seed, distributed.rank(),
+                           distributed.world_size())
     for index, crops, params in loader.epoch(own_number, batches):
         run.agree(keep=False)  # this pass moves the running statistics
-        crops = to_device(crops[:1], params[: config.crops[0]], run.device, model.prototypes[0].weight.dtype)[0]  # (U B, 3, s, s)
+        # (U B, 3, s, s)
+        crops = to_device(crops[:1], params[: config.crops[0]], run.device,
+                          model.prototypes[0].weight.dtype)[0]
         memory.update(index, torch.stack([model([crop], dtype)[0] for crop in crops.split(len(index))]))
 
 
@@ -245,11 +270,13 @@ def train_one_epoch(net, optimizer, memory, loader, run, config, epoch):
     model = getattr(net, "module", net)
     dtype = autocast_dtype(config.precision, run.device)
     full_precision = model.prototypes[0].weight.dtype
-    batches = data.batches(len(run.images), config.batch_size, epoch, config.seed, distributed.rank(), distributed.world_size())
+    batches = data.batches(len(run.images), config.batch_size, epoch, config.seed, distributed.rank(),
+                           distributed.world_size())
     U = config.crops[0]
     for step, (index, crops, params) in run.steps(loader, batches, epoch):
         # schedule
-        lr = warmup_cosine(step, len(batches), config.epochs, config.lr, config.final_lr, config.warmup_epochs, config.start_lr)
+        lr = warmup_cosine(step, len(batches), config.epochs, config.lr, config.final_lr,
+                           config.warmup_epochs, config.start_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
@@ -258,7 +285,8 @@ def train_one_epoch(net, optimizer, memory, loader, run, config, epoch):
 
         # forward
         z, scores = net(crops, dtype)
-        z, scores = z.view(-1, len(index), z.shape[1]), [s.view(-1, len(index), s.shape[1]) for s in scores]  # (V, B, D), H (V, B, K)
+        # (V, B, D), H (V, B, K)
+        z, scores = z.view(-1, len(index), z.shape[1]), [s.view(-1, len(index), s.shape[1]) for s in scores]
 
         # loss
         targets = memory.targets[:, index.to(run.device, non_blocking=True)]  # (H, B)
@@ -281,20 +309,25 @@ def main(config):
     images = distributed.from_main(data.open_images, config.data or "shapes", "train", config.root)
     steps_per_epoch = len(images) // config.batch_size
     if not steps_per_epoch:
-        raise DataError(f"--data has {len(images)} images, fewer than one batch: --batch-size {config.batch_size}")
+        raise DataError(f"--data has {len(images)} images, fewer than one batch: --batch-size "
+                        f"{config.batch_size}")
     if sum(config.crops) < 2:
-        raise ArgumentError(f"--crops {sum(config.crops)}: at least 2 crops are needed, to predict one from another")
+        raise ArgumentError(f"--crops {sum(config.crops)}: at least 2 crops are needed, to predict one from "
+                            f"another")
     clustered = steps_per_epoch * config.batch_size
     if clustered < config.prototypes:
-        raise ArgumentError(f"--prototypes {config.prototypes}: more than the {clustered} images of an epoch, which are clustered")
+        raise ArgumentError(f"--prototypes {config.prototypes}: more than the {clustered} images of an "
+                            f"epoch, which are clustered")
 
     model = Model(config)
-    model.to(device, torch.float64 if config.precision == "float64" else torch.float32, memory_format=torch.channels_last)
+    model.to(device, torch.float64 if config.precision == "float64" else torch.float32,
+             memory_format=torch.channels_last)
     if config.compile:
         model.backbone.compile()
     net = parallel(model)
     optimizer = LARC(model.parameters(), config.lr, config.momentum, config.weight_decay)
-    memory = Memory(len(images), config.crops[0], config.dim, config.heads, device, model.prototypes[0].weight.dtype)
+    memory = Memory(len(images), config.crops[0], config.dim, config.heads, device,
+                    model.prototypes[0].weight.dtype)
 
     scales = list(zip(config.scales[::2], config.scales[1::2]))
     augmentation = Augmentation(jitter=config.jitter, blur_p=config.blur_p)
@@ -302,11 +335,14 @@ def main(config):
     loader = data.Loader(crops, config.workers, device.type == "cuda")
 
     size = config.eval_size or config.sizes[0]
-    info = dict(arch=config.arch, width=config.width, stem=config.stem, channels=3, mean=MEAN, std=STD, method="deepclusterv2")
-    info.update(recipe=config.recipe, resize=size if config.stem == "small" else round(size * 8 / 7), size=size)
+    info = dict(arch=config.arch, width=config.width, stem=config.stem, channels=3, mean=MEAN, std=STD,
+                method="deepclusterv2")
+    info.update(recipe=config.recipe, resize=size if config.stem == "small" else round(size * 8 / 7),
+                size=size)
     objects = {"model": model, "optimizer": optimizer, "memory": memory}
     meter = Meter(config.prototypes, len(images), config.heads, device)
-    run = Run(config, info["method"], images, steps_per_epoch, meter, objects, model.backbone, info, device, REMEDY)
+    run = Run(config, info["method"], images, steps_per_epoch, meter, objects, model.backbone, info, device,
+              REMEDY)
     parameters = sum(p.numel() for p in model.parameters())
     # memory, and the bank that is being clustered; targets and assignments
     held = len(images) * (4 * (config.crops[0] + 1) * config.dim + 16 * config.heads)
@@ -317,7 +353,8 @@ def main(config):
             fill(model, memory, loader, run, config)
         if memory.epoch < epoch:  # not when a run resumes in mid-epoch
             with run.phase("clusters"):
-                assign(memory, model.prototypes, config.kmeans_iterations, torch.Generator().manual_seed(config.seed << 32 | epoch))
+                assign(memory, model.prototypes, config.kmeans_iterations,
+                       torch.Generator().manual_seed(config.seed << 32 | epoch))
             memory.epoch = epoch
         train_one_epoch(net, optimizer, memory, loader, run, config, epoch)
         run.end_epoch(epoch)

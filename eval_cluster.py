@@ -1,9 +1,11 @@
-"""Do clusters and classes agree? NMI, AMI, ARI, Hungarian accuracy and purity, and a page on which to look at the clusters.
+"""Do clusters and classes agree? NMI, AMI, ARI, Hungarian accuracy and purity, and a page on which to look at
+the clusters.
 
-The published figures are those of *held-out* images, each put by the trained heads, in eval mode and from its centre crop, into
-the cluster with the highest score. --training judges the assignments that the run itself kept of its training images, and
---kmeans those of k-means on the trunk's pooled features, for models without heads. Every figure stands beside what the same
-clusters get against shuffled labels: NMI and purity of many small clusters are high by chance alone.
+The published figures are those of *held-out* images, each put by the trained heads, in eval mode and from its
+centre crop, into the cluster with the highest score. --training judges the assignments that the run itself
+kept of its training images, and --kmeans those of k-means on the trunk's pooled features, for models without
+heads. Every figure stands beside what the same clusters get against shuffled labels: NMI and purity of many
+small clusters are high by chance alone.
 
     python eval_cluster.py runs/swav_shapes                                  # held-out images, by the heads; gallery.html
     python eval_cluster.py runs/swav_shapes --training                       # its training images, as assignments.npz has them
@@ -39,11 +41,12 @@ def judge(clusters, labels):
     return {**figures, "nmi_geometric": 100 * nmi(clusters, labels, geometric=True)}
 
 
-# ------------------------------------------------------------------------------------------------------- assignments
+# ------------------------------------------------------------------------------------------------ assignments
 
 
 class Assign(nn.Module):
-    """What is kept of a model's scores: for each image the best cluster of every head, then its score; (B, 2 H)."""
+    """What is kept of a model's scores: for each image the best cluster of every head, then its score; (B, 2
+    H)."""
 
     def __init__(self, model):
         super().__init__()
@@ -53,11 +56,13 @@ class Assign(nn.Module):
         scores = self.model(x)  # H of (B, K)
         self.sizes = [s.shape[1] for s in scores]
         best = [s.float().max(dim=1) for s in scores]
-        return torch.stack([b.indices.float() for b in best] + [b.values for b in best], dim=1)  # float32 counts to 16 million
+        # float32 counts to 16 million
+        return torch.stack([b.indices.float() for b in best] + [b.values for b in best], dim=1)
 
 
 def by_heads(assign, images, info, how):
-    """Clusters (H, N) int64, -1 where an image cannot be read, and scores (H, N): of all images on every rank."""
+    """Clusters (H, N) int64, -1 where an image cannot be read, and scores (H, N): of all images on every
+    rank."""
     rows, _ = extract(assign, images, info["resize"], info["size"], **how)
     rows = distributed.gather_rows(rows.float().cpu()).t()  # (2 H, N)
     clusters, scores = rows.chunk(2)
@@ -67,8 +72,8 @@ def by_heads(assign, images, info, how):
 
 
 def by_kmeans(trunk, fitted, images, info, how, k, seed):
-    """The same of one k-means clustering of unit features: fitted to the first set, looked up for the second. A score is the
-    squared distance to the centroid, negative."""
+    """The same of one k-means clustering of unit features: fitted to the first set, looked up for the second.
+    A score is the squared distance to the centroid, negative."""
 
     def features(part):
         rows, _ = extract(trunk, part, info["resize"], info["size"], **how)
@@ -76,7 +81,8 @@ def by_kmeans(trunk, fitted, images, info, how, k, seed):
 
     rows, readable = features(fitted)
     if int(distributed.all_sum(readable.sum())) < k:
-        raise ArgumentError(f"--kmeans {k} needs as many images: {int(distributed.all_sum(readable.sum()))} of {len(fitted)} can be read")
+        raise ArgumentError(f"--kmeans {k} needs as many images: {int(distributed.all_sum(readable.sum()))} "
+                            f"of {len(fitted)} can be read")
     centroids, *_ = kmeans(rows[readable], k, iterations=50, generator=torch.Generator().manual_seed(seed))
     if images is not fitted:
         rows, readable = features(images)
@@ -86,7 +92,8 @@ def by_kmeans(trunk, fitted, images, info, how, k, seed):
 
 
 def by_run(folder, images):
-    """Clusters (H, N) that a run last gave to its training images, -1 where it has not seen one yet, and K."""
+    """Clusters (H, N) that a run last gave to its training images, -1 where it has not seen one yet, and
+    K."""
     path = Path(folder) / "assignments.npz"
     clusters = data.read_assignments(path, images).astype(np.int64)
     if not (clusters >= 0).any():
@@ -114,7 +121,8 @@ class Some:
 
 
 def typical(assign, images, clusters, head, info, how, most):
-    """Scores (N,) of their own cluster for at most `most` images of each, NaN for the others: for assignments that came without."""
+    """Scores (N,) of their own cluster for at most `most` images of each, NaN for the others: for assignments
+    that came without."""
     order = np.random.default_rng(0).permutation(len(clusters))
     order = order[np.argsort(clusters[order], kind="stable")]
     first = np.searchsorted(clusters[order], np.arange(clusters.max() + 1))
@@ -126,24 +134,28 @@ def typical(assign, images, clusters, head, info, how, most):
     return scores
 
 
-# -------------------------------------------------------------------------------------------------------------- main
+# ------------------------------------------------------------------------------------------------------- main
 
 
 def arguments(argv=None):
-    parser = evaluation.parser(
-        __doc__,
-        "images (default: the run's); k-means is of its training images",
-        "labelled held-out images (default: the val split of --data)",
-    )
-    parser.add_argument("--training", action="store_true", help="the run's training images, as assignments.npz (or --kmeans) has them")
-    parser.add_argument("--images", default="", metavar="DIR", help="cluster these images, labels or not; writes clusters.csv")
-    parser.add_argument("--kmeans", type=int, default=0, metavar="K", help="clusters of pooled features, in place of the heads")
+    parser = evaluation.parser(__doc__, "images (default: the run's); k-means is of its training images",
+                               "labelled held-out images (default: the val split of --data)")
+    parser.add_argument("--training", action="store_true",
+                        help="the run's training images, as assignments.npz (or --kmeans) has them")
+    parser.add_argument("--images", default="", metavar="DIR",
+                        help="cluster these images, labels or not; writes clusters.csv")
+    parser.add_argument("--kmeans", type=int, default=0, metavar="K",
+                        help="clusters of pooled features, in place of the heads")
     parser.add_argument("--head", type=int, default=0, help="head that the gallery shows (default: 0)")
-    parser.add_argument("--samples", type=int, default=12, help="typical and random thumbnails a cluster; 0: no gallery (default: 12)")
-    parser.add_argument("--out", default="", metavar="DIR", help="where the files go (default: the run's directory, or the current one)")
+    parser.add_argument("--samples", type=int, default=12,
+                        help="typical and random thumbnails a cluster; 0: no gallery (default: 12)")
+    parser.add_argument("--out", default="", metavar="DIR",
+                        help="where the files go (default: the run's directory, or the current one)")
     parser.add_argument("--seed", type=int, default=0, help="of k-means (default: 0)")
-    parser.add_argument("--batch-size", type=int, default=256, help="images at a time on each process (default: 256)")
-    parser.add_argument("--precision", default="auto", choices=("auto", "bfloat16", "float32"), help="of the trunk (default: auto)")
+    parser.add_argument("--batch-size", type=int, default=256,
+                        help="images at a time on each process (default: 256)")
+    parser.add_argument("--precision", default="auto", choices=("auto", "bfloat16", "float32"),
+                        help="of the trunk (default: auto)")
     return parser.parse_args(argv)
 
 
@@ -155,9 +167,11 @@ def check(args):
     if args.training and args.images:
         raise ArgumentError("--training and --images: choose one, the images to judge")
     if args.val and (args.training or args.images):
-        raise ArgumentError(f"--val {args.val} is not judged beside {'--training' if args.training else '--images'}: leave one of them out")
+        raise ArgumentError(f"--val {args.val} is not judged beside "
+                            f"{'--training' if args.training else '--images'}: leave one of them out")
     if args.images and args.data and not args.kmeans:
-        raise ArgumentError(f"--data {args.data} is not looked at beside --images, but with --kmeans, which is fitted to it")
+        raise ArgumentError(f"--data {args.data} is not looked at beside --images, but with --kmeans, which "
+                            f"is fitted to it")
     if args.random_init and not args.kmeans:
         raise ArgumentError("--random-init needs --kmeans: heads of random weights say nothing")
 
@@ -179,7 +193,8 @@ def open_subject(args):
     if args.images:
         folder = Path(args.images).is_dir()  # all of it, also where it holds a train/
         images = data.open_images(args.images, "" if folder else "train", args.root)
-        return data.open_images(args.data, "train", args.root) if args.data else None, images, f"images of {args.images}"
+        return data.open_images(args.data, "train",
+                                args.root) if args.data else None, images, f"images of {args.images}"
     if args.training and not args.kmeans and not Path(args.trunk).is_dir():
         raise CheckpointError(f"{args.trunk} is no run: --training needs the directory of one, or --kmeans")
     spec, root, val = evaluation.sources(args)
@@ -191,17 +206,20 @@ def open_subject(args):
     images = training if args.training else data.open_queries(spec, val, root)
     name = "--data" if args.training else "--val"
     if images.labels is None:
-        raise DataError(f"{name} has no labels to compare clusters with: class folders are needed, or --images DIR to look alone")
+        raise DataError(f"{name} has no labels to compare clusters with: class folders are needed, or "
+                        f"--images DIR to look alone")
     found = images.labels[images.labels >= 0].unique().tolist()
     if len(found) < 2:
         only = f" ({images.classes[found[0]]})" if found else ""
-        raise DataError(f"{name} has images of {len(found)} class{only}: at least two are needed to compare clusters with")
+        raise DataError(f"{name} has images of {len(found)} class{only}: at least two are needed to compare "
+                        f"clusters with")
     return training, images, "training images" if args.training else "held-out images"
 
 
 def check_head(args, heads):
     if args.head >= heads:
-        raise ArgumentError(f"--head {args.head}: {args.trunk} has {heads} head{'s' * (heads > 1)}, numbered from 0")
+        raise ArgumentError(f"--head {args.head}: {args.trunk} has {heads} head{'s' * (heads > 1)}, numbered "
+                            f"from 0")
 
 
 def open_heads(args, device):
@@ -210,7 +228,8 @@ def open_heads(args, device):
     if not len(model.heads):
         raise CheckpointError(f"{args.trunk} has no heads to cluster with: --kmeans K clusters its features")
     info = {**info, "resize": args.resize or info["resize"], "size": args.size or info["size"]}
-    return Assign(model).to(device, memory_format=torch.channels_last), info, evaluation.extraction(args, info, device)
+    return Assign(model).to(device, memory_format=torch.channels_last), info, evaluation.extraction(
+        args, info, device)
 
 
 def main(args):
@@ -224,7 +243,8 @@ def main(args):
         trunk = trunk.to(device, memory_format=torch.channels_last)
         how = evaluation.extraction(args, info, device)
         clusters, scores = by_kmeans(trunk, training or images, images, info, how, args.kmeans, args.seed)
-        sizes, source = [args.kmeans], f"k-means on {'the same' if training in (None, images) else 'training'} features"
+        sizes, source = [
+            args.kmeans], f"k-means on {'the same' if training in (None, images) else 'training'} features"
     elif args.training:
         clusters, sizes = distributed.from_main(by_run, args.trunk, images)
         check_head(args, len(clusters))
@@ -232,30 +252,32 @@ def main(args):
         scores, source = None, "assignments.npz"
         if args.samples:
             scores = np.full(clusters.shape, np.nan)
-            scores[args.head] = typical(assign, images, clusters[args.head], args.head, info, how, 8 * args.samples)
+            scores[args.head] = typical(assign, images, clusters[args.head], args.head, info, how,
+                                        8 * args.samples)
     else:
         assign, info, how = open_heads(args, device)
         check_head(args, len(assign.model.heads))
         clusters, scores = by_heads(assign, images, info, how)
         sizes, source = assign.sizes, "the heads"
 
-    record = {
-        "trunk": str(args.trunk),
-        **{key: info.get(key) for key in ("method", "arch", "epoch")},
-        **{"images": subject, "clusters_by": source, "count": len(images), "unassigned": int((clusters[0] < 0).sum())},
-        "heads": [{"clusters": k, "used": len(np.unique(c[c >= 0]))} for k, c in zip(sizes, clusters)],
-    }
-    say(f"{args.trunk}: {evaluation.name(info)}, {info['size']} px; {len(images)} {subject}, clusters by {source}")
+    record = {"trunk": str(args.trunk), **{key: info.get(key) for key in ("method", "arch", "epoch")},
+              **{"images": subject, "clusters_by": source, "count": len(images),
+                 "unassigned": int((clusters[0] < 0).sum())},
+              "heads": [{"clusters": k, "used": len(np.unique(c[c >= 0]))} for k, c in zip(sizes, clusters)]}
+    say(f"{args.trunk}: {evaluation.name(info)}, {info['size']} px; {len(images)} {subject}, clusters by "
+        f"{source}")
     if record["unassigned"]:
         say(f"warning: {record['unassigned']} images cannot be read, or have no cluster yet, and are left out")
     labels = images.labels
     if labels is not None and len(labels[labels >= 0].unique()) > 1:
-        for head, (figures, chance) in zip(record["heads"], distributed.from_main(compare, clusters, labels.numpy())):
+        for head, (figures, chance) in zip(record["heads"],
+                                           distributed.from_main(compare, clusters, labels.numpy())):
             head.update(figures, chance=chance)
         record["mean"] = {name: float(np.mean([head[name] for head in record["heads"]])) for name in figures}
     report(record)
     say(json.dumps(record))
-    suffix = "_training" * args.training + "_images" * bool(args.images) + "_kmeans" * bool(args.kmeans) + "_random" * args.random_init
+    suffix = "_training" * args.training + "_images" * bool(args.images) + "_kmeans" * bool(
+        args.kmeans) + "_random" * args.random_init
     try:
         if args.images:
             table = out / f"clusters{'_kmeans' * bool(args.kmeans)}.csv"
@@ -265,7 +287,8 @@ def main(args):
             about = describe(record, args, info)
             arguments = images, clusters[args.head], None if scores is None else scores[args.head], sizes[args.head], about, args.samples
             size, shown = distributed.from_main(gallery.write, out / f"gallery{suffix}.html", *arguments)
-            fewer = f", {shown} thumbnails of each kind a cluster for its size's sake" * (shown < args.samples)
+            fewer = f", {shown} thumbnails of each kind a cluster for its size's sake" * (shown
+                                                                                          < args.samples)
             say(f"gallery: {out / f'gallery{suffix}.html'}, {size / 1e6:.1f} MB{fewer}")
     except OSError as error:
         raise ArgumentError(f"--out {out} cannot be written: {error.strerror or error}") from None
@@ -293,9 +316,11 @@ def report(record):
         return
 
     def line(name, used, figures):
-        say(f"{name:8}{used:>16}" + "".join(f"{np.mean([f[metric] for f in figures]):11.2f}" for metric in METRICS))
+        say(f"{name:8}{used:>16}" + "".join(f"{np.mean([f[metric] for f in figures]):11.2f}"
+                                            for metric in METRICS))
 
-    say(f"{'':8}{'clusters used':>16}" + "".join(f"{name:>11}" for name in ("NMI", "AMI", "ARI", "Hungarian", "purity")))
+    say(f"{'':8}{'clusters used':>16}" + "".join(f"{name:>11}" for name in ("NMI", "AMI", "ARI", "Hungarian",
+                                                                            "purity")))
     for h, head in enumerate(heads):
         line(f"head {h}", f"{head['used']} of {head['clusters']}", [head])
     if len(heads) > 1:
@@ -310,9 +335,11 @@ def describe(record, args, info):
     figures = [["clusters used", f"{head['used']:,} of {head['clusters']:,}", ""]]
     if "nmi" in head:
         names = {"nmi": "NMI", "ami": "AMI", "ari": "ARI", "hungarian": "Hungarian", "purity": "purity"}
-        figures += [[word, f"{head[name]:.1f}", f"chance {round(head['chance'][name], 1) + 0.0:.1f}"] for name, word in names.items()]
+        figures += [[word, f"{head[name]:.1f}",
+                     f"chance {round(head['chance'][name], 1) + 0.0:.1f}"] for name, word in names.items()]
     notes = [f"{evaluation.name(info)}; clusters by {record['clusters_by']}{which}"]
-    return {"title": f"Clusters of {record['count']:,} {record['images']}", "notes": notes, "figures": figures}
+    return {"title": f"Clusters of {record['count']:,} {record['images']}", "notes": notes,
+            "figures": figures}
 
 
 def write_csv(path, images, clusters, scores):
@@ -321,7 +348,8 @@ def write_csv(path, images, clusters, scores):
         writer = csv.writer(file)
         writer.writerow(["path", *(f"{what}{h}" for h in range(len(clusters)) for what in ("head", "score"))])
         for name, own, score in zip(images.paths, clusters.T.tolist(), scores.T.tolist()):
-            writer.writerow([name, *(x for c, s in zip(own, score) for x in (c, "" if c < 0 else f"{s:.6g}"))])
+            writer.writerow([name,
+                             *(x for c, s in zip(own, score) for x in (c, "" if c < 0 else f"{s:.6g}"))])
 
 
 if __name__ == "__main__":

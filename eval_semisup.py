@@ -1,9 +1,11 @@
-"""Fine-tuning of the whole network on a few labels (Goyal et al. 2019; SimCLR's lists of 1 % and 10 % of ImageNet).
+"""Fine-tuning of the whole network on a few labels (Goyal et al. 2019; SimCLR's lists of 1 % and 10 % of
+ImageNet).
 
-The trunk gets a linear layer on its pooled features and both are trained, batch norm in train mode and synchronised, with
-a rate of their own each: lr for the trunk, lr x multiplier for the head. The published figures are the best of a grid of
-rates, so the grid is a loop here, and its table names the settings as the benchmarks do: "head10, 1e-2". Every setting
-reports its last epoch and its best one; the best of anything is chosen on the images that it is reported for.
+The trunk gets a linear layer on its pooled features and both are trained, batch norm in train mode and
+synchronised, with a rate of their own each: lr for the trunk, lr x multiplier for the head. The published
+figures are the best of a grid of rates, so the grid is a loop here, and its table names the settings as the
+benchmarks do: "head10, 1e-2". Every setting reports its last epoch and its best one; the best of anything is
+chosen on the images that it is reported for.
 
     python eval_semisup.py runs/swav_shapes                       # minutes on a CPU: 10 % of the run's own images
     python eval_semisup.py runs/swav_shapes --random-init         # the same from random weights: the floor
@@ -39,7 +41,8 @@ from common.multicrop import TRIES, Augmentation, MultiCrop, photometric
 
 @dataclass(frozen=True)
 class Preset:
-    """A protocol. lrs: of the trunk, at batch 256; heads: the head's rate as a multiple of it, tried with each of them."""
+    """A protocol. lrs: of the trunk, at batch 256; heads: the head's rate as a multiple of it, tried with
+    each of them."""
 
     published: str
     fraction: float
@@ -58,44 +61,43 @@ class Preset:
 GRID = dict(lrs=(0.001, 0.01, 0.1), heads=(1, 10, 100), head_std=0.01)
 VISSL = dict(lrs=(0.05,), heads=(1,), epochs=70, drops=(30,), gamma=0.1, nesterov=True, linear_rule=True)
 PRESETS = {
-    "openselfsup_1": Preset(
-        "ODC 32.39 / 61.02 (head100, 1e-1), DeepCluster 33.44 / 58.62 (head1, 1e-2; not tuned), last epoch", 0.01, weight_decay=5e-4, **GRID
-    ),
-    "openselfsup_10": Preset(
-        "ODC 58.15 / 82.55 (head10, 1e-1), DeepCluster 52.94 / 77.96 (head1, 1e-2; not tuned), last epoch", 0.1, weight_decay=1e-4, **GRID
-    ),
-    "swav_1": Preset("SwAV of 800 epochs 53.9 / 78.5, best epoch (the paper's; from memory, not checked)", 0.01, (0.02,), (250,)),
-    "swav_10": Preset("SwAV of 800 epochs 70.2 / 89.9, best epoch (the paper's; from memory, not checked)", 0.1, (0.01,), (20,)),
-    "vissl_1": Preset("none for these methods", 0.01, **VISSL),
-    "vissl_10": Preset("none for these methods", 0.1, **VISSL),
-    "small": Preset("none: ours, for small images on a CPU", 0.1, (0.01, 0.1), (1,), 1e-4, batch_size=50, head_std=0.01),
-}
+    "openselfsup_1": Preset("ODC 32.39 / 61.02 (head100, 1e-1), DeepCluster 33.44 / 58.62 (head1, 1e-2; not "
+                            "tuned), last epoch", 0.01, weight_decay=5e-4, **GRID),
+    "openselfsup_10": Preset("ODC 58.15 / 82.55 (head10, 1e-1), DeepCluster 52.94 / 77.96 (head1, 1e-2; not "
+                             "tuned), last epoch", 0.1, weight_decay=1e-4, **GRID),
+    "swav_1": Preset("SwAV of 800 epochs 53.9 / 78.5, best epoch (the paper's; from memory, not checked)",
+                     0.01, (0.02,), (250,)),
+    "swav_10": Preset("SwAV of 800 epochs 70.2 / 89.9, best epoch (the paper's; from memory, not checked)",
+                      0.1, (0.01,), (20,)), "vissl_1": Preset("none for these methods", 0.01, **VISSL),
+    "vissl_10": Preset("none for these methods", 0.1, **VISSL), "small": Preset(
+        "none: ours, for small images on a CPU", 0.1, (0.01, 0.1), (1,), 1e-4, batch_size=50, head_std=0.01),}
 
 
 def arguments(argv=None):
-    parser = evaluation.parser(
-        __doc__,
-        "labelled images; a list is taken whole, of anything else a share is drawn (default: the run's)",
-        "labelled images to judge by (default: the val split of --data)",
-    )
-    parser.add_argument("--preset", default="small", choices=PRESETS, help="protocol; the options below win over it (default: small)")
-    parser.add_argument(
-        "--list-presets", action="version", version=table(), help="print the presets with their published figures, and stop"
-    )
-    parser.add_argument("--fraction", type=float, help="share of the labelled images of each class to draw; 1: all of them")
-    parser.add_argument("--lr", type=float, nargs="+", dest="lrs", help="learning rates of the trunk, at the batch size given")
-    parser.add_argument("--head", type=float, nargs="+", dest="heads", help="multiples of it that the head has, tried with each")
-    parser.add_argument("--epochs", type=int, help="passes over the images; the drops keep their place in the schedule")
+    parser = evaluation.parser(__doc__, "labelled images; a list is taken whole, of anything else a share is "
+                                        "drawn (default: the run's)",
+                               "labelled images to judge by (default: the val split of --data)")
+    parser.add_argument("--preset", default="small", choices=PRESETS,
+                        help="protocol; the options below win over it (default: small)")
+    parser.add_argument("--list-presets", action="version", version=table(),
+                        help="print the presets with their published figures, and stop")
+    parser.add_argument("--fraction", type=float,
+                        help="share of the labelled images of each class to draw; 1: all of them")
+    parser.add_argument("--lr", type=float, nargs="+", dest="lrs",
+                        help="learning rates of the trunk, at the batch size given")
+    parser.add_argument("--head", type=float, nargs="+", dest="heads",
+                        help="multiples of it that the head has, tried with each")
+    parser.add_argument("--epochs", type=int,
+                        help="passes over the images; the drops keep their place in the schedule")
     parser.add_argument("--batch-size", type=int, help="images a step over all processes")
     parser.add_argument("--weight-decay", type=float, help="of every parameter")
-    parser.add_argument("--seed", type=int, default=0, help="of the draw, the head, the order and the crops (default: 0)")
-    parser.add_argument(
-        "--deterministic",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="the same bits on a GPU too: slower, or stops at an operation that cannot (default: on)",
-    )
-    parser.add_argument("--precision", default="auto", choices=("auto", "bfloat16", "float32", "float64"), help="(default: auto)")
+    parser.add_argument("--seed", type=int, default=0,
+                        help="of the draw, the head, the order and the crops (default: 0)")
+    parser.add_argument("--deterministic", action=argparse.BooleanOptionalAction, default=True,
+                        help="the same bits on a GPU too: slower, or stops at an operation that cannot "
+                             "(default: on)")
+    parser.add_argument("--precision", default="auto", choices=("auto", "bfloat16", "float32", "float64"),
+                        help="(default: auto)")
     return parser.parse_args(argv)
 
 
@@ -106,11 +108,9 @@ def table():
         lines.append(f"{name:16} {p.published}")
         grid = f"lr {' '.join(map(exponent, p.lrs))}, head {' '.join(f'x{h:g}' for h in p.heads)}"
         drops = f"x{p.gamma:g} after {' and '.join(map(str, p.drops))}"
-        lines.append(
-            f"    {p.fraction:.0%} of the labels, batch {p.batch_size}, {grid}, {p.epochs} epochs, {drops}, weight decay {p.weight_decay:g}"
-            + (", nesterov" if p.nesterov else "")
-            + (", lr by the linear rule" if p.linear_rule else "")
-        )
+        lines.append(f"    {p.fraction:.0%} of the labels, batch {p.batch_size}, {grid}, {p.epochs} epochs, "
+                     f"{drops}, weight decay {p.weight_decay:g}" + (", nesterov" if p.nesterov else "")
+                     + (", lr by the linear rule" if p.linear_rule else ""))
     return "\n".join(lines)
 
 
@@ -121,10 +121,13 @@ def exponent(x):
 
 
 def resolve(args):
-    """The protocol to run: the preset with the options given, and a line about rates that do not follow the batch, or None."""
+    """The protocol to run: the preset with the options given, and a line about rates that do not follow the
+    batch, or None."""
     preset = PRESETS[args.preset]
-    given = {name: getattr(args, name) for name in ("lrs", "heads", "epochs", "batch_size", "weight_decay", "fraction")}
-    p = replace(preset, **{name: tuple(value) if isinstance(value, list) else value for name, value in given.items() if value is not None})
+    given = {name: getattr(args, name) for name in ("lrs", "heads", "epochs", "batch_size", "weight_decay",
+                                                    "fraction")}
+    p = replace(preset, **{name: tuple(value) if isinstance(value, list) else value
+                           for name, value in given.items() if value is not None})
     p = replace(p, drops=tuple(round(drop * p.epochs / preset.epochs) for drop in preset.drops))
     for name, values in (("lr", p.lrs), ("head", p.heads)):
         if not all(0 < value < math.inf for value in values):
@@ -135,7 +138,8 @@ def resolve(args):
     if not 0 < p.fraction <= 1:
         raise ArgumentError(f"--fraction {p.fraction:g}: more than 0 and at most 1 is needed")
     if p.batch_size % distributed.world_size():
-        raise ArgumentError(f"--batch-size {p.batch_size} is not divisible by the {distributed.world_size()} processes")
+        raise ArgumentError(f"--batch-size {p.batch_size} is not divisible by the {distributed.world_size()} "
+                            f"processes")
     warning = None
     if args.lrs is None and p.batch_size != preset.batch_size:
         scaled = tuple(lr * p.batch_size / preset.batch_size for lr in p.lrs)
@@ -148,11 +152,12 @@ def resolve(args):
     return p, warning
 
 
-# ------------------------------------------------------------------------------------------------------------- data
+# ------------------------------------------------------------------------------------------------------- data
 
 
 def draw(labels, fraction, seed):
-    """Rows of a share of each class, at least one row each, in order: a function of (labels, fraction, seed). -1 is no label."""
+    """Rows of a share of each class, at least one row each, in order: a function of (labels, fraction, seed).
+    -1 is no label."""
     rows = []
     for label in labels.unique().tolist():
         members = (labels == label).nonzero()[:, 0].numpy()
@@ -177,11 +182,13 @@ class Part:
 
 
 def training_crops(images, size, seed):
-    """The usual training crop: a random resized crop of 8 to 100 % of the area, flipped half of the time, and nothing else."""
-    return MultiCrop(images, (1,), (size,), ((0.08, 1.0),), Augmentation(jitter_p=0.0, grey_p=0.0, blur_p=0.0), seed)
+    """The usual training crop: a random resized crop of 8 to 100 % of the area, flipped half of the time, and
+    nothing else."""
+    return MultiCrop(images, (1,), (size,), ((0.08, 1.0),),
+                     Augmentation(jitter_p=0.0, grey_p=0.0, blur_p=0.0), seed)
 
 
-# --------------------------------------------------------------------------------------------------------- training
+# --------------------------------------------------------------------------------------------------- training
 
 
 class Model(nn.Module):
@@ -202,15 +209,20 @@ class Model(nn.Module):
 
 
 def train_one_epoch(net, optimizer, loader, labels, p, epoch, seed, options):
-    """One pass in train mode; returns the mean loss over all ranks. The last, incomplete batch is left out."""
+    """One pass in train mode; returns the mean loss over all ranks. The last, incomplete batch is left
+    out."""
     device, dtype = options["device"], next(net.parameters()).dtype
-    batches = data.batches(len(labels), p.batch_size, epoch, seed, distributed.rank(), distributed.world_size())
+    batches = data.batches(len(labels), p.batch_size, epoch, seed, distributed.rank(),
+                           distributed.world_size())
     net.train()
     total = torch.zeros((), device=device, dtype=torch.float64)
     for step, (index, crops, params) in enumerate(loader.epoch(epoch, batches)):
         torch.manual_seed(seed << 32 | epoch * len(batches) + step)  # dropout, in trunks that have it
-        x = photometric(crops[0][0].to(device, non_blocking=True), params[0], options["mean"], options["std"], dtype)  # (B, 3, s, s)
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=options["precision"] == torch.bfloat16):
+        # (B, 3, s, s)
+        x = photometric(crops[0][0].to(device, non_blocking=True), params[0], options["mean"], options["std"],
+                        dtype)
+        with torch.autocast(device.type, dtype=torch.bfloat16,
+                            enabled=options["precision"] == torch.bfloat16):
             scores = net(x)  # (B, C)
         loss = F.cross_entropy(scores, labels[index].to(device, non_blocking=True))
         optimizer.zero_grad()
@@ -221,8 +233,8 @@ def train_one_epoch(net, optimizer, loader, labels, p, epoch, seed, options):
 
 
 def finetune(model, lr, head, p, loader, images, queries, info, seed, options):
-    """Trains model at one setting; after each epoch gives its loss, and top-1 and top-5 on the queries. Ends early with a loss
-    that is not finite. model: on its device. head: multiple of lr that the head has."""
+    """Trains model at one setting; after each epoch gives its loss, and top-1 and top-5 on the queries. Ends
+    early with a loss that is not finite. model: on its device. head: multiple of lr that the head has."""
     net = parallel(model)
     groups = [{"params": list(model.backbone.parameters())}, {"params": list(model.fc.parameters())}]
     optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, weight_decay=p.weight_decay, nesterov=p.nesterov)
@@ -247,30 +259,37 @@ def report(settings, p):
             say(f"{s['setting']:16}  diverged in epoch {len(s['top1']) + 1}")
             continue
         last, best = p.epochs - 1, s["top1"].index(max(s["top1"]))
-        top5 = [f"{s['top5'][epoch]:9.2f}" if s["top5"][epoch] is not None else "        -" for epoch in (last, best)]
+        top5 = [f"{s['top5'][epoch]:9.2f}" if s["top5"][epoch] is not None else "        -"
+                for epoch in (last, best)]
         say(f"{s['setting']:16}  {s['top1'][last]:17.2f}{top5[0]}{s['top1'][best]:21.2f}{top5[1]}{best + 1:8}")
     finished = [s for s in settings if len(s["top1"]) == p.epochs]
     if not finished:
         raise Diverged("the loss of every setting is not finite: lower --lr or --head")
-    chosen = {"last": max(finished, key=lambda s: s["top1"][-1]), "best": max(finished, key=lambda s: max(s["top1"]))}
-    for when, epoch in (("last", "the last epoch"), ("best", "the best epoch, chosen on the images it is reported for")):
+    chosen = {"last": max(finished, key=lambda s: s["top1"][-1]),
+              "best": max(finished, key=lambda s: max(s["top1"]))}
+    for when, epoch in (("last", "the last epoch"),
+                        ("best", "the best epoch, chosen on the images it is reported for")):
         s = chosen[when]
         value = s["top1"][-1] if when == "last" else max(s["top1"])
-        which = f"the best of {len(settings)} settings, chosen on the same images" if len(settings) > 1 else "the only setting"
+        which = f"the best of {len(settings)} settings, chosen on the same images" if len(
+            settings) > 1 else "the only setting"
         say(f"{value:.2f} in {epoch}: {s['setting']}, {which}")
     return chosen
 
 
 def try_grid(trunk, p, loader, images, queries, classes, info, args, options):
-    """Fine-tunes a copy of the trunk at each setting; returns a dict for each, with top-1 and top-5 after every epoch."""
+    """Fine-tunes a copy of the trunk at each setting; returns a dict for each, with top-1 and top-5 after
+    every epoch."""
     settings, started, done, total = [], time.perf_counter(), 0, len(p.lrs) * len(p.heads) * p.epochs
     for lr, head in itertools.product(p.lrs, p.heads):
         torch.manual_seed(args.seed)
         model = Model(copy.deepcopy(trunk), classes, p.head_std)
-        model.to(options["device"], torch.float64 if args.precision == "float64" else torch.float32, memory_format=torch.channels_last)
+        model.to(options["device"], torch.float64 if args.precision == "float64" else torch.float32,
+                 memory_format=torch.channels_last)
         setting = {"setting": f"head{head:g}, {exponent(lr)}", "lr": lr, "head": head, "top1": [], "top5": []}
         settings.append(setting)
-        for epoch, (loss, top1, top5) in enumerate(finetune(model, lr, head, p, loader, images, queries, info, args.seed, options), 1):
+        for epoch, (loss, top1, top5) in enumerate(finetune(model, lr, head, p, loader, images, queries, info,
+                                                            args.seed, options), 1):
             line = f"{setting['setting']:16} epoch {epoch}/{p.epochs} loss {loss:.4f}"
             if top1 is None:
                 say(f"{line} diverged")
@@ -290,10 +309,12 @@ def main(args):
     repeatable(args.deterministic)
     trunk, info = evaluation.open_trunk(args)
     everything, queries = evaluation.open_labelled(args)
-    whole = args.fraction is None and distributed.from_main(Path(args.data).is_file)  # a list says itself which
+    # a list says itself which
+    whole = args.fraction is None and distributed.from_main(Path(args.data).is_file)
     images = Part(everything, draw(everything.labels, 1 if whole else p.fraction, args.seed))
     if len(images) < p.batch_size:
-        raise DataError(f"{len(images)} images are drawn of --data, fewer than one batch: --batch-size {p.batch_size}")
+        raise DataError(f"{len(images)} images are drawn of --data, fewer than one batch: --batch-size "
+                        f"{p.batch_size}")
     options = {**evaluation.extraction(args, info, device), "batch_size": 256, "bad": set()}
     loader = data.Loader(training_crops(images, info["size"], args.seed), args.workers, device.type == "cuda")
 
@@ -301,11 +322,11 @@ def main(args):
     counts = counts[counts > 0]
     source = "all that --data lists" if whole else f"{p.fraction:.3g} of each class, drawn with seed {args.seed}"
     say(f"{args.trunk}: {evaluation.name(info)}, fine-tuned at {info['size']} px; preset {args.preset}")
-    say(f"{len(images)} of {len(everything)} images, {source}: {counts.min()} to {counts.max()} of each of {len(counts)} classes")
-    say(
-        f"batch {p.batch_size}, {p.epochs} epochs of {len(images) // p.batch_size} steps, rates x{p.gamma:g} after {p.drops}, "
-        f"{len(p.lrs) * len(p.heads)} settings; judged on {len(queries)} images after each epoch"
-    )
+    say(f"{len(images)} of {len(everything)} images, {source}: {counts.min()} to {counts.max()} of each of "
+        f"{len(counts)} classes")
+    say(f"batch {p.batch_size}, {p.epochs} epochs of {len(images) // p.batch_size} steps, rates x{p.gamma:g} "
+        f"after {p.drops}, "
+        f"{len(p.lrs) * len(p.heads)} settings; judged on {len(queries)} images after each epoch")
     if warning:
         say(f"warning: {warning}")
 
@@ -315,9 +336,11 @@ def main(args):
         if "use_deterministic_algorithms" not in str(error):
             raise
         cause = str(error).splitlines()[0]
-        raise ArgumentError(f"--deterministic cannot be kept: {cause}; --no-deterministic goes on without") from None
+        raise ArgumentError(
+            f"--deterministic cannot be kept: {cause}; --no-deterministic goes on without") from None
     loader.close()
-    for bad, name, what in ((loader.bad, "--data", "were replaced by their neighbours"), (options["bad"], "--val", "are left out")):
+    for bad, name, what in ((loader.bad, "--data", "were replaced by their neighbours"),
+                            (options["bad"], "--val", "are left out")):
         unreadable = len(distributed.gather_rows(torch.tensor(sorted(bad), dtype=torch.int64)).unique())
         if unreadable:
             say(f"warning: {unreadable} images of {name} cannot be read and {what}")

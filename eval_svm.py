@@ -1,20 +1,22 @@
-"""Linear SVMs on the frozen features of VOC 2007, on all labels and on a few (Goyal et al. 2019; OpenSelfSup and VISSL).
+"""Linear SVMs on the frozen features of VOC 2007, on all labels and on a few (Goyal et al. 2019; OpenSelfSup
+and VISSL).
 
-Every image is warped to a square and looked at once. For each of the 20 classes one SVM says whether an image holds it: L2
-penalty, squared hinge, positives counted twice, features of unit length. Its cost is chosen among a grid by 3-fold
-cross-validation on trainval; low-shot training draws k positive and 19 k negative images, five times. The figure is the mean
-over classes of the average precision on test.
+Every image is warped to a square and looked at once. For each of the 20 classes one SVM says whether an image
+holds it: L2 penalty, squared hinge, positives counted twice, features of unit length. Its cost is chosen
+among a grid by 3-fold cross-validation on trainval; low-shot training draws k positive and 19 k negative
+images, five times. The figure is the mean over classes of the average precision on test.
 
-What a published figure hides is said here: the best layer is chosen on the test set, and low-shot figures are those of the
-cost that is best on it ("oracle"). Both choices, by the test set and by cross-validation, stand side by side.
+What a published figure hides is said here: the best layer is chosen on the test set, and low-shot figures are
+those of the cost that is best on it ("oracle"). Both choices, by the test set and by cross-validation, stand
+side by side.
 
     python eval_svm.py resnet50.pth --data VOCdevkit                                    # AvgPool and Feature5
     python eval_svm.py resnet50.pth --data VOCdevkit --layers feature1 feature2 feature3 feature4 feature5
     python eval_svm.py resnet50.pth --data VOCdevkit --protocol low-shot --layers avgpool
     torchrun --nproc_per_node=8 eval_svm.py runs/swav --data VOCdevkit                  # 8 GPUs, and the fits in 8 parts
 
-Needs scikit-learn. Features take a GPU a minute; the full protocol is 1,520 fits a layer and low-shot about 50,000 small ones,
-spread over all CPU cores.
+Needs scikit-learn. Features take a GPU a minute; the full protocol is 1,520 fits a layer and low-shot about
+50,000 small ones, spread over all CPU cores.
 """
 
 import json
@@ -38,10 +40,8 @@ from common.features import extract
 from common.multicrop import CenterCrop, Warp
 from common.sources.files import decode
 
-COSTS = {
-    "openselfsup": (1.0, 10.0, 100.0, *(0.5**k for k in range(4, 20))),
-    "vissl": (0.01, 0.1, 1.0, 2.0, 5.0, 10.0, 15.0, 20.0, 50.0, 100.0, 1000.0),
-}
+COSTS = {"openselfsup": (1.0, 10.0, 100.0, *(0.5**k for k in range(4, 20))),
+         "vissl": (0.01, 0.1, 1.0, 2.0, 5.0, 10.0, 15.0, 20.0, 50.0, 100.0, 1000.0)}
 SHOTS = (1, 2, 4, 8, 16, 32, 64, 96)
 FOLDS = 3
 MAX_ITERATIONS = 2000
@@ -49,34 +49,43 @@ LAYERS = "feature1 .. feature5, avgpool; conv1 .. conv5 of AlexNet (default: avg
 
 
 def arguments(argv=None):
-    parser = evaluation.parser(__doc__, "VOCdevkit, or VOC2007 in it: ImageSets/Main, Annotations and JPEGImages of trainval and test", "")
-    parser.add_argument("--layers", nargs="+", default=["avgpool", "feature5"], choices=pooling.LAYERS, metavar="LAYER", help=LAYERS)
-    parser.add_argument("--protocol", nargs="+", default=["full"], choices=("full", "low-shot"), help="one or both (default: full)")
-    parser.add_argument(
-        "--costs", nargs="+", default=["openselfsup"], help="openselfsup (19), vissl (11) or numbers (default: openselfsup)"
-    )
-    parser.add_argument("--ap", default="all_points", choices=("all_points", "11point"), help="rule of VOC 2010 (default) or 2007")
-    parser.add_argument("--shots", type=int, nargs="+", default=list(SHOTS), help="positive images a class (default: 1 2 4 ... 64 96)")
+    parser = evaluation.parser(__doc__, "VOCdevkit, or VOC2007 in it: ImageSets/Main, Annotations and "
+                                        "JPEGImages of trainval and test", "")
+    parser.add_argument("--layers", nargs="+", default=["avgpool", "feature5"], choices=pooling.LAYERS,
+                        metavar="LAYER", help=LAYERS)
+    parser.add_argument("--protocol", nargs="+", default=["full"], choices=("full", "low-shot"),
+                        help="one or both (default: full)")
+    parser.add_argument("--costs", nargs="+", default=["openselfsup"],
+                        help="openselfsup (19), vissl (11) or numbers (default: openselfsup)")
+    parser.add_argument("--ap", default="all_points",
+                        choices=("all_points", "11point"), help="rule of VOC 2010 (default) or 2007")
+    parser.add_argument("--shots", type=int, nargs="+", default=list(SHOTS),
+                        help="positive images a class (default: 1 2 4 ... 64 96)")
     parser.add_argument("--samples", type=int, default=5, help="draws of low-shot images (default: 5)")
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
-    parser.add_argument("--crop", default="warp", choices=("warp", "center"), help="the whole image made square (default), or its centre")
-    parser.add_argument("--jobs", type=int, default=0, help="fits at a time on each process (default: its share of the CPU cores)")
-    parser.add_argument("--batch-size", type=int, default=64, help="images at a time on each process (default: 64)")
-    parser.add_argument("--precision", default="auto", choices=("auto", "bfloat16", "float32"), help="of the trunk (default: auto)")
+    parser.add_argument("--crop", default="warp", choices=("warp", "center"),
+                        help="the whole image made square (default), or its centre")
+    parser.add_argument("--jobs", type=int, default=0,
+                        help="fits at a time on each process (default: its share of the CPU cores)")
+    parser.add_argument("--batch-size", type=int, default=64,
+                        help="images at a time on each process (default: 64)")
+    parser.add_argument("--precision", default="auto", choices=("auto", "bfloat16", "float32"),
+                        help="of the trunk (default: auto)")
     return parser.parse_args(argv)
 
 
-# ------------------------------------------------------------------------------------------------------------ metric
+# ----------------------------------------------------------------------------------------------------- metric
 
 
 def average_precision(scores, targets, mode="all_points"):
     """Average precision of one class, between 0 and 1.
 
-    scores (n,); targets (n,): 1 present, 0 absent, -1 left out (difficult). Equal scores keep their order, but for
-    sklearn_step, where they count as one.
-    mode: "all_points", the area under the precision made monotone from the right (VOC 2010 and the SVM benchmarks);
-    "11point", its mean at recalls 0, 0.1 .. 1 (VOC 2007; 0.3, 0.6 and 0.7 are a little more than a recall of 3, 6 and 7
-    tenths there, as in the official code); "sklearn_step", the area under the steps as they are (scikit-learn's).
+    scores (n,); targets (n,): 1 present, 0 absent, -1 left out (difficult). Equal scores keep their order,
+    but for sklearn_step, where they count as one.
+    mode: "all_points", the area under the precision made monotone from the right (VOC 2010 and the SVM
+    benchmarks); "11point", its mean at recalls 0, 0.1 .. 1 (VOC 2007; 0.3, 0.6 and 0.7 are a little more than
+    a recall of 3, 6 and 7 tenths there, as in the official code); "sklearn_step", the area under the steps as
+    they are (scikit-learn's).
     Raises ValueError for a class without a positive row.
     """
     scores, targets = np.asarray(scores, dtype=np.float64), np.asarray(targets)
@@ -98,21 +107,24 @@ def average_precision(scores, targets, mode="all_points"):
     return float((np.diff(recall, prepend=0) * envelope).sum())
 
 
-# -------------------------------------------------------------------------------------------------------------- data
+# ------------------------------------------------------------------------------------------------------- data
 
 
 class Voc:
     """Images of trainval, then of test, each in the order of their names.
 
-    targets (N, C): 1 present, 0 absent, -1 only difficult ones; trainval: number of images before those of test.
+    targets (N, C): 1 present, 0 absent, -1 only difficult ones; trainval: number of images before those of
+    test.
     """
 
     def __init__(self, spec):
         inside = [Path(spec, *parts) for parts in ((), ("VOC2007",), ("VOCdevkit", "VOC2007"))]
         self.folder = next((folder for folder in inside if (folder / "ImageSets" / "Main").is_dir()), None)
         if self.folder is None:
-            raise DataError(f"{spec} is no VOCdevkit: a folder with VOC2007/ImageSets/Main, Annotations and JPEGImages is needed")
-        tables = {split: _class_files(self.folder, split) or _annotations(self.folder, split) for split in ("trainval", "test")}
+            raise DataError(f"{spec} is no VOCdevkit: a folder with VOC2007/ImageSets/Main, Annotations and "
+                            f"JPEGImages is needed")
+        tables = {split: _class_files(self.folder, split) or _annotations(self.folder, split)
+                  for split in ("trainval", "test")}
         self.classes = sorted({name for table in tables.values() for name in table})
         for split, table in tables.items():
             for name in self.classes:
@@ -122,7 +134,8 @@ class Voc:
         self.names, self.trainval = ids["trainval"] + ids["test"], len(ids["trainval"])
         rows = [[tables[split][name][i] for name in self.classes] for split in ids for i in ids[split]]
         self.targets = np.array(rows, dtype=np.int64)
-        self.labels = torch.zeros(len(self), dtype=torch.int64)  # none is what extract makes -1: an image that cannot be read
+        # none is what extract makes -1: an image that cannot be read
+        self.labels = torch.zeros(len(self), dtype=torch.int64)
         missing = [name for name in self.names if not self.path(name).is_file()]
         if missing:
             raise DataError(f"{len(missing)} of {len(self)} images are missing: {self.path(missing[0])}")
@@ -145,13 +158,15 @@ def _lines(path):
 
 
 def _class_files(folder, split):
-    """{class: {image: target}} of ImageSets/Main/CLASS_SPLIT.txt, whose lines have 1 present, -1 absent, 0 difficult."""
+    """{class: {image: target}} of ImageSets/Main/CLASS_SPLIT.txt, whose lines have 1 present, -1 absent, 0
+    difficult."""
     table = {}
     for path in sorted((folder / "ImageSets" / "Main").glob(f"*_{split}.txt")):
         lines = _lines(path)
         if not all(len(line) == 2 and line[1] in ("1", "-1", "0") for line in lines):
             raise DataError(f"{path}: lines with an image and 1, 0 or -1 are needed")
-        table[path.name.removesuffix(f"_{split}.txt")] = {name: {"1": 1, "-1": 0, "0": -1}[value] for name, value in lines}
+        table[path.name.removesuffix(f"_{split}.txt")] = {name: {"1": 1, "-1": 0,
+                                                                 "0": -1}[value] for name, value in lines}
     first = next(iter(table), None)
     for name in table:
         if table[name].keys() != table[first].keys():
@@ -160,16 +175,20 @@ def _class_files(folder, split):
 
 
 def _annotations(folder, split):
-    """The same from Annotations/IMAGE.xml, where there are no class files: a class is difficult if all its objects are."""
+    """The same from Annotations/IMAGE.xml, where there are no class files: a class is difficult if all its
+    objects are."""
     found = {}
     for name, *_ in _lines(folder / "ImageSets" / "Main" / f"{split}.txt"):
         path = folder / "Annotations" / f"{name}.xml"
         try:
-            objects = [(o.findtext("name"), o.findtext("difficult") == "1") for o in ElementTree.parse(path).iter("object")]
+            objects = [(o.findtext("name"),
+                        o.findtext("difficult") == "1") for o in ElementTree.parse(path).iter("object")]
         except (OSError, ElementTree.ParseError) as error:
             raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
-        found[name] = {c: -1 if all(difficult for other, difficult in objects if other == c) else 1 for c, _ in objects}
-    return {c: {name: present.get(c, 0) for name, present in found.items()} for c in sorted({c for p in found.values() for c in p})}
+        found[name] = {c: -1 if all(difficult for other, difficult in objects if other == c) else 1
+                       for c, _ in objects}
+    return {c: {name: present.get(c, 0) for name, present in found.items()}
+            for c in sorted({c for p in found.values() for c in p})}
 
 
 class Layers(nn.Module):
@@ -189,7 +208,7 @@ def unit(x):
     return (x / (x.norm(dim=1, keepdim=True) + 1e-5)).cpu().numpy()
 
 
-# -------------------------------------------------------------------------------------------------------------- fits
+# ------------------------------------------------------------------------------------------------------- fits
 
 
 def require_sklearn():
@@ -204,13 +223,16 @@ def train(x, y, cost):
     from sklearn.svm import LinearSVC
 
     weights = {1: 2, -1: 1}
-    return LinearSVC(C=cost, class_weight=weights, tol=1e-4, max_iter=MAX_ITERATIONS, dual=True, random_state=0).fit(x, y)
+    return LinearSVC(C=cost, class_weight=weights, tol=1e-4, max_iter=MAX_ITERATIONS, dual=True,
+                     random_state=0).fit(x, y)
 
 
 def fit(x, rows, y, x_test, targets, cost, mode, choose=True):
-    """One SVM, and what it takes to choose its cost: (AP by 3-fold cross-validation, AP on test, fits that did not converge).
+    """One SVM, and what it takes to choose its cost: (AP by 3-fold cross-validation, AP on test, fits that
+    did not converge).
 
-    x (N, F); rows: those to train on, n of them, with y (n,) 1 or -1; x_test (m, F), targets (m,) 1, 0, or -1 left out.
+    x (N, F); rows: those to train on, n of them, with y (n,) 1 or -1; x_test (m, F), targets (m,) 1, 0, or -1
+    left out.
     choose: False leaves the cross-validation out.
     """
     from sklearn.model_selection import StratifiedKFold
@@ -221,14 +243,17 @@ def fit(x, rows, y, x_test, targets, cost, mode, choose=True):
         svm, folds, stopped = train(x, y, cost), [], 0
         for kept, held_out in StratifiedKFold(FOLDS).split(x, y) if choose else ():
             part = train(x[kept], y[kept], cost)
-            folds.append(average_precision(part.decision_function(x[held_out]), y[held_out] == 1, "sklearn_step"))
+            folds.append(average_precision(part.decision_function(x[held_out]), y[held_out] == 1,
+                                           "sklearn_step"))
             stopped += part.n_iter_ >= MAX_ITERATIONS
     stopped += svm.n_iter_ >= MAX_ITERATIONS
-    return np.mean(folds) if folds else 0.0, average_precision(svm.decision_function(x_test), targets, mode), stopped
+    return np.mean(folds) if folds else 0.0, average_precision(svm.decision_function(x_test), targets,
+                                                               mode), stopped
 
 
 def fit_all(tasks, jobs, name):
-    """fit(*task) of every task in parallel processes, each rank its share. Returns (tasks, 3), equal on every rank."""
+    """fit(*task) of every task in parallel processes, each rank its share. Returns (tasks, 3), equal on every
+    rank."""
     from joblib import Parallel, delayed
 
     rank, world_size = distributed.rank(), distributed.world_size()
@@ -240,34 +265,44 @@ def fit_all(tasks, jobs, name):
         now = time.perf_counter()
         if now - said > 60:
             left, said = (now - started) / done * (len(mine) - done), now
-            say(f"{name}: {done} of {len(mine)} costs done, left {left // 3600:.0f}:{left // 60 % 60:02.0f}:{left % 60:02.0f}")
+            say(f"{name}: {done} of {len(mine)} costs done, left "
+                f"{left // 3600:.0f}:{left // 60 % 60:02.0f}:{left % 60:02.0f}")
     return distributed.all_sum(results).numpy()
 
 
 def full(x, voc, costs, mode, jobs, name):
-    """The full protocol: AP (C,) of each class at its cross-validated cost, that cost, and AP at its best cost on test.
+    """The full protocol: AP (C,) of each class at its cross-validated cost, that cost, and AP at its best
+    cost on test.
 
-    Difficult images are negatives in training, as in the benchmark, and left out on test. x (N, F): unit rows.
+    Difficult images are negatives in training, as in the benchmark, and left out on test. x (N, F): unit
+    rows.
     """
     n, C = voc.trainval, len(voc.classes)
-    y, x_train, x_test = np.where(voc.targets[:n] == 1, 1, -1), x[:n], x[n:]  # one object each: joblib shares them by identity
-    tasks = [(x_train, slice(None), y[:, c], x_test, voc.targets[n:, c], cost, mode) for c in range(C) for cost in costs]
-    cv, ap, stopped = fit_all(tasks, jobs, name).reshape(C, len(costs), 3).transpose(2, 0, 1)  # (C, costs) each
+    # one object each: joblib shares them by identity
+    y, x_train, x_test = np.where(voc.targets[:n] == 1, 1, -1), x[:n], x[n:]
+    tasks = [(x_train, slice(None), y[:, c], x_test, voc.targets[n:, c], cost,
+              mode) for c in range(C) for cost in costs]
+    # (C, costs) each
+    cv, ap, stopped = fit_all(tasks, jobs, name).reshape(C, len(costs), 3).transpose(2, 0, 1)
     chosen = cv.argmax(axis=1)
     return ap[range(C), chosen], [costs[i] for i in chosen], ap.max(axis=1), int(stopped.sum())
 
 
 def draw(targets, k, seed, sample, c):
-    """Rows of k positive and 19 k negative images of class c in order, a function of all arguments; difficult ones are never drawn."""
+    """Rows of k positive and 19 k negative images of class c in order, a function of all arguments; difficult
+    ones are never drawn."""
     rng = np.random.default_rng((seed, sample, c, k))
-    rows = [rng.choice(np.flatnonzero(targets == target), count, replace=False) for target, count in ((1, k), (0, 19 * k))]
+    rows = [rng.choice(np.flatnonzero(targets == target), count,
+                       replace=False) for target, count in ((1, k), (0, 19 * k))]
     return np.sort(np.concatenate(rows))
 
 
 def low_shot(x, voc, costs, mode, k, samples, seed, jobs, name):
-    """mAP (samples, costs) with k positive images a class, and mAP (samples,) with the cost of each SVM chosen on its own images.
+    """mAP (samples, costs) with k positive images a class, and mAP (samples,) with the cost of each SVM
+    chosen on its own images.
 
-    The choice is by 3-fold cross-validation, and below three positive images the cost of the grid that is nearest to 1.
+    The choice is by 3-fold cross-validation, and below three positive images the cost of the grid that is
+    nearest to 1.
     """
     n, C = voc.trainval, len(voc.classes)
     x_train, x_test, tasks = x[:n], x[n:], []
@@ -275,13 +310,16 @@ def low_shot(x, voc, costs, mode, k, samples, seed, jobs, name):
         for c in range(C):
             rows = draw(voc.targets[:n, c], k, seed, sample, c)
             y = np.where(voc.targets[rows, c] == 1, 1, -1)
-            tasks += [(x_train, rows, y, x_test, voc.targets[n:, c], cost, mode, k >= FOLDS) for cost in costs]
+            tasks += [(x_train, rows, y, x_test, voc.targets[n:, c], cost, mode,
+                       k >= FOLDS) for cost in costs]
     cv, ap, stopped = fit_all(tasks, jobs, name).reshape(samples, C, len(costs), 3).transpose(3, 0, 1, 2)
-    chosen = cv.argmax(axis=2) if k >= FOLDS else np.full((samples, C), np.abs(np.log(costs)).argmin())  # (samples, C)
-    return ap.mean(axis=1), np.take_along_axis(ap, chosen[..., None], axis=2).mean(axis=(1, 2)), int(stopped.sum())
+    # (samples, C)
+    chosen = cv.argmax(axis=2) if k >= FOLDS else np.full((samples, C), np.abs(np.log(costs)).argmin())
+    return ap.mean(axis=1), np.take_along_axis(ap, chosen[..., None],
+                                               axis=2).mean(axis=(1, 2)), int(stopped.sum())
 
 
-# -------------------------------------------------------------------------------------------------------------- main
+# ------------------------------------------------------------------------------------------------------- main
 
 
 def parse_costs(words):
@@ -318,47 +356,40 @@ def main(args):
     n = voc.trainval
     jobs = args.jobs or max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     say(f"{args.trunk}: {evaluation.name(info)}, VOC 2007 at {info['size']} px ({args.crop})")
-    say(f"{n} images to train on, {len(voc) - n} to test, {len(voc.classes)} classes, {len(costs)} costs, AP by {args.ap}")
+    say(f"{n} images to train on, {len(voc) - n} to test, {len(voc.classes)} classes, {len(costs)} costs, AP "
+        f"by {args.ap}")
 
     layers = list(shapes)  # each once
     model = Layers(trunk.to(device, memory_format=torch.channels_last), layers)
     view = {"warp": Warp, "center": CenterCrop}[args.crop]
-    rows, labels = extract(model, voc, info["resize"], info["size"], view=view, **evaluation.extraction(args, info, device))
+    rows, labels = extract(model, voc, info["resize"], info["size"], view=view,
+                           **evaluation.extraction(args, info, device))
     unreadable = distributed.gather_rows(labels).lt(0).nonzero()[:, 0].tolist()
     if unreadable:
-        raise DataError(f"{len(unreadable)} images of --data cannot be read: {voc.path(voc.names[unreadable[0]])}")
+        raise DataError(f"{len(unreadable)} images of --data cannot be read: "
+                        f"{voc.path(voc.names[unreadable[0]])}")
     rows = distributed.gather_rows(rows.cpu()).split([math.prod(shape) for shape in shapes.values()], dim=1)
-    record = {
-        "trunk": args.trunk,
-        **{key: info.get(key) for key in ("method", "arch", "epoch")},
-        "trainval": n,
-        "test": len(voc) - n,
-        "classes": voc.classes,
-        **{"size": info["size"], "crop": args.crop, "samples": args.samples, "seed": args.seed},
-        "ap": args.ap,
-        "costs": costs,
-        "full": {},
-        "low_shot": {},
-    }
+    record = {"trunk": args.trunk, **{key: info.get(key) for key in ("method", "arch", "epoch")},
+              "trainval": n, "test": len(voc) - n, "classes": voc.classes,
+              **{"size": info["size"], "crop": args.crop, "samples": args.samples, "seed": args.seed},
+              "ap": args.ap, "costs": costs, "full": {}, "low_shot": {}}
     for layer, x in zip(layers, rows):
         x = unit(x)
         if "full" in args.protocol:
             chosen, chosen_costs, best, stopped = full(x, voc, costs, args.ap, jobs, layer)
-            record["full"][layer] = {
-                "map": 100 * chosen.mean(),
-                "oracle_map": 100 * best.mean(),
-                "class_ap": (100 * chosen).round(4).tolist(),
-                "class_costs": chosen_costs,
-                "features": x.shape[1],
-                "not_converged": stopped,
-            }
+            record["full"][layer] = {"map": 100 * chosen.mean(), "oracle_map": 100 * best.mean(),
+                                     "class_ap": (100 * chosen).round(4).tolist(),
+                                     "class_costs": chosen_costs, "features": x.shape[1],
+                                     "not_converged": stopped}
         if "low-shot" in args.protocol:
             record["low_shot"][layer] = {k: shots_of(x, voc, costs, k, args, jobs, layer) for k in args.shots}
     report(record)
     say(json.dumps(record))
     if Path(args.trunk).is_dir():
         evaluation.write(
-            Path(args.trunk) / f"{'_'.join(['eval_svm', *args.protocol, args.crop, *['random'] * args.random_init])}.json", record
+            Path(args.trunk)
+            / f"{'_'.join(['eval_svm', *args.protocol, args.crop, *['random'] * args.random_init])}.json",
+            record
         )
 
 
@@ -369,7 +400,8 @@ def shots_of(x, voc, costs, k, args, jobs, layer):
             found = int((voc.targets[: voc.trainval, c] == target).sum())
             if found < count:
                 return {"skipped": f"class {name!r} has {found} {what} images, {count} are needed"}
-    by_cost, chosen, stopped = low_shot(x, voc, costs, args.ap, k, args.samples, args.seed, jobs, f"{layer}, k {k}")
+    by_cost, chosen, stopped = low_shot(x, voc, costs, args.ap, k, args.samples, args.seed, jobs,
+                                        f"{layer}, k {k}")
     best = by_cost.mean(axis=0).argmax()
     values = {"oracle": 100 * by_cost[:, best], "cross_validated": 100 * chosen}
     figures = {"oracle_cost": costs[best], "not_converged": stopped}
@@ -400,7 +432,8 @@ def report(record):
                 continue
             oracle, chosen = f["oracle"], f["cross_validated"]
             line = f"{k:5}{oracle['map']:29.2f}{oracle['std']:8.2f}{oracle['min']:8.2f}{oracle['max']:8.2f}   {f['oracle_cost']:<8.4g}"
-            say(f"{line}{chosen['map']:16.2f}{chosen['std']:8.2f}" + ("" if k >= FOLDS else "  (cost nearest to 1)"))
+            say(f"{line}{chosen['map']:16.2f}{chosen['std']:8.2f}" + ("" if k >= FOLDS else "  (cost nearest "
+                                                                                            "to 1)"))
 
 
 if __name__ == "__main__":

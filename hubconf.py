@@ -3,7 +3,8 @@
     network = torch.hub.load("path/to/this/repository", "resnet50", checkpoint="runs/swav", source="local")
     features = network.eval()(images)  # (B, 2048), of normalised images
 
-checkpoint: a run directory, a backbone.pt, or what `python -m common.weights FILE --to torchvision` or `--to model` wrote.
+checkpoint: a run directory, a backbone.pt, or what `python -m common.weights FILE --to torchvision` or `--to
+model` wrote.
 """
 
 from pathlib import Path
@@ -27,7 +28,8 @@ def resnet50(checkpoint):
 
 
 def _load(arch, checkpoint):
-    """torchvision's network with a checkpoint's weights: its `fc` is the cluster head where the file has one, else the identity.
+    """torchvision's network with a checkpoint's weights: its `fc` is the cluster head where the file has one,
+    else the identity.
 
     Raises ValueError if the file holds another network."""
     path = Path(checkpoint)

@@ -1,14 +1,16 @@
 """SwAV: Swapping Assignments between Views (Caron et al., NeurIPS 2020, arXiv 2006.09882).
 
-Two views of an image should fall into the same cluster. Every step the large crops (two, as published) are assigned to
-K learnt prototypes so that the whole batch spreads evenly over them, and the other crops of an image predict where.
+Two views of an image should fall into the same cluster. Every step the large crops (two, as published) are
+assigned to K learnt prototypes so that the whole batch spreads evenly over them, and the other crops of an
+image predict where.
 
     z_v = head(trunk(crop_v)) / |.|                                   unit embedding of crop v, D = 128
     q_u = Sinkhorn(z_u C^T / epsilon)                                 codes of the large crops; no gradient
     L   = mean over u, v != u of  - sum_k q_uk log softmax_k(z_v C^T / temperature)
 
-Equal mass per prototype is what prevents collapse: no negatives, no momentum encoder, no memory bank of the data set,
-no k-means. When a batch has fewer images than prototypes, a queue of past embeddings joins the balancing.
+Equal mass per prototype is what prevents collapse: no negatives, no momentum encoder, no memory bank of the
+data set, no k-means. When a batch has fewer images than prototypes, a queue of past embeddings joins the
+balancing.
 
 Published recipe, 75.3 % ImageNet linear top-1 reported by the authors (no full ImageNet run was made here):
 
@@ -37,19 +39,26 @@ from common.optim import LARC, warmup_cosine
 from common.resnet import ARCHITECTURES
 from common.sinkhorn import sinkhorn
 
-# Letters in shapes: B images of this rank, W ranks, V crops (first U large), F features, D embedding, K prototypes, L queue, N data set.
+# Letters in shapes: B images of this rank, W ranks, V crops (first U large), F features, D embedding, K
+# prototypes, L queue, N data set.
 
-# ---------------------------------------------------------------------------------------------------------- recipes
+# ---------------------------------------------------------------------------------------------------- recipes
 
-BATCH_4096 = dict(batch_size=4096, lr=4.8, final_lr=0.0048, warmup_epochs=10, start_lr=0.3, freeze_prototypes_iters=313, queue_length=0)
+BATCH_4096 = dict(batch_size=4096, lr=4.8, final_lr=0.0048, warmup_epochs=10, start_lr=0.3,
+                  freeze_prototypes_iters=313, queue_length=0)
 WIDE = dict(BATCH_4096, epochs=400, crops=(2, 4), hidden=8192)
-W4 = dict(WIDE, width=4.0, scales=(0.08, 1.0, 0.08, 0.14), batch_size=2560, queue_length=2560, queue_start_epoch=0)
-W5 = dict(WIDE, width=5.0, hidden=10240, batch_size=1536, start_lr=0.1875, final_lr=0.0, queue_length=1536, queue_start_epoch=0)
+W4 = dict(WIDE, width=4.0, scales=(0.08, 1.0, 0.08, 0.14), batch_size=2560, queue_length=2560,
+          queue_start_epoch=0)
+W5 = dict(WIDE, width=5.0, hidden=10240, batch_size=1536, start_lr=0.1875, final_lr=0.0, queue_length=1536,
+          queue_start_epoch=0)
 TWO_CROPS = dict(crops=(2,), sizes=(224,), scales=(0.08, 1.0))
-TINY = dict(arch="resnet10", width=0.5, stem="small", hidden=256, dim=64, crops=(4,), sizes=(32,), eval_size=48)
-TINY.update(scales=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), blur_p=0.0, prototypes=32, queue_length=0, freeze_prototypes_iters=100)
+TINY = dict(arch="resnet10", width=0.5, stem="small", hidden=256, dim=64, crops=(4,), sizes=(32,),
+            eval_size=48)
+TINY.update(scales=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), blur_p=0.0, prototypes=32, queue_length=0,
+            freeze_prototypes_iters=100)
 TINY.update(batch_size=32, lr=0.8, final_lr=0.0008)
-SHAPES = dict(TINY, sizes=(24,), eval_size=32, scales=(0.4, 1.0), jitter=(0.4, 0.4, 0.4, 0.2), freeze_prototypes_iters=50, epochs=5)
+SHAPES = dict(TINY, sizes=(24,), eval_size=32, scales=(0.4, 1.0), jitter=(0.4, 0.4, 0.4, 0.2),
+              freeze_prototypes_iters=50, epochs=5)
 RECIPES = {  # name: (ImageNet linear top-1 reported by the authors, what differs from the defaults of Config)
     "swav_800ep": ("75.3, 64 GPUs", dict(BATCH_4096, epochs=800)),
     "swav_400ep": ("74.6, 64 GPUs", dict(BATCH_4096, epochs=400)),
@@ -63,8 +72,10 @@ RECIPES = {  # name: (ImageNet linear top-1 reported by the authors, what differ
     "swav_rn50w4": ("77.9, 64 GPUs", W4),
     "swav_rn50w5": ("78.5, 128 GPUs", W5),
     "shapes": ("20-NN 68.4 on held-out images, untrained 30.3: measured here", SHAPES),
-    "cifar": ("20-NN 55.6 from 10,000 images of CIFAR-10, untrained 35.0: measured here", dict(TINY, epochs=20)),
-    "small": ("20-NN 54.0 from 5,000 images of CIFAR-10, untrained 33.7: measured here", dict(TINY, epochs=50)),
+    "cifar": ("20-NN 55.6 from 10,000 images of CIFAR-10, untrained 35.0: measured here",
+              dict(TINY, epochs=20)),
+    "small": ("20-NN 54.0 from 5,000 images of CIFAR-10, untrained 33.7: measured here",
+              dict(TINY, epochs=50)),
 }
 REMEDY = """  try in this order: fewer --prototypes (ten per class you expect, a tenth of the images, batch + queue at most);
   --epsilon 0.03; more --freeze-prototypes-iters; no or a later queue (--queue-length 0, --queue-start-epoch);
@@ -73,22 +84,29 @@ REMEDY = """  try in this order: fewer --prototypes (ten per class you expect, a
 
 @dataclass
 class Config:
-    data: str = option("", "folder, list file, shapes, cifar10, cifar100, svhn or stl10 (default: shapes)", group="data", free=True)
+    data: str = option("", "folder, list file, shapes, cifar10, cifar100, svhn or stl10 (default: shapes)",
+                       group="data", free=True)
     val: str = option("", "held-out images for --eval-every; none: the val split of --data", free=True)
     root: str = option("", "folder that relative paths of a list file start from", free=True)
-    workers: int = option(-1, "loader processes per rank; -1: its share of the CPU cores, at most 8", free=True)
-    max_bad: int = option(-1, "unreadable images to put up with; -1: one in a thousand, at least 10", free=True)
+    workers: int = option(-1, "loader processes per rank; -1: its share of the CPU cores, at most 8",
+                          free=True)
+    max_bad: int = option(-1, "unreadable images to put up with; -1: one in a thousand, at least 10",
+                          free=True)
 
     arch: str = option("resnet50", "trunk", group="model", choices=tuple(ARCHITECTURES))
     width: float = option(1.0, "multiplies the trunk's channels")
-    stem: str = option("imagenet", "first layers: imagenet, or small for images of 32 to 64 pixels", choices=("imagenet", "small"))
+    stem: str = option("imagenet", "first layers: imagenet, or small for images of 32 to 64 pixels",
+                       choices=("imagenet", "small"))
     hidden: int = option(2048, "width of the projection head's hidden layer")
     dim: int = option(128, "size D of the embedding")
 
-    crops: tuple[int, ...] = option((2, 6), "crops of each size; those of the first, largest size are assigned", group="multi-crop")
+    crops: tuple[int, ...] = option((2, 6), "crops of each size; those of the first, largest size are "
+                                            "assigned", group="multi-crop")
     sizes: tuple[int, ...] = option((224, 96), "sides of the crops in pixels")
-    scales: tuple[float, ...] = option((0.14, 1.0, 0.05, 0.14), "smallest and largest share of the image's area, for each size")
-    eval_size: int = option(0, "side of the images that evaluations see; 0: that of the large crops", free=True)
+    scales: tuple[float, ...] = option((0.14, 1.0, 0.05, 0.14),
+                                       "smallest and largest share of the image's area, for each size")
+    eval_size: int = option(0, "side of the images that evaluations see; 0: that of the large crops",
+                            free=True)
     jitter: tuple[float, ...] = option((0.8, 0.8, 0.8, 0.2), "brightness, contrast, saturation, hue")
     blur_p: float = option(0.5, "probability of blur")
 
@@ -102,7 +120,8 @@ class Config:
 
     epochs: int = option(400, "passes over the data", group="optimisation")
     max_steps: int = option(0, "stop, saved, after this many steps; 0: never", free=True)
-    batch_size: int = option(256, "images a step over all ranks; the recipe's learning rates follow it linearly")
+    batch_size: int = option(256,
+                             "images a step over all ranks; the recipe's learning rates follow it linearly")
     lr: float = option(0.6, "peak learning rate at this batch size (LARC)")
     final_lr: float = option(0.0006, "learning rate that the cosine ends at")
     warmup_epochs: int = option(0, "epochs of linear warm-up")
@@ -110,15 +129,17 @@ class Config:
     momentum: float = option(0.9, "of SGD")
     weight_decay: float = option(1e-6, "of every parameter")
 
-    recipe: str = option("swav_400ep_8x32", "named settings; options given on the command line win", group="run", free=True)
+    recipe: str = option("swav_400ep_8x32", "named settings; options given on the command line win",
+                         group="run", free=True)
     out: str = option("", "run directory; the same command resumes (default: runs/METHOD_RECIPE)", free=True)
     fresh: bool = option(False, "start over, deleting what the run directory holds", free=True)
-    init_from: str = option("", "trunk to start from: a run, a backbone.pt or another project's checkpoint", free=True)
-    precision: str = option(
-        "auto", "auto is bfloat16 where the hardware is made for it, else float32", choices=("auto", "bfloat16", "float32", "float64")
-    )
+    init_from: str = option("", "trunk to start from: a run, a backbone.pt or another project's checkpoint",
+                            free=True)
+    precision: str = option("auto", "auto is bfloat16 where the hardware is made for it, else float32",
+                            choices=("auto", "bfloat16", "float32", "float64"))
     compile: bool = option(False, "compile the trunk with torch.compile", free=True)
-    deterministic: bool = option(False, "the same bits on a GPU too: slower, or stops at an operation that cannot", free=True)
+    deterministic: bool = option(False, "the same bits on a GPU too: slower, or stops at an operation that "
+                                        "cannot", free=True)
     seed: int = option(0, "of weights, order and crops")
     device: str = option("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"), free=True)
     log_every: int = option(20, "steps between log lines", free=True)
@@ -128,27 +149,26 @@ class Config:
     tensorboard: bool = option(False, "also write TensorBoard events", free=True)
 
 
-# ------------------------------------------------------------------------------------------------------------ model
+# ------------------------------------------------------------------------------------------------------ model
 
 
 class Model(nn.Module):
-    """Trunk, two-layer head, prototypes: a list of crop groups to unit embeddings and their cosines to the prototypes."""
+    """Trunk, two-layer head, prototypes: a list of crop groups to unit embeddings and their cosines to the
+    prototypes."""
 
     def __init__(self, config):
         super().__init__()
         self.backbone = ARCHITECTURES[config.arch](width=config.width, stem=config.stem)
-        self.projection_head = nn.Sequential(
-            nn.Linear(self.backbone.feature_dim, config.hidden),
-            nn.BatchNorm1d(config.hidden),
-            nn.ReLU(inplace=True),
-            nn.Linear(config.hidden, config.dim),
-        )
+        self.projection_head = nn.Sequential(nn.Linear(self.backbone.feature_dim, config.hidden),
+                                             nn.BatchNorm1d(config.hidden), nn.ReLU(inplace=True),
+                                             nn.Linear(config.hidden, config.dim))
         self.prototypes = nn.Linear(config.dim, config.prototypes, bias=False)  # weight (K, D), unit rows
 
     def forward(self, crops, autocast=torch.float32):
         """crops: one (V_r B, 3, s, s) a resolution, crop-major. Returns z (V B, D) and scores (V B, K)."""
         with torch.autocast(crops[0].device.type, dtype=torch.bfloat16, enabled=autocast == torch.bfloat16):
-            # One pass per resolution: batch-norm statistics of large and small crops stay apart. The head sees all.
+            # One pass per resolution: batch-norm statistics of large and small crops stay apart. The head
+            # sees all.
             features = torch.cat([self.backbone(group) for group in crops])  # (V B, F)
             z = self.projection_head(features)
         z = F.normalize(z.to(self.prototypes.weight.dtype))  # (V B, D): full precision from here on
@@ -159,14 +179,15 @@ class Model(nn.Module):
         self.prototypes.weight.copy_(F.normalize(self.prototypes.weight))
 
 
-# -------------------------------------------------------------------------------------------------------- algorithm
+# -------------------------------------------------------------------------------------------------- algorithm
 
 
 class Memory:
-    """The queue: past embeddings of the U assigning crops, newest first. They are balanced with the batch, not trained on.
+    """The queue: past embeddings of the U assigning crops, newest first. They are balanced with the batch,
+    not trained on.
 
-    length: rows L over all ranks, a multiple of the global batch. Saved as one (U, L, D), newest global batch first,
-    each in the order of its images, so that another world size can load it.
+    length: rows L over all ranks, a multiple of the global batch. Saved as one (U, L, D), newest global batch
+    first, each in the order of its images, so that another world size can load it.
     """
 
     def __init__(self, length, U, D, device=None, dtype=torch.float32):
@@ -194,7 +215,8 @@ class Memory:
         U, rows, D = self.queue.shape
         ranks = distributed.gather_rows(self.queue[None])  # (W, U, L / W, D)
         ranks = ranks.view(-1, U, rows // self.batch, self.batch, D)  # (W, U, pushes, B, D)
-        return {"queue": ranks.permute(1, 2, 0, 3, 4).reshape(U, -1, D).cpu(), "filled": self.filled, "batch": self.batch * len(ranks)}
+        return {"queue": ranks.permute(1, 2, 0, 3, 4).reshape(U, -1, D).cpu(), "filled": self.filled,
+                "batch": self.batch * len(ranks)}
 
     def load_state_dict(self, state):
         self.filled = state["filled"]
@@ -207,7 +229,8 @@ class Memory:
 
 @torch.no_grad()
 def assign(scores, memory, prototypes, epsilon, iterations):
-    """Codes (U, B, K) of the assigning crops' scores (U, B, K), balanced over all ranks' batches and queues."""
+    """Codes (U, B, K) of the assigning crops' scores (U, B, K), balanced over all ranks' batches and
+    queues."""
     codes = []
     for u, batch in enumerate(scores):
         rows = torch.cat([memory.rows(u) @ prototypes.T, batch]) if memory.full else batch  # (L / W + B, K)
@@ -216,10 +239,12 @@ def assign(scores, memory, prototypes, epsilon, iterations):
 
 
 def prediction_loss(scores, codes, temperature):
-    """Every code is predicted from every other crop of its image: mean cross-entropy over the U (V - 1) pairs.
+    """Every code is predicted from every other crop of its image: mean cross-entropy over the U (V - 1)
+    pairs.
 
-    scores: (V, B, K) cosines; codes: (U, B, K) of the first U crops, without gradient. Equation 2 of the paper, averaged
-    over crops as main_swav.py of facebookresearch/swav does, so the learning rate does not depend on their number.
+    scores: (V, B, K) cosines; codes: (U, B, K) of the first U crops, without gradient. Equation 2 of the
+    paper, averaged over crops as main_swav.py of facebookresearch/swav does, so the learning rate does not
+    depend on their number.
     """
     (V, B, _), U = scores.shape, len(codes)
     log_p = F.log_softmax(scores / temperature, dim=2)  # (V, B, K)
@@ -227,18 +252,20 @@ def prediction_loss(scores, codes, temperature):
     return (pairs.sum() - pairs.diagonal().sum()) / (U * (V - 1))
 
 
-# --------------------------------------------------------------------------------------------------------- training
+# --------------------------------------------------------------------------------------------------- training
 
 
 def train_one_epoch(net, optimizer, memory, loader, run, config, epoch):
     model = getattr(net, "module", net)
     dtype = autocast_dtype(config.precision, run.device)
     full_precision = model.prototypes.weight.dtype
-    batches = data.batches(len(run.images), config.batch_size, epoch, config.seed, distributed.rank(), distributed.world_size())
+    batches = data.batches(len(run.images), config.batch_size, epoch, config.seed, distributed.rank(),
+                           distributed.world_size())
     U = config.crops[0]
     for step, (index, crops, params) in run.steps(loader, batches, epoch):
         # schedule
-        lr = warmup_cosine(step, len(batches), config.epochs, config.lr, config.final_lr, config.warmup_epochs, config.start_lr)
+        lr = warmup_cosine(step, len(batches), config.epochs, config.lr, config.final_lr,
+                           config.warmup_epochs, config.start_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
@@ -248,10 +275,12 @@ def train_one_epoch(net, optimizer, memory, loader, run, config, epoch):
         # forward
         model.normalize_prototypes()
         z, scores = net(crops, dtype)
-        z, scores = z.view(-1, len(index), z.shape[1]), scores.view(-1, len(index), scores.shape[1])  # (V, B, D), (V, B, K)
+        # (V, B, D), (V, B, K)
+        z, scores = z.view(-1, len(index), z.shape[1]), scores.view(-1, len(index), scores.shape[1])
 
         # assign
-        codes = assign(scores[:U].detach(), memory, model.prototypes.weight, config.epsilon, config.sinkhorn_iterations)
+        codes = assign(scores[:U].detach(), memory, model.prototypes.weight, config.epsilon,
+                       config.sinkhorn_iterations)
 
         # loss
         loss = prediction_loss(scores, codes, config.temperature)
@@ -279,15 +308,19 @@ def main(config):
     images = distributed.from_main(data.open_images, config.data or "shapes", "train", config.root)
     steps_per_epoch = len(images) // config.batch_size
     if not steps_per_epoch:
-        raise DataError(f"--data has {len(images)} images, fewer than one batch: --batch-size {config.batch_size}")
+        raise DataError(f"--data has {len(images)} images, fewer than one batch: --batch-size "
+                        f"{config.batch_size}")
     if sum(config.crops) < 2:
-        raise ArgumentError(f"--crops {sum(config.crops)}: at least 2 crops are needed, to predict one from another")
+        raise ArgumentError(f"--crops {sum(config.crops)}: at least 2 crops are needed, to predict one from "
+                            f"another")
     queue_length = config.queue_length // config.batch_size * config.batch_size
     if queue_length != config.queue_length:
-        say(f"warning: --queue-length {config.queue_length} is no multiple of --batch-size {config.batch_size}: {queue_length} is used")
+        say(f"warning: --queue-length {config.queue_length} is no multiple of --batch-size "
+            f"{config.batch_size}: {queue_length} is used")
 
     model = Model(config)
-    model.to(device, torch.float64 if config.precision == "float64" else torch.float32, memory_format=torch.channels_last)
+    model.to(device, torch.float64 if config.precision == "float64" else torch.float32,
+             memory_format=torch.channels_last)
     if config.compile:
         model.backbone.compile()
     net = parallel(model)
@@ -300,11 +333,14 @@ def main(config):
     loader = data.Loader(crops, config.workers, device.type == "cuda")
 
     size = config.eval_size or config.sizes[0]
-    info = dict(arch=config.arch, width=config.width, stem=config.stem, channels=3, mean=MEAN, std=STD, method="swav")
-    info.update(recipe=config.recipe, resize=size if config.stem == "small" else round(size * 8 / 7), size=size)
+    info = dict(arch=config.arch, width=config.width, stem=config.stem, channels=3, mean=MEAN, std=STD,
+                method="swav")
+    info.update(recipe=config.recipe, resize=size if config.stem == "small" else round(size * 8 / 7),
+                size=size)
     objects = {"model": model, "optimizer": optimizer, "memory": memory}
     meter = Meter(config.prototypes, len(images), device=device)
-    run = Run(config, info["method"], images, steps_per_epoch, meter, objects, model.backbone, info, device, REMEDY)
+    run = Run(config, info["method"], images, steps_per_epoch, meter, objects, model.backbone, info, device,
+              REMEDY)
     parameters = sum(p.numel() for p in model.parameters())
     held = 4 * config.crops[0] * config.dim * queue_length + 8 * len(images)  # queue; assignments
     run.report(recipe(Config, RECIPES, config.recipe), parameters, config.batch_size + queue_length, held)

@@ -1,12 +1,14 @@
-"""Remove what prevents collapse and watch it happen; and take DeepCluster-v2 apart, one improvement at a time.
+"""Remove what prevents collapse and watch it happen; and take DeepCluster-v2 apart, one improvement at a
+time.
 
     python -m benchmarks.ablations                         # all of them on shapes, as long as the recipes are
     python -m benchmarks.ablations --only "swav*"          # some of them
     python -m benchmarks.ablations --list
 
-Where an option does it, the run has that option; where none does, a line below puts another function in the script's place. After
-the runs a table: the last epoch's loss as a share of ln K, clusters in use and the largest one's share of the images (means over
-heads), and 20-NN accuracy on held-out images. A run is kept in --out and not made twice; nothing is written before all are there.
+Where an option does it, the run has that option; where none does, a line below puts another function in the
+script's place. After the runs a table: the last epoch's loss as a share of ln K, clusters in use and the
+largest one's share of the images (means over heads), and 20-NN accuracy on held-out images. A run is kept in
+--out and not made twice; nothing is written before all are there.
 """
 
 import argparse
@@ -77,7 +79,8 @@ COLUMNS = ("loss / ln K", "clusters in use", "largest cluster, %", "20-NN %")
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="", help="default: that of the recipe")
     parser.add_argument("--root", default="")
     parser.add_argument("--val", default="")
@@ -100,7 +103,8 @@ def config_of(name, args, out):
     method = METHODS[name.split(",")[0]]
     config = recipe(method.Config, method.RECIPES, args.recipe)
     epochs = args.epochs or config.epochs
-    given = dict(data=args.data, root=args.root, val=args.val, epochs=epochs, seed=args.seed, workers=args.workers)
+    given = dict(data=args.data, root=args.root, val=args.val, epochs=epochs, seed=args.seed,
+                 workers=args.workers)
     given |= dict(recipe=args.recipe, out=str(out), fresh=True, eval_every=epochs)
     return dataclasses.replace(config, **given, **EXPERIMENTS[name][0])
 
@@ -120,7 +124,8 @@ def figures_of(out):
     with np.load(out / "assignments.npz") as file:
         counts = [np.bincount(head[head >= 0]) for head in file["assignments"]]
     used = statistics.mean(int((c > 0).sum()) for c in counts)
-    return last_loss(out), used, 100 * statistics.mean(c.max() / c.sum() for c in counts), curve_of(out)[-1][1]
+    return last_loss(out), used, 100 * statistics.mean(c.max() / c.sum()
+                                                       for c in counts), curve_of(out)[-1][1]
 
 
 def main(args):
@@ -142,7 +147,8 @@ def main(args):
     if missing:
         show(figures)
         return print(f"nothing is written: {args.out} lacks {'; '.join(missing)}")
-    write("ablations", torch.device("cpu"), dict(recipe=args.recipe, epochs=args.epochs, seed=args.seed), figures)
+    write("ablations", torch.device("cpu"), dict(recipe=args.recipe, epochs=args.epochs, seed=args.seed),
+          figures)
 
 
 if __name__ == "__main__":

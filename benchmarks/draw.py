@@ -8,9 +8,11 @@ DARK.update(blue="#58a6ff", orange="#f0883e", green="#3fb950", purple="#bc8cff")
 
 def page(width, height, parts, size=13):
     """The whole file. Other functions make its parts, each a line; `size` is that of the letters."""
-    light, dark = ("".join(f" --{name}: {value};" for name, value in colours.items()) for colours in (LIGHT, DARK))
+    light, dark = ("".join(f" --{name}: {value};" for name, value in colours.items()) for colours in (LIGHT,
+                                                                                                      DARK))
     css = f":root {{{light} }} @media (prefers-color-scheme: dark) {{ :root {{{dark} }} }}"
-    head = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">']
+    head = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
+            f'height="{height}">']
     head += [f"<style>{css} text {{ font: {size}px system-ui, sans-serif; fill: var(--ink); }}</style>"]
     head += [f'<rect width="{width}" height="{height}" style="fill: var(--page)"/>']
     return "\n".join([*head, *parts, "</svg>"]) + "\n"

@@ -1,11 +1,13 @@
-"""k-means against faiss-cpu and scikit-learn: same rows, same first centroids, same number of iterations, in one run.
+"""k-means against faiss-cpu and scikit-learn: same rows, same first centroids, same number of iterations, in
+one run.
 
     python -m benchmarks.kmeans                     # on a CPU 200,000 x 128, K 3,000 and 100,000 x 256, K 10,000: half an hour
     python -m benchmarks.kmeans --problems 20000x128x3000 --iterations 3        # minutes
 
-Each contender averages `iterations` times and then assigns once more. The objective is recomputed from the centroids that
-each returns, in the same way for all. Rates count the products alone, 2 (iterations + 1) N K D operations, and are compared
-with what torch.mm reaches on square matrices in the same rounds. On a GPU ours runs alone, with larger problems.
+Each contender averages `iterations` times and then assigns once more. The objective is recomputed from the
+centroids that each returns, in the same way for all. Rates count the products alone, 2 (iterations + 1) N K D
+operations, and are compared with what torch.mm reaches on square matrices in the same rounds. On a GPU ours
+runs alone, with larger problems.
 """
 
 import argparse
@@ -24,17 +26,22 @@ IMAGENET = 1_281_167
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--problems", nargs="+", help="NxDxK each (default: see above; on a GPU ImageNet's 1,281,167 rows)")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--problems", nargs="+",
+                        help="NxDxK each (default: see above; on a GPU ImageNet's 1,281,167 rows)")
     parser.add_argument("--iterations", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=3, help="rounds; medians are reported (default: 3)")
-    parser.add_argument("--threads", type=int, default=2, help="threads of every contender on a CPU (default: 2)")
-    parser.add_argument("--without", nargs="+", default=[], choices=("faiss", "scikit-learn"), help="contenders to leave out")
+    parser.add_argument("--threads", type=int, default=2,
+                        help="threads of every contender on a CPU (default: 2)")
+    parser.add_argument("--without", nargs="+", default=[], choices=("faiss", "scikit-learn"),
+                        help="contenders to leave out")
     return parser.parse_args()
 
 
 def rows(N, D, seed=0, device="cpu"):
-    """Unit rows near a curved sheet of 16 dimensions: k-means takes more than the iterations timed here to settle on it."""
+    """Unit rows near a curved sheet of 16 dimensions: k-means takes more than the iterations timed here to
+    settle on it."""
     generator = torch.Generator(device).manual_seed(seed)
     weight = torch.randn(16, D, generator=generator, device=device)
     x = (torch.randn(N, 16, generator=generator, device=device) @ weight).tanh_()
@@ -63,7 +70,8 @@ def spherical(x, init, iterations):
 def with_faiss(x, init, iterations):
     import faiss
 
-    clustering = faiss.Kmeans(x.shape[1], len(init), niter=iterations, max_points_per_centroid=len(x), min_points_per_centroid=1)
+    clustering = faiss.Kmeans(x.shape[1], len(init), niter=iterations, max_points_per_centroid=len(x),
+                              min_points_per_centroid=1)
     clustering.train(x.numpy(), init_centroids=init.numpy())
     clustering.index.search(x.numpy(), 1)
     return torch.from_numpy(clustering.centroids)
@@ -72,7 +80,8 @@ def with_faiss(x, init, iterations):
 def with_sklearn(x, init, iterations):
     from sklearn.cluster import KMeans
 
-    return torch.from_numpy(KMeans(len(init), init=init.numpy(), n_init=1, max_iter=iterations, tol=0).fit(x.numpy()).cluster_centers_)
+    return torch.from_numpy(KMeans(len(init), init=init.numpy(), n_init=1, max_iter=iterations,
+                                   tol=0).fit(x.numpy()).cluster_centers_)
 
 
 def square_product(device):
@@ -88,7 +97,8 @@ def race(problem, args, device):
     init = x[torch.randperm(N, generator=torch.Generator().manual_seed(1))[:K].to(device)]
     contenders = {"ours": ours, "ours, spherical": spherical}
     if device.type == "cpu":
-        contenders.update({name: f for name, f in {"faiss": with_faiss, "scikit-learn": with_sklearn}.items() if name not in args.without})
+        contenders.update({name: f for name, f in {"faiss": with_faiss, "scikit-learn": with_sklearn}.items()
+                           if name not in args.without})
     centroids = {}
 
     def timed(name, function):
@@ -109,7 +119,8 @@ def race(problem, args, device):
     figures = {f"{label}torch.mm, GFLOP/s": rate / 1e9}
     for name in contenders:
         figures[f"{label}{name}, s"] = taken[name]
-        figures[f"{label}{name}, share of torch.mm"] = 2 * (args.iterations + 1) * N * K * D / taken[name] / rate
+        figures[f"{label}{name}, share of torch.mm"] = 2 * (args.iterations
+                                                            + 1) * N * K * D / taken[name] / rate
     for name in contenders.keys() - {"ours", "ours, spherical"}:
         figures[f"{label}ours / {name}, time"] = taken["ours"] / taken[name]
         figures[f"{label}ours / {name} - 1, objective"] = float(objectives["ours"] / objectives[name] - 1)
@@ -144,13 +155,8 @@ def main():
     settings = dict(iterations=args.iterations, rounds=args.rounds)
     if device.type == "cpu":
         settings["threads"] = args.threads
-        settings.update(
-            {
-                name: version(package)
-                for name, package in {"faiss": "faiss-cpu", "scikit-learn": "scikit-learn"}.items()
-                if name not in args.without
-            }
-        )
+        settings.update({name: version(package) for name, package in {
+            "faiss": "faiss-cpu", "scikit-learn": "scikit-learn"}.items() if name not in args.without})
         if "faiss" not in args.without:
             import faiss
 

@@ -1,10 +1,12 @@
-"""The peer: SwAV as lightly 1.6 has it, with the settings of lightly's own CIFAR-10 benchmark, on a trunk of ours.
+"""The peer: SwAV as lightly 1.6 has it, with the settings of lightly's own CIFAR-10 benchmark, on a trunk of
+ours.
 
     python -m benchmarks.lightly_swav --recipe cifar --data cifar10 --eval-every 5
 
-Its transform, head, prototypes and loss, in its training step: a forward pass for each crop, float32, Adam. Ours are what it
-takes as well: the trunk, the reading of images, their order, the run directory and the k-NN evaluation. The options are swav.py's;
-those of what it does not have (queue, warm-up, momentum, LARC's rates, --compile) change nothing.
+Its transform, head, prototypes and loss, in its training step: a forward pass for each crop, float32, Adam.
+Ours are what it takes as well: the trunk, the reading of images, their order, the run directory and the k-NN
+evaluation. The options are swav.py's; those of what it does not have (queue, warm-up, momentum, LARC's rates,
+--compile) change nothing.
 """
 
 import math
@@ -25,34 +27,34 @@ from common.multicrop import MEAN, STD, generator, read_or_next
 from common.resnet import ARCHITECTURES
 from swav import Config
 
-# lightly's CIFAR-10 benchmark (docs/source/getting_started/benchmarks/cifar10_benchmark.py in its repository, not in the package; written
-# down from memory of it, not checked against it):
-# two crops of 32 px of 14 to 100 % of the area, colour jitter of strength 0.5, no blur; head 512-512-128 behind a ResNet-18 of
-# 512 features with a 3x3 stem, 512 prototypes, never frozen, no queue; Adam with learning rate 1e-3 for a batch of 128 and weight
-# decay 1e-6, cosine over the epochs, one rate an epoch; float32. It reports 81.2 % 200-NN after 200 epochs of 50,000 images.
-# The rest are defaults of the package: SwaVLoss (temperature 0.1, epsilon 0.05, 3 iterations) and SwaVTransform (jitter 0.8 0.8 0.8
+# lightly's CIFAR-10 benchmark (docs/source/getting_started/benchmarks/cifar10_benchmark.py in its repository,
+# not in the package; written down from memory of it, not checked against it): two crops of 32 px of 14 to 100
+# % of the area, colour jitter of strength 0.5, no blur; head 512-512-128 behind a ResNet-18 of
+# 512 features with a 3x3 stem, 512 prototypes, never frozen, no queue; Adam with learning rate 1e-3 for a
+# batch of 128 and weight decay 1e-6, cosine over the epochs, one rate an epoch; float32. It reports 81.2 %
+# 200-NN after 200 epochs of
+# 50,000 images.
+# The rest are defaults of the package: SwaVLoss (temperature 0.1, epsilon 0.05, 3 iterations) and
+# SwaVTransform (jitter 0.8 0.8 0.8
 # 0.2 times its strength, with probability 0.8; grey 0.2; ImageNet's mean and standard deviation).
 # Another trunk changes the head's input alone; what evaluations look at is as large as for our recipe.
-PUBLISHED = dict(arch="resnet10", width=0.5, stem="small", hidden=512, dim=128, crops=(2,), sizes=(32,), eval_size=48)
-PUBLISHED.update(scales=(0.14, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), blur_p=0.0, prototypes=512, queue_length=0, freeze_prototypes_iters=0)
+PUBLISHED = dict(arch="resnet10", width=0.5, stem="small", hidden=512, dim=128, crops=(2,), sizes=(32,),
+                 eval_size=48)
+PUBLISHED.update(scales=(0.14, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), blur_p=0.0, prototypes=512, queue_length=0,
+                 freeze_prototypes_iters=0)
 PUBLISHED.update(batch_size=128, lr=1e-3, final_lr=0.0, weight_decay=1e-6, precision="float32")
 RECIPES = {"cifar": ("lightly's CIFAR-10 benchmark on our trunk", dict(PUBLISHED, epochs=20))}
 
 
 class Views:
-    """Map-style set like common.multicrop.MultiCrop: lightly's crops of an image, jittered and normalised in the worker."""
+    """Map-style set like common.multicrop.MultiCrop: lightly's crops of an image, jittered and normalised in
+    the worker."""
 
     def __init__(self, images, config):
         self.images, self.seed = images, config.seed
         low, high = config.scales
-        self.transform = SwaVTransform(
-            crop_sizes=config.sizes,
-            crop_counts=config.crops,
-            crop_min_scales=(low,),
-            crop_max_scales=(high,),
-            cj_strength=config.jitter[0] / 0.8,
-            gaussian_blur=config.blur_p,
-        )
+        self.transform = SwaVTransform(crop_sizes=config.sizes, crop_counts=config.crops, crop_min_scales=(
+            low,), crop_max_scales=(high,), cj_strength=config.jitter[0] / 0.8, gaussian_blur=config.blur_p,)
 
     def __len__(self):
         return len(self.images)
@@ -60,7 +62,8 @@ class Views:
     def __getitem__(self, key):
         epoch, position, index = key
         index, image = read_or_next(self.images, index)
-        torch.manual_seed(generator(self.seed, epoch, position).getrandbits(63))  # what its transforms draw from
+        # what its transforms draw from
+        torch.manual_seed(generator(self.seed, epoch, position).getrandbits(63))
         views = self.transform(image)
         return index, [torch.stack(views)], torch.zeros(len(views), 8)  # (V, 3, s, s)
 
@@ -98,10 +101,13 @@ def main(config):
     criterion = SwaVLoss(config.temperature, config.sinkhorn_iterations, config.epsilon)
     optimizer = torch.optim.Adam(model.parameters(), config.lr, weight_decay=config.weight_decay)
     loader = data.Loader(Views(images, config), config.workers, device.type == "cuda")
-    info = dict(arch=config.arch, width=config.width, stem=config.stem, channels=3, mean=MEAN, std=STD, method="lightly_swav")
+    info = dict(arch=config.arch, width=config.width, stem=config.stem, channels=3, mean=MEAN, std=STD,
+                method="lightly_swav")
     info.update(recipe=config.recipe, resize=config.eval_size, size=config.eval_size)
-    objects, meter = {"model": model, "optimizer": optimizer}, Meter(config.prototypes, len(images), device=device)
-    run = Run(config, "lightly_swav", images, len(images) // config.batch_size, meter, objects, model.backbone, info, device)
+    objects, meter = {"model": model, "optimizer": optimizer}, Meter(config.prototypes, len(images),
+                                                                     device=device)
+    run = Run(config, "lightly_swav", images, len(images) // config.batch_size, meter, objects,
+              model.backbone, info, device)
     parameters = sum(p.numel() for p in model.parameters())
     run.report(recipe(Config, RECIPES, config.recipe), parameters, config.batch_size, 8 * len(images))
     run.resume()

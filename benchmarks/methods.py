@@ -1,13 +1,15 @@
-"""All methods side by side: same trunk, images, epochs and evaluations, between a floor and a ceiling and beside a peer.
+"""All methods side by side: same trunk, images, epochs and evaluations, between a floor and a ceiling and
+beside a peer.
 
     python -m benchmarks.methods --data list.txt --root train --val val     # 10,000 images: hours on two CPU cores
     python -m benchmarks.methods --data shapes:400 --epochs 1 --out runs/try --results runs/try/methods.json       # minutes
 
-Every run is made by its own script with its recipe `cifar`, in OUT/NAME_SEED; a finished one is not made again, and a stopped
-one goes on, so the same command resumes. Then each is judged by the evaluation scripts, and timed in turns on a machine that
-should do nothing else. Floors: the network with random weights, and the pixels themselves. Ceiling: the network trained with
-labels. Peer: lightly's SwAV. Whatever finished runs OUT holds come into benchmarks/results/methods.json and, from that file,
-into the README's table and the figure of learning curves.
+Every run is made by its own script with its recipe `cifar`, in OUT/NAME_SEED; a finished one is not made
+again, and a stopped one goes on, so the same command resumes. Then each is judged by the evaluation scripts,
+and timed in turns on a machine that should do nothing else. Floors: the network with random weights, and the
+pixels themselves. Ceiling: the network trained with labels. Peer: lightly's SwAV. Whatever finished runs OUT
+holds come into benchmarks/results/methods.json and, from that file, into the README's table and the figure of
+learning curves.
 """
 
 import argparse
@@ -43,24 +45,29 @@ SEVERAL = {"swav": [0, 1, 2], "deepclusterv2": [0, 1, 2]}  # seeds; the others h
 
 
 def arguments(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="cifar10", help="labelled images; labels train nothing but the ceiling (default: cifar10)")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="cifar10",
+                        help="labelled images; labels train nothing but the ceiling (default: cifar10)")
     parser.add_argument("--root", default="", help="folder that relative paths of a list file start from")
     parser.add_argument("--val", default="", help="held-out images (default: the val split of --data)")
     parser.add_argument("--arch", default="resnet10", help="the trunk of all (default: resnet10)")
     parser.add_argument("--width", type=float, default=0.5, help="times its published width (default: 0.5)")
     parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--methods", nargs="+", default=list(CONTENDERS), choices=CONTENDERS, help="runs to make (default: all)")
-    parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 1 2 for swav and deepclusterv2, 0 for the others")
+    parser.add_argument("--methods", nargs="+", default=list(CONTENDERS), choices=CONTENDERS,
+                        help="runs to make (default: all)")
+    parser.add_argument("--seeds", type=int, nargs="+",
+                        help="default: 0 1 2 for swav and deepclusterv2, 0 for the others")
     parser.add_argument("--out", type=Path, default=Path("runs/methods"))
     parser.add_argument("--workers", type=int, default=-1)
     parser.add_argument("--rounds", type=int, default=3, help="in which all are timed; 0: none (default: 3)")
     parser.add_argument("--train-only", action="store_true", help="make the runs, and stop")
-    parser.add_argument("--results", type=Path, default=report.RESULTS, help="the README follows the default one")
+    parser.add_argument("--results", type=Path, default=report.RESULTS,
+                        help="the README follows the default one")
     return parser.parse_args(argv)
 
 
-# ------------------------------------------------------------------------------------------------------------- runs
+# ------------------------------------------------------------------------------------------------------- runs
 
 
 def module_of(name):
@@ -69,13 +76,15 @@ def module_of(name):
 
 def config_of(name, args, seed):
     module = module_of(name)
-    given = dict(data=args.data, root=args.root, val=args.val, arch=args.arch, width=args.width, epochs=args.epochs, seed=seed)
+    given = dict(data=args.data, root=args.root, val=args.val, arch=args.arch, width=args.width,
+                 epochs=args.epochs, seed=seed)
     return replace(recipe(module.Config, module.RECIPES, "cifar"), **given)
 
 
 def training(name, args, seed, out, **others):
     """What follows `python -m` to make a run."""
-    options = {key: getattr(args, key) for key in ("data", "root", "val", "arch", "width", "epochs", "workers")}
+    options = {key: getattr(args, key) for key in ("data", "root", "val", "arch", "width", "epochs",
+                                                   "workers")}
     options |= dict(recipe="cifar", seed=seed)
     options |= dict(eval_every=max(1, args.epochs // 4), out=out) | others
     words = [(f"--{key.replace('_', '-')}", str(value)) for key, value in options.items() if value != ""]
@@ -85,7 +94,8 @@ def training(name, args, seed, out, **others):
 def made(name, args, seed):
     """The directory of a finished run, or None. Ends the program if it was made with other options."""
     run = args.out / f"{name}_{seed}"
-    there = (run / "done.json").exists()  # else its module, which may need a package that is not installed, need not be there
+    # else its module, which may need a package that is not installed, need not be there
+    there = (run / "done.json").exists()
     return run if there and finished(config_of(name, args, seed), run) else None
 
 
@@ -97,10 +107,12 @@ def python(words, **how):
 
 
 def speeds(names, args, images):
-    """{name: (seconds of the first epoch, of a later one)}: medians of rounds in which all take turns, three epochs each.
+    """{name: (seconds of the first epoch, of a later one)}: medians of rounds in which all take turns, three
+    epochs each.
 
-    Passes over the data, clustering and labelling are in; SeLa labels in every other epoch, so of two later ones the mean
-    counts. Of files an eighth is enough: nearly every part grows with their number. The peer is timed in bfloat16, too.
+    Passes over the data, clustering and labelling are in; SeLa labels in every other epoch, so of two later
+    ones the mean counts. Of files an eighth is enough: nearly every part grows with their number. The peer is
+    timed in bfloat16, too.
     """
     contenders = {name: (name, {}) for name in names}
     if PEER in names:
@@ -118,14 +130,16 @@ def speeds(names, args, images):
         for title, (name, others) in contenders.items():
             shutil.rmtree(folder / name, ignore_errors=True)
             steps = count // config_of(name, args, 0).batch_size
-            often = dict(epochs=max(3, args.epochs), max_steps=3 * steps, log_every=steps, eval_every=0, save_every=1e6)
+            often = dict(epochs=max(3, args.epochs), max_steps=3 * steps, log_every=steps, eval_every=0,
+                         save_every=1e6)
             python(training(name, args, 0, folder / name, **spec, **often, **others))
-            seconds = [len(images) / record["images_per_s"] for record in metrics(folder / name) if "images_per_s" in record]
+            seconds = [len(images) / record["images_per_s"] for record in metrics(folder / name)
+                       if "images_per_s" in record]
             taken[title].append((seconds[0], statistics.mean(seconds[1:])))
     return {name: [statistics.median(column) for column in zip(*rounds)] for name, rounds in taken.items()}
 
 
-# ------------------------------------------------------------------------------------------------------ evaluations
+# ------------------------------------------------------------------------------------------------ evaluations
 
 
 class Pixels(nn.Module):
@@ -140,25 +154,27 @@ class Pixels(nn.Module):
 
 
 def judge(trunk, info, images, queries, folder, linear_words, workers, precision="auto"):
-    """Figures of a trunk's features in percent, as the evaluation scripts find them: 20-NN, a linear classifier (last epoch, the
-    best of its rates), and how k-means with as many clusters as there are classes, fitted to the training images, sorts the
-    held-out ones. Kept in the folder until the trunk there is a younger one. linear_words: what eval_linear.py takes; without
-    any it gets the features. precision: that of the run."""
+    """Figures of a trunk's features in percent, as the evaluation scripts find them: 20-NN, a linear
+    classifier (last epoch, the best of its rates), and how k-means with as many clusters as there are
+    classes, fitted to the training images, sorts the held-out ones. Kept in the folder until the trunk there
+    is a younger one. linear_words: what eval_linear.py takes; without any it gets the features. precision:
+    that of the run."""
     kept, file, saved = folder / f"figures_{info['size']}.json", folder / f"features_{info['size']}.npz", folder / "backbone.pt"
     if kept.exists() and not (saved.exists() and saved.stat().st_mtime > kept.stat().st_mtime):
         return json.loads(kept.read_text())
     folder.mkdir(parents=True, exist_ok=True)
     device, classes = distributed.start(), len(images.classes)
     how = dict(workers=workers, precision=autocast_dtype(precision, device))
-    sets = (features.extract(trunk.to(device), part, info["resize"], info["size"], device, **how) for part in (images, queries))
+    sets = (features.extract(trunk.to(device), part, info["resize"], info["size"], device,
+                             **how) for part in (images, queries))
     bank, held_out = ([t.cpu() for t in part] for part in sets)
     if not linear_words:
         store.save(file, bank, held_out, info)
-    process = python(
-        ["eval_linear", *(linear_words or [str(file)]), "--workers", str(workers), "--precision", precision], stdout=subprocess.PIPE
-    )
+    process = python(["eval_linear", *(linear_words or [str(file)]), "--workers", str(workers), "--precision",
+                      precision], stdout=subprocess.PIPE)
     (probe,) = json.loads(process.stdout.splitlines()[-1])["chosen"].values()
-    centroids, *_ = kmeans(F.normalize(bank[0].float()), classes, 50, generator=torch.Generator().manual_seed(0))
+    centroids, *_ = kmeans(F.normalize(bank[0].float()), classes, 50,
+                           generator=torch.Generator().manual_seed(0))
     clusters, labels = nearest(F.normalize(held_out[0].float()), centroids)[0].numpy(), held_out[1].numpy()
     agreement = eval_cluster.judge(clusters, labels)
     figures = {"knn": features.knn_accuracy(*bank, *held_out, k=20)[20][0], "linear": probe["top1"]}
@@ -168,7 +184,7 @@ def judge(trunk, info, images, queries, folder, linear_words, workers, precision
     return figures
 
 
-# ---------------------------------------------------------------------------------------------------------- results
+# ---------------------------------------------------------------------------------------------------- results
 
 
 def collect(args, images, queries, seconds):
@@ -185,7 +201,8 @@ def collect(args, images, queries, seconds):
             small = {**info, "resize": 32, "size": 32}
             if name == PEER:  # its own benchmark looks at images of this size
                 smaller = [*words, "--resize", "32", "--size", "32"]
-                figures["knn_at_32_px"] = judge(trunk, small, images, queries, folder, smaller, args.workers, precision)["knn"]
+                figures["knn_at_32_px"] = judge(trunk, small, images, queries, folder, smaller, args.workers,
+                                                precision)["knn"]
             line = command(training(name, args, seed, folder))
             runs.append({"seed": seed, "command": line, **figures, "curve": curve_of(folder)})
         if runs:
@@ -193,16 +210,21 @@ def collect(args, images, queries, seconds):
             times = dict(zip(("first_epoch_s", "epoch_s"), seconds.get(name, [])))
             if name == PEER and times:
                 times["bfloat16"] = dict(zip(times, seconds[f"{PEER}, bfloat16"]))
-            found[name] = {"title": title, "crops": config.crops[0], "batch_size": config.batch_size, **times, "runs": runs}
+            found[name] = {"title": title, "crops": config.crops[0], "batch_size": config.batch_size, **times,
+                           "runs": runs}
     if not found:
         sys.exit(f"error: {args.out} holds no finished run")
     torch.manual_seed(0)
-    untrained, there = build_backbone(info), args.out / "random_weights"  # of the last run: all have the same trunk
-    floors = {"random weights": judge(untrained, info, images, queries, there, [*words, "--random-init"], args.workers)}
+    # of the last run: all have the same trunk
+    untrained, there = build_backbone(info), args.out / "random_weights"
+    floors = {"random weights": judge(untrained, info, images, queries, there, [*words, "--random-init"],
+                                      args.workers)}
     floors["pixels"] = judge(Pixels(), small, images, queries, args.out / "pixels", [], args.workers)
-    settings = dict(data=Path(args.data).name, images=len(images), held_out=len(queries), classes=len(images.classes), epochs=args.epochs)
+    settings = dict(data=Path(args.data).name, images=len(images), held_out=len(queries),
+                    classes=len(images.classes), epochs=args.epochs)
     settings.update(trunk=f"{config.arch} x{config.width:g}", px=config.eval_size)
-    return {**origin("methods", distributed.start()), "settings": settings, "methods": found, "floors": floors}
+    return {**origin("methods", distributed.start()), "settings": settings, "methods": found,
+            "floors": floors}
 
 
 def main(args):
@@ -227,7 +249,8 @@ def main(args):
     print(report.table(results))
     absent = [name for name in CONTENDERS if name not in results["methods"]]
     if args.results == report.RESULTS and absent:
-        return print(f"\nnothing is written: {args.out} lacks runs of {', '.join(absent)} (--results FILE writes what there is)")
+        return print(f"\nnothing is written: {args.out} lacks runs of {', '.join(absent)} (--results FILE "
+                     f"writes what there is)")
     args.results.parent.mkdir(parents=True, exist_ok=True)
     args.results.write_text(json.dumps(results, indent=1) + "\n")
     print(f"\nwritten to {args.results}")

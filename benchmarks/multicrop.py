@@ -1,15 +1,17 @@
-"""What SwAV's abstract claims about cost: small crops are cheap and help, large batches are not needed, nor is a memory of the data.
+"""What SwAV's abstract claims about cost: small crops are cheap and help, large batches are not needed, nor
+is a memory of the data.
 
     python -m benchmarks.multicrop                    # on shapes: an hour on two CPU cores
     python -m benchmarks.multicrop --recipe cifar --data cifar10
 
-Crops: 2 large ones against 4, 2 + 4 and 2 + 6, small ones being 96/224 of a large one's side. FLOPs forward and backward of a published
-step (ResNet-50, head and prototypes; a multiplication with an addition is two), time and peak memory of a step in a process of its
-own; 20-NN of the recipe with these crops after its number of epochs, and after as many as take the time of its 2 + 6 crops, by
-steps on synthetic images.
-Batches: two crops, 256 prototypes, the learning rate by the square root of the batch, with and without a queue of 1,024 from epoch 1.
-State: what each method says at its start that it holds beside the network, with its published recipe, extrapolated from two sizes.
-A run is kept in --out and not made twice.
+Crops: 2 large ones against 4, 2 + 4 and 2 + 6, small ones being 96/224 of a large one's side. FLOPs forward
+and backward of a published step (ResNet-50, head and prototypes; a multiplication with an addition is two),
+time and peak memory of a step in a process of its own; 20-NN of the recipe with these crops after its number
+of epochs, and after as many as take the time of its 2 + 6 crops, by steps on synthetic images.
+Batches: two crops, 256 prototypes, the learning rate by the square root of the batch, with and without a
+queue of 1,024 from epoch 1.
+State: what each method says at its start that it holds beside the network, with its published recipe,
+extrapolated from two sizes. A run is kept in --out and not made twice.
 """
 
 import argparse
@@ -38,29 +40,33 @@ from common.engine.run import Run
 
 CROPS = {"2": (2,), "4": (4,), "2 + 4": (2, 4), "2 + 6": (2, 6)}
 BATCHES, QUEUES = (64, 256, 1024), (0, 1024)
-METHODS = {"swav": swav, "deepclusterv2": deepclusterv2, "selav2": selav2, "sela": sela, "odc": odc, "deepcluster": deepcluster}
+METHODS = {"swav": swav, "deepclusterv2": deepclusterv2, "selav2": selav2, "sela": sela, "odc": odc,
+           "deepcluster": deepcluster}
 SIZES = {"10 k": 10_000, "1.28 M": 1_281_167, "100 M": 100_000_000}
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="shapes", help="of swav.py, to train with (default: shapes)")
     parser.add_argument("--data", default="", help="default: that of the recipe")
     parser.add_argument("--root", default="")
     parser.add_argument("--val", default="")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch-size", type=int, default=0, help="of the timed step (default: the published 256; 8 on a CPU)")
+    parser.add_argument("--batch-size", type=int, default=0,
+                        help="of the timed step (default: the published 256; 8 on a CPU)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds; medians are reported (default: 5)")
     parser.add_argument("--out", type=Path, default=Path("runs/multicrop"))
     parser.add_argument("--workers", type=int, default=-1)
     return parser.parse_args()
 
 
-# ------------------------------------------------------------------------------------------------------------- cost
+# ------------------------------------------------------------------------------------------------------- cost
 
 
 def with_crops(config, crops):
-    """The config with these crops; large and small ones' shares of the area are to each other as the published ones are."""
+    """The config with these crops; large and small ones' shares of the area are to each other as the
+    published ones are."""
     low, large = config.scales[0], config.sizes[0]
     sizes, scales = (large, round(large * 96 / 224)), (low, 1.0, low * 0.05 / 0.14, low)
     return replace(config, crops=crops, sizes=sizes[: len(crops)], scales=scales[: 2 * len(crops)])
@@ -89,7 +95,8 @@ def step_times(configs, device, rounds):
     contenders = {name: ours(config, Synthetic(config, device)) for name, config in configs.items()}
     for run in contenders.values():
         run(2)  # kernels are chosen, memory is taken
-    return medians(rounds, **{name: lambda run=run: seconds(run, 3, device) for name, run in contenders.items()})
+    return medians(rounds,
+                   **{name: lambda run=run: seconds(run, 3, device) for name, run in contenders.items()})
 
 
 def costs(args, device):
@@ -97,7 +104,8 @@ def costs(args, device):
     published = replace(published, batch_size=args.batch_size or (8 if device.type == "cpu" else 256))
     configs = {name: with_crops(published, crops) for name, crops in CROPS.items()}
     image = flops(published, (1,), (224,))
-    figures = {f"{name} crops: FLOPs / one full image": flops(c, c.crops, c.sizes) / image for name, c in configs.items()}
+    figures = {f"{name} crops: FLOPs / one full image": flops(c, c.crops,
+                                                              c.sizes) / image for name, c in configs.items()}
     taken = step_times(configs, device, args.rounds)
     figures |= {f"{name} crops: ms a step": 1000 * value for name, value in taken.items()}
     figures |= {f"{name} crops: step time / 2 crops": value / taken["2"] for name, value in taken.items()}
@@ -107,7 +115,7 @@ def costs(args, device):
     return figures | {f"{name} crops: peak / 2 crops": value / peaks["2"] for name, value in peaks.items()}
 
 
-# --------------------------------------------------------------------------------------------------------- accuracy
+# --------------------------------------------------------------------------------------------------- accuracy
 
 
 def train(config, out):
@@ -119,7 +127,8 @@ def train(config, out):
 
 def accuracies(args, device):
     config = recipe(swav.Config, swav.RECIPES, args.recipe)
-    given = dict(data=args.data, root=args.root, val=args.val, seed=args.seed, workers=args.workers, recipe=args.recipe)
+    given = dict(data=args.data, root=args.root, val=args.val, seed=args.seed, workers=args.workers,
+                 recipe=args.recipe)
     config = replace(config, **given)
     configs, figures = {name: with_crops(config, crops) for name, crops in CROPS.items()}, {}
     kept = args.out / "seconds.json"  # so that a second call finds the runs of the first
@@ -135,25 +144,29 @@ def accuracies(args, device):
             folder = args.out / f"{name.replace(' ', '')}_crops_{epochs}_epochs"
             before, accuracy = train(replace(c, epochs=epochs), folder)
             figures["untrained: 20-NN %"] = before
-            figures |= {f"{name} crops: epochs at {what}": epochs, f"{name} crops: 20-NN % at {what}": accuracy}
+            figures |= {f"{name} crops: epochs at {what}": epochs,
+                        f"{name} crops: 20-NN % at {what}": accuracy}
             figures[f"{name} crops: loss / ln K at {what}"] = last_loss(folder)
     for batch in BATCHES:
         more = batch / config.batch_size
         rates = dict(lr=config.lr * math.sqrt(more), final_lr=config.final_lr * math.sqrt(more))
         frozen = round(config.freeze_prototypes_iters / more)
-        c = replace(configs["2"], batch_size=batch, prototypes=256, freeze_prototypes_iters=frozen, queue_start_epoch=1, **rates)
-        figures[f"batch {batch}: steps"] = c.epochs * (len(data.open_images(c.data or "shapes", "train", c.root)) // batch)
+        c = replace(configs["2"], batch_size=batch, prototypes=256, freeze_prototypes_iters=frozen,
+                    queue_start_epoch=1, **rates)
+        figures[f"batch {batch}: steps"] = c.epochs * (len(data.open_images(c.data or "shapes", "train",
+                                                                            c.root)) // batch)
         for queue in QUEUES:
             accuracy = train(replace(c, queue_length=queue), args.out / f"batch_{batch}_queue_{queue}")[-1]
             figures[f"batch {batch}, queue {queue}: 20-NN %"] = accuracy
     return figures
 
 
-# ------------------------------------------------------------------------------------------------------------ state
+# ------------------------------------------------------------------------------------------------------ state
 
 
 def held(method, images):
-    """Bytes beside the network that the method's script announces for so many images with its default recipe."""
+    """Bytes beside the network that the method's script announces for so many images with its default
+    recipe."""
     announced = []
 
     class Announced(BaseException):
@@ -167,7 +180,8 @@ def held(method, images):
     own, method.Run = method.Run, Announcing
     with tempfile.TemporaryDirectory() as out:
         try:
-            method.main(replace(recipe(method.Config, method.RECIPES, method.Config().recipe), data=f"shapes:{images}", out=out))
+            method.main(replace(recipe(method.Config, method.RECIPES, method.Config().recipe),
+                                data=f"shapes:{images}", out=out))
         except Announced:
             return announced[0]
         finally:
@@ -180,7 +194,8 @@ def states():
         few, many = held(method, 20_000), held(method, 40_000)
         slope = (many - few) / 20_000
         figures[f"{name}: bytes an image"] = round(slope)
-        figures |= {f"{name}: GiB at {size}": (few + slope * (n - 20_000)) / 2**30 for size, n in SIZES.items()}
+        figures |= {f"{name}: GiB at {size}": (few + slope * (n - 20_000)) / 2**30
+                    for size, n in SIZES.items()}
     return figures
 
 

@@ -1,10 +1,12 @@
-"""What ODC's memory costs a step at ImageNet size, beside recomputing all centroids as the reference does every 10 steps.
+"""What ODC's memory costs a step at ImageNet size, beside recomputing all centroids as the reference does
+every 10 steps.
 
     python -m benchmarks.odc_memory             # 1,281,167 embeddings of 256 numbers, 10,000 clusters, batch 512: 4 GB
 
-A step gathers the batch, blends, finds the new clusters, keeps sums and counts, weighs the loss; every 10 steps the centroids are
-refreshed, every 50 a cluster is made to fall below the minimum, so that it is dissolved and the largest, of 2,000 images, split. The
-product of the batch with all centroids is timed by itself, being the machine's rate of products and nothing else.
+A step gathers the batch, blends, finds the new clusters, keeps sums and counts, weighs the loss; every 10
+steps the centroids are refreshed, every 50 a cluster is made to fall below the minimum, so that it is
+dissolved and the largest, of 2,000 images, split. The product of the batch with all centroids is timed by
+itself, being the machine's rate of products and nothing else.
 """
 
 import argparse
@@ -19,7 +21,8 @@ from odc import Memory
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=1_281_167)
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--clusters", type=int, default=10_000)
@@ -37,7 +40,8 @@ def main():
     memory = Memory(args.images, args.dim, args.clusters, device=device)
     features = torch.randn(args.images, args.dim, generator=generator, device=device)
     targets = torch.randint(args.clusters, (args.images,), generator=generator, device=device)
-    crowded = torch.randperm(args.images, generator=generator, device=device)[: 2000 * (args.steps // 50)].split(2000)
+    crowded = torch.randperm(args.images, generator=generator,
+                             device=device)[: 2000 * (args.steps // 50)].split(2000)
     for cluster, images in enumerate(crowded):  # those that will be split
         targets[images] = args.clusters - 1 - cluster
     memory.fill(features)

@@ -1,9 +1,11 @@
-"""DeepCluster's way from 4,096 features an image to 256 whitened ones: time, memory, and what ImageNet's 1,281,167 images make of it.
+"""DeepCluster's way from 4,096 features an image to 256 whitened ones: time, memory, and what ImageNet's
+1,281,167 images make of it.
 
     python -m benchmarks.pca             # 40,000 bfloat16 rows, one minute on a CPU
 
-Measured is `whiten` of deepcluster.py. Time is linear in the rows but for the axes, which are found once; memory beyond the
-features is the result (1 KiB a row), one chunk and two 4,096 x 4,096 float64 matrices with what their decomposition needs.
+Measured is `whiten` of deepcluster.py. Time is linear in the rows but for the axes, which are found once;
+memory beyond the features is the result (1 KiB a row), one chunk and two 4,096 x 4,096 float64 matrices with
+what their decomposition needs.
 """
 
 import argparse
@@ -18,7 +20,8 @@ from deepcluster import whiten
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=40_000)
     parser.add_argument("--threads", type=int, default=2, help="threads on a CPU (default: 2)")
     args = parser.parse_args()
@@ -36,14 +39,12 @@ def main():
     all_of_them = seconds(lambda: whiten(x, 256), device)
     held = (torch.cuda.max_memory_allocated() if device.type == "cuda" else resident()) - before
     each = (all_of_them - few) / (args.rows - 4096)
-    figures = {
-        f"{args.rows} x 4096 to 256, s": all_of_them,
-        "us a row": 1e6 * each,
-        "memory beyond the features, MiB": held / 2**20,
-        f"{IMAGENET} rows, s (extrapolated)": few + each * (IMAGENET - 4096),
-        f"{IMAGENET} rows, features and result, GiB (computed)": IMAGENET * (2 * 4096 + 4 * 256) / 2**30,
-        f"{IMAGENET} rows, memory beyond the features, GiB (extrapolated)": (held + 1024 * (IMAGENET - args.rows)) / 2**30,
-    }
+    figures = {f"{args.rows} x 4096 to 256, s": all_of_them, "us a row": 1e6 * each,
+               "memory beyond the features, MiB": held / 2**20,
+               f"{IMAGENET} rows, s (extrapolated)": few + each * (IMAGENET - 4096),
+               f"{IMAGENET} rows, features and result, GiB (computed)": IMAGENET * (2 * 4096 + 4 * 256)
+               / 2**30, f"{IMAGENET} rows, memory beyond the features, GiB (extrapolated)": (
+                   held + 1024 * (IMAGENET - args.rows)) / 2**30}
     write("pca", device, vars(args), figures)
 
 

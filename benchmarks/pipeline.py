@@ -2,8 +2,9 @@
 
     python -m benchmarks.pipeline --data /imagenet/val       # a folder of photos; a few hundred are enough
 
-2x224 + 6x96 crops, against lightly's `SwaVTransform`, the usual pipeline on Pillow images: random resized crop, flip, colour
-jitter, grey, blur, to tensor, normalise, for each crop. CPU time of one process, files in the page cache.
+2x224 + 6x96 crops, against lightly's `SwaVTransform`, the usual pipeline on Pillow images: random resized
+crop, flip, colour jitter, grey, blur, to tensor, normalise, for each crop. CPU time of one process, files in
+the page cache.
 """
 
 import argparse
@@ -39,7 +40,8 @@ class Usual:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="a folder of photos")
     parser.add_argument("--images", type=int, default=200, help="images a round (default: 200)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds; medians are reported (default: 5)")
@@ -62,14 +64,10 @@ def main():
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in a worker
-    figures = medians(
-        args.rounds,
-        **{
-            "decode, CPU ms an image": cpu_ms(images.read),
-            "ours: decode and 8 uint8 crops, CPU ms an image": cpu_ms(lambda i: ours[0, i, i]),
-            "usual: decode and 8 finished crops, CPU ms": cpu_ms(usual.__getitem__),
-        },
-    )
+    figures = medians(args.rounds,
+                      **{"decode, CPU ms an image": cpu_ms(images.read),
+                         "ours: decode and 8 uint8 crops, CPU ms an image": cpu_ms(lambda i: ours[0, i, i]),
+                         "usual: decode and 8 finished crops, CPU ms": cpu_ms(usual.__getitem__)})
     _, our_cpu, usual_cpu = figures.values()
     figures["ours / usual, CPU time"] = our_cpu / usual_cpu
     figures["ours, images a second and core"] = 1000 / our_cpu
@@ -85,17 +83,16 @@ def main():
         count = sum(len(index) for index, *_ in epoch())
         return count / (time.perf_counter() - start)
 
-    usual_loader = DataLoader(usual, batch_size, num_workers=workers, drop_last=True, persistent_workers=True, prefetch_factor=4)
-    speed = medians(
-        args.rounds,
-        ours=lambda: loaded(lambda: loader.epoch(0, steps)),
-        usual=lambda: loaded(lambda: usual_loader),
-    )
+    usual_loader = DataLoader(usual, batch_size, num_workers=workers, drop_last=True, persistent_workers=True,
+                              prefetch_factor=4)
+    speed = medians(args.rounds, ours=lambda: loaded(lambda: loader.epoch(0, steps)),
+                    usual=lambda: loaded(lambda: usual_loader))
     figures["ours, images/s from 2 workers"], figures["usual, images/s from 2 workers"] = speed["ours"], speed["usual"]
     index, crops, params = next(loader.epoch(0, steps))
     sent = sum(group.nbytes for group in crops) + params.nbytes
     figures["ours, KB an image from worker to main"] = sent / len(index) / 1000
-    figures["usual, KB an image from worker to main"] = 4 * sum(group.nbytes for group in crops) / len(index) / 1000
+    figures["usual, KB an image from worker to main"] = 4 * sum(group.nbytes
+                                                                for group in crops) / len(index) / 1000
 
     def on_device():
         start = time.perf_counter()
@@ -105,18 +102,22 @@ def main():
         return 1000 * (time.perf_counter() - start)
 
     on_device()
-    figures["photometric part on the device, ms an image"] = medians(args.rounds, device=on_device)["device"] / len(index)
+    figures["photometric part on the device, ms an image"] = medians(args.rounds,
+                                                                     device=on_device)["device"] / len(index)
     loader.close()
     figures["share of a training step spent waiting"] = waiting(args.data)
     write("pipeline", device, {"images": n, "batch_size": batch_size, "workers": workers}, figures)
 
 
 def waiting(folder):
-    """Share of the time that swav.py itself waits for data: resnet50, 2x224 + 6x96, 2 workers, after its first steps."""
+    """Share of the time that swav.py itself waits for data: resnet50, 2x224 + 6x96, 2 workers, after its
+    first steps."""
     with tempfile.TemporaryDirectory() as out:
-        command = [sys.executable, "swav.py", "--data", folder, "--recipe", "swav_400ep_8x32", "--workers", "2", "--out", out]
+        command = [sys.executable, "swav.py", "--data", folder, "--recipe", "swav_400ep_8x32", "--workers",
+                   "2", "--out", out]
         gpu = torch.cuda.is_available()
-        command += ["--batch-size", "256" if gpu else "8", "--max-steps", "18", "--log-every", "6", "--epochs", "2"]
+        command += ["--batch-size", "256" if gpu else "8", "--max-steps", "18", "--log-every", "6",
+                    "--epochs", "2"]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         records = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
         return [record["data_wait"] for record in records if "data_wait" in record][-1]

@@ -1,4 +1,5 @@
-"""What every benchmark shares: rounds that alternate, medians, and a result file that says where it was made."""
+"""What every benchmark shares: rounds that alternate, medians, and a result file that says where it was
+made."""
 
 import itertools
 import json
@@ -18,7 +19,8 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def medians(rounds, **contenders):
-    """{name: median of what contender() returns}. They take turns, so that a slow minute of the machine hits them all."""
+    """{name: median of what contender() returns}. They take turns, so that a slow minute of the machine hits
+    them all."""
     values = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, contender in contenders.items():
@@ -27,15 +29,19 @@ def medians(rounds, **contenders):
 
 
 def finished(config, folder):
-    """Whether a folder has a finished run with the options of config. Ends the program if it was made with others."""
+    """Whether a folder has a finished run with the options of config. Ends the program if it was made with
+    others."""
     if not (folder / "done.json").exists():
         return False
-    saved = {**asdict(type(config)()), **json.loads((folder / "config.json").read_text())}  # an older run lacks younger options
+    # an older run lacks younger options
+    saved = {**asdict(type(config)()), **json.loads((folder / "config.json").read_text())}
     images = {key: (getattr(config, key), saved[key]) for key in ("data", "root", "val")}  # "" is "shapes"
-    changed = [f"--{key} {new} (saved {old})" for key, (new, old) in images.items() if (new or "shapes") != (old or "shapes")]
+    changed = [f"--{key} {new} (saved {old})" for key, (new, old) in images.items()
+               if (new or "shapes") != (old or "shapes")]
     changed += differences(config, saved)
     if changed:
-        sys.exit(f"error: {folder} was made with other options: {', '.join(changed)}; take another --out, or delete it")
+        sys.exit(f"error: {folder} was made with other options: {', '.join(changed)}; take another --out, or "
+                 f"delete it")
     return True
 
 
@@ -50,10 +56,12 @@ def curve_of(folder):
 
 
 def last_loss(folder):
-    """Loss / ln K of the last epoch: the mean of its records, each of which is one over the steps since the record before."""
+    """Loss / ln K of the last epoch: the mean of its records, each of which is one over the steps since the
+    record before."""
     logged = [record for record in metrics(folder) if "loss_per_ln_k" in record]
     steps = [after["step"] - before["step"] for before, after in itertools.pairwise([{"step": 0}, *logged])]
-    last = [(record["loss_per_ln_k"], n) for record, n in zip(logged, steps) if record["epoch"] > logged[-1]["epoch"] - 1]
+    last = [(record["loss_per_ln_k"],
+             n) for record, n in zip(logged, steps) if record["epoch"] > logged[-1]["epoch"] - 1]
     return sum(loss * n for loss, n in last) / sum(n for _, n in last)
 
 
@@ -84,12 +92,15 @@ def versions():
 
 def command(words):
     """The command line `python -m ...` in words, of files and folders only the names."""
-    return " ".join(["python", "-m", *(Path(word).name if os.path.isabs(word) or os.path.exists(word) else str(word) for word in words)])
+    return " ".join(["python", "-m", *(Path(word).name if os.path.isabs(word) or os.path.exists(word)
+                                       else str(word) for word in words)])
 
 
 def origin(name, device):
-    """What every result file begins with: machine, versions, and the command that this program was started by."""
-    return {"machine": machine(device), "versions": versions(), "command": command([f"benchmarks.{name}", *sys.argv[1:]])}
+    """What every result file begins with: machine, versions, and the command that this program was started
+    by."""
+    return {"machine": machine(device), "versions": versions(),
+            "command": command([f"benchmarks.{name}", *sys.argv[1:]])}
 
 
 def show(figures):
@@ -98,12 +109,10 @@ def show(figures):
 
 
 def write(name, device, settings, figures):
-    """Prints the figures and writes them to results/NAME_DEVICE.json with versions, machine, command and settings."""
-    record = {
-        **origin(name, device),
-        "settings": settings,
-        "figures": {key: value if isinstance(value, int) else float(f"{value:.4g}") for key, value in figures.items()},
-    }
+    """Prints the figures and writes them to results/NAME_DEVICE.json with versions, machine, command and
+    settings."""
+    record = {**origin(name, device), "settings": settings, "figures": {
+        key: value if isinstance(value, int) else float(f"{value:.4g}") for key, value in figures.items()}}
     show(record["figures"])
     slug = device.type if device.type == "cpu" else machine(device).lower().replace(" ", "_")
     RESULTS.mkdir(exist_ok=True)

@@ -1,11 +1,13 @@
-"""Balanced assignment of a data set against a float64 NumPy matrix to the published end, and against POT for 100 iterations.
+"""Balanced assignment of a data set against a float64 NumPy matrix to the published end, and against POT for
+100 iterations.
 
     python -m benchmarks.sinkhorn                       # 200,000 x 1,000; POT 20,000 x 1,000; ImageNet extrapolated: minutes
     python -m benchmarks.sinkhorn --samples 20000 --rounds 1                    # a quick look
     pip install pot                                     # for that row, which is left out without it
 
-Every run has a fresh process, with the same number of threads and with the same float32 log-probabilities, and all count from
-there to the assignments. Memory is what the process adds at its largest, the log-probabilities (N x K x 4 bytes) included.
+Every run has a fresh process, with the same number of threads and with the same float32 log-probabilities,
+and all count from there to the assignments. Memory is what the process adds at its largest, the
+log-probabilities (N x K x 4 bytes) included.
 """
 
 import argparse
@@ -28,19 +30,20 @@ LAM = 25.0
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=200_000)
     parser.add_argument("--classes", type=int, default=1000)
-    parser.add_argument(
-        "--spread", type=float, default=0.4, help="standard deviation of the logits: more takes more iterations (default: 0.4)"
-    )
+    parser.add_argument("--spread", type=float, default=0.4,
+                        help="standard deviation of the logits: more takes more iterations (default: 0.4)")
     parser.add_argument("--rounds", type=int, default=3, help="rounds; medians are reported (default: 3)")
     parser.add_argument("--threads", type=int, default=2, help="threads of every contender (default: 2)")
     return parser.parse_args()
 
 
 def log_probabilities(N, K, spread, seed=0):
-    """Of a linear classifier that prefers some of its classes, on features of 64 dimensions: (N, K) float32."""
+    """Of a linear classifier that prefers some of its classes, on features of 64 dimensions: (N, K)
+    float32."""
     generator = torch.Generator().manual_seed(seed)
     weight, bias = torch.randn(64, K, generator=generator) / 8, torch.randn(K, generator=generator) / 2
     scores = torch.empty(N, K)
@@ -101,9 +104,8 @@ def pot(scores, iterations=100):
     N, K = scores.shape
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it says that it has not converged
-        plan = ot.sinkhorn(
-            np.full(N, 1 / N), np.full(K, 1 / K), -scores.numpy().astype(np.float64), 1 / LAM, numItermax=iterations, stopThr=0
-        )
+        plan = ot.sinkhorn(np.full(N, 1 / N), np.full(K, 1 / K), -scores.numpy().astype(np.float64), 1 / LAM,
+                           numItermax=iterations, stopThr=0)
     return torch.from_numpy(plan.argmax(1)), iterations
 
 
@@ -123,7 +125,8 @@ def first_iterations(scores):
 def measure(contender, problem, threads):
     """Seconds, bytes added at the largest, and what the contender returns."""
     torch.set_num_threads(threads)
-    contender(log_probabilities(4 * problem[1], *problem[1:]))  # libraries take their memory and start their threads
+    # libraries take their memory and start their threads
+    contender(log_probabilities(4 * problem[1], *problem[1:]))
     empty = resident("VmRSS")
     scores = log_probabilities(*problem)
     Path("/proc/self/clear_refs").write_text("5")  # forgets the largest size so far
@@ -157,7 +160,8 @@ def race(contenders, problem, args):
     for name in others:
         figures[f"{label}{name} / {first}, time"] = seconds[name] / seconds[first]
         figures[f"{label}{name} / {first}, memory"] = runs[name][-1][1] / runs[first][-1][1]
-        figures[f"{label}{name} and {first}, equal labels, %"] = 100 * float((runs[name][-1][2] == runs[first][-1][2]).double().mean())
+        figures[f"{label}{name} and {first}, equal labels, %"] = 100 * float(
+            (runs[name][-1][2] == runs[first][-1][2]).double().mean())
     return figures
 
 
@@ -168,24 +172,18 @@ def imagenet(args, iterations):
     few, many = torch.stack(taken).median(0).values.mul(IMAGENET / N).tolist()
     each = (many - few) / 20
     label = f"{IMAGENET} x {CLASSES}, "
-    return {
-        f"{label}s an iteration (extrapolated)": each,
-        f"{label}s before and after them (extrapolated)": few - 5 * each,
-        f"{label}{HEADS} heads, {iterations} iterations, h (extrapolated)": HEADS * (few + (iterations - 5) * each) / 3600,
-        f"{label}held, GiB": IMAGENET * CLASSES * 4 / 2**30,
-    }
+    return {f"{label}s an iteration (extrapolated)": each,
+            f"{label}s before and after them (extrapolated)": few - 5 * each,
+            f"{label}{HEADS} heads, {iterations} iterations, h (extrapolated)": HEADS
+            * (few + (iterations - 5) * each) / 3600, f"{label}held, GiB": IMAGENET * CLASSES * 4 / 2**30}
 
 
 def main():
     args = arguments()
     settings = dict(rounds=args.rounds, threads=args.threads, spread=args.spread, numpy=np.__version__)
-    contenders = {
-        "NumPy, float64": reference,
-        "published rule": published,
-        "published rule in place": published_in_place,
-        "published rule not held": published_not_held,
-        "marginal rule": marginal,
-    }
+    contenders = {"NumPy, float64": reference, "published rule": published,
+                  "published rule in place": published_in_place,
+                  "published rule not held": published_not_held, "marginal rule": marginal}
     problem = (args.samples, args.classes, args.spread)
     figures = race(contenders, problem, args)
     try:
@@ -193,7 +191,8 @@ def main():
     except PackageNotFoundError:
         print("without POT: pip install pot")
     else:
-        figures.update(race({"POT, 100 iterations": pot, "ours, 100 iterations": limited}, (min(20_000, args.samples), *problem[1:]), args))
+        figures.update(race({"POT, 100 iterations": pot, "ours, 100 iterations": limited},
+                            (min(20_000, args.samples), *problem[1:]), args))
     figures.update(imagenet(args, 100))
     write("sinkhorn", torch.device("cpu"), settings, figures)
 

@@ -1,12 +1,13 @@
-"""Does online clustering steady the training? ODC beside DeepCluster: same trunk, images, crops, clusters and epochs.
+"""Does online clustering steady the training? ODC beside DeepCluster: same trunk, images, crops, clusters and
+epochs.
 
     python -m benchmarks.stability                          # on shapes: 3 seeds, 5 epochs
     python -m benchmarks.stability --recipe cifar --data cifar10 --epochs 10
 
-Between successive epochs' clusters of all images: mutual information (NMI, 1: the same), and the share of images that change
-cluster once clusters are numbered as alike as can be. And how far the loss jumps when an epoch begins: its mean over the first
-tenth of an epoch less that over the last tenth of the one before, divided by ln K. The first change is left out.
-A run is kept in --out and not made twice.
+Between successive epochs' clusters of all images: mutual information (NMI, 1: the same), and the share of
+images that change cluster once clusters are numbered as alike as can be. And how far the loss jumps when an
+epoch begins: its mean over the first tenth of an epoch less that over the last tenth of the one before,
+divided by ln K. The first change is left out. A run is kept in --out and not made twice.
 """
 
 import argparse
@@ -31,22 +32,26 @@ METHODS = {"ODC": odc, "DeepCluster": deepcluster}
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="shapes")
     parser.add_argument("--root", default="")
     parser.add_argument("--recipe", default="shapes", help="of both methods (default: shapes)")
     parser.add_argument("--prototypes", type=int, default=50, help="number K of clusters (default: 50)")
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="others' runs must be there (default: both)")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS,
+                        help="others' runs must be there (default: both)")
     parser.add_argument("--out", type=Path, default=Path("runs/stability"))
     parser.add_argument("--workers", type=int, default=-1)
     return parser.parse_args()
 
 
 def config_of(method, args, seed):
-    given = dict(data=args.data, root=args.root, prototypes=args.prototypes, epochs=args.epochs, seed=seed, workers=args.workers)
-    return dataclasses.replace(recipe(method.Config, method.RECIPES, args.recipe), **given, recipe=args.recipe)
+    given = dict(data=args.data, root=args.root, prototypes=args.prototypes, epochs=args.epochs, seed=seed,
+                 workers=args.workers)
+    return dataclasses.replace(recipe(method.Config, method.RECIPES, args.recipe), **given,
+                               recipe=args.recipe)
 
 
 def train(method, config, out):
@@ -68,7 +73,8 @@ def train(method, config, out):
 
 
 def figures_of(losses, clusters, K):
-    """Means over the changes from one epoch to the next: NMI, share of images that change cluster, jump of the loss."""
+    """Means over the changes from one epoch to the next: NMI, share of images that change cluster, jump of
+    the loss."""
     steps, found = len(losses) // len(clusters), []
     for epoch in range(2, len(clusters)):
         old, new = clusters[epoch - 1], clusters[epoch]
@@ -77,7 +83,8 @@ def figures_of(losses, clusters, K):
         kept = both[linear_sum_assignment(both, maximize=True)].sum() / len(new)
         start, tenth = epoch * steps, max(1, steps // 10)
         jump = losses[start : start + tenth].mean() - losses[start - tenth : start].mean()
-        found.append([nmi(torch.from_numpy(old), torch.from_numpy(new)), 100 * (1 - kept), jump / math.log(K)])
+        found.append([nmi(torch.from_numpy(old), torch.from_numpy(new)), 100 * (1 - kept),
+                      jump / math.log(K)])
     return np.mean(found, axis=0)
 
 
@@ -93,16 +100,19 @@ def main(args):
                 np.savez_compressed(kept, losses=losses, clusters=clusters)
             if kept.exists():
                 with np.load(kept) as file:
-                    results.setdefault(name, []).append(figures_of(file["losses"], file["clusters"], args.prototypes))
+                    results.setdefault(name, []).append(figures_of(file["losses"], file["clusters"],
+                                                                   args.prototypes))
                     images = file["clusters"].shape[1]
     figures = {}
     for name, rows in results.items():
-        for j, what in enumerate(("NMI to the epoch before", "images that change cluster, %", "jump of the loss, share of ln K")):
+        for j, what in enumerate(("NMI to the epoch before", "images that change cluster, %",
+                                  "jump of the loss, share of ln K")):
             values = [row[j] for row in rows]
             figures[f"{name}: {what}"] = statistics.mean(values)
             figures[f"{name}: {what}, least"], figures[f"{name}: {what}, most"] = min(values), max(values)
     if all(len(results.get(name, [])) == len(args.seeds) for name in METHODS):
-        settings = dict(recipe=args.recipe, prototypes=args.prototypes, epochs=args.epochs, seeds=args.seeds, images=images)
+        settings = dict(recipe=args.recipe, prototypes=args.prototypes, epochs=args.epochs, seeds=args.seeds,
+                        images=images)
         write("stability", torch.device("cpu"), settings, figures)
     else:
         print(f"nothing is written: {args.out} lacks runs of {' or '.join(METHODS)}")

@@ -2,10 +2,11 @@
 
     python -m benchmarks.step                       # the published recipe and the small one
 
-Ours is the loop of swav.py as it ships: uint8 crops come in, jitter, blur and normalisation are part of the step, bf16
-autocast and channels_last where the hardware has them. lightly's (`SwaVLoss`, `SwaVPrototypes`, `SwaVProjectionHead`) gets
-float crops that are ready and runs in float32 with plain SGD, a forward pass for each crop as in its example. On a GPU also:
-ours compiled, and with the batch norm that synchronises over processes, our own and torch's.
+Ours is the loop of swav.py as it ships: uint8 crops come in, jitter, blur and normalisation are part of the
+step, bf16 autocast and channels_last where the hardware has them. lightly's (`SwaVLoss`, `SwaVPrototypes`,
+`SwaVProjectionHead`) gets float crops that are ready and runs in float32 with plain SGD, a forward pass for
+each crop as in its example. On a GPU also: ours compiled, and with the batch norm that synchronises over
+processes, our own and torch's.
 """
 
 import argparse
@@ -29,24 +30,29 @@ from common.resnet import ARCHITECTURES
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", nargs="+", default=["swav_400ep_8x32", "small"], help="of swav.py")
-    parser.add_argument("--batch-size", type=int, default=0, help="default: the recipe's; 8 for the published ones on a CPU")
+    parser.add_argument("--batch-size", type=int, default=0,
+                        help="default: the recipe's; 8 for the published ones on a CPU")
     parser.add_argument("--steps", type=int, default=3, help="timed steps a round (default: 3)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds; medians are reported (default: 5)")
     return parser.parse_args()
 
 
 class Synthetic:
-    """Stands for common.run.Run in swav.train_one_epoch: gives it the same batch `count` times, and writes nothing."""
+    """Stands for common.run.Run in swav.train_one_epoch: gives it the same batch `count` times, and writes
+    nothing."""
 
     def __init__(self, config, device):
         self.images, self.device, self.count = range(1000 * config.batch_size), device, 0
         draw, rng, augmentation = torch.Generator().manual_seed(0), random.Random(0), Augmentation()
         shapes = [(v, config.batch_size, 3, s, s) for v, s in zip(config.crops, config.sizes)]
         crops = [torch.randint(0, 256, shape, generator=draw, dtype=torch.uint8) for shape in shapes]
-        params = torch.tensor([[augmentation.draw(rng) for _ in range(config.batch_size)] for _ in range(sum(config.crops))])
-        self.crops, self.params = [group.pin_memory() if device.type == "cuda" else group for group in crops], params
+        params = torch.tensor([[augmentation.draw(rng) for _ in range(config.batch_size)]
+                               for _ in range(sum(config.crops))])
+        self.crops, self.params = [group.pin_memory() if device.type == "cuda" else group
+                                   for group in crops], params
 
     def steps(self, loader, batches, epoch):
         for step in range(self.count):
@@ -97,7 +103,8 @@ def theirs(config, synthetic):
     model = nn.Sequential(trunk, head).to(device)
     prototypes.to(device)
     criterion = SwaVLoss()
-    optimizer = torch.optim.SGD([*model.parameters(), *prototypes.parameters()], lr=0.01, momentum=0.9, weight_decay=1e-6)
+    optimizer = torch.optim.SGD([*model.parameters(), *prototypes.parameters()], lr=0.01, momentum=0.9,
+                                weight_decay=1e-6)
     groups = to_device(synthetic.crops, synthetic.params, device)
     views = [view.contiguous() for group in groups for view in group.split(config.batch_size)]
     large = config.crops[0]
@@ -122,7 +129,8 @@ def main():
         config = recipe(swav.Config, swav.RECIPES, name)
         slow = device.type == "cpu" and config.arch == "resnet50"
         config = replace(config, batch_size=args.batch_size or (8 if slow else config.batch_size))
-        settings[name] = {key: getattr(config, key) for key in ("arch", "width", "crops", "sizes", "batch_size", "prototypes")}
+        settings[name] = {key: getattr(config, key) for key in ("arch", "width", "crops", "sizes",
+                                                                "batch_size", "prototypes")}
         for what, value in measure(config, args, device).items():
             figures[f"{name}: {what}"] = value
     figures["a convolution in the precision of ours / in float32, speed"] = convolution_gain(args, device)
@@ -135,7 +143,8 @@ def measure(config, args, device):
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
         contenders["ours compiled"] = ours(config, synthetic, compiled=True)
-    contenders["photometric alone"] = lambda count: [to_device(synthetic.crops, synthetic.params, device) for _ in range(count)]
+    contenders["photometric alone"] = lambda count: [to_device(synthetic.crops, synthetic.params,
+                                                               device) for _ in range(count)]
     for run in contenders.values():
         run(2)  # kernels are chosen, memory is taken
     timed = {name: lambda run=run: seconds(run, args.steps, device) for name, run in contenders.items()}
@@ -154,7 +163,8 @@ def measure(config, args, device):
 
 
 def convolution_gain(args, device):
-    """How much faster the machine convolves in our precision and layout: what a step can gain where it only convolves."""
+    """How much faster the machine convolves in our precision and layout: what a step can gain where it only
+    convolves."""
     x, weight = torch.randn(16, 256, 14, 14, device=device), torch.randn(256, 256, 3, 3, device=device)
 
     def both_ways(dtype, layout):
@@ -167,11 +177,8 @@ def convolution_gain(args, device):
         run(3)
         return lambda: seconds(run, 10 * args.steps, device)
 
-    taken = medians(
-        args.rounds,
-        usual=both_ways(torch.float32, torch.contiguous_format),
-        ours=both_ways(autocast_dtype("auto", device), torch.channels_last),
-    )
+    taken = medians(args.rounds, usual=both_ways(torch.float32, torch.contiguous_format),
+                    ours=both_ways(autocast_dtype("auto", device), torch.channels_last))
     return taken["usual"] / taken["ours"]
 
 
@@ -179,13 +186,13 @@ def synced(config, synthetic, args, native):
     """Our steps with batch norm synchronised over a group of one process: its cost without the network's."""
     dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
     distributed.world_size = lambda: 2  # take the path of many processes
-    contenders = {
-        "own SyncBatchNorm": ours(config, synthetic, convert=SyncBatchNorm.convert),
-        "native SyncBatchNorm": ours(config, synthetic, convert=nn.SyncBatchNorm.convert_sync_batchnorm),
-    }
+    contenders = {"own SyncBatchNorm": ours(config, synthetic, convert=SyncBatchNorm.convert),
+                  "native SyncBatchNorm": ours(config, synthetic,
+                                               convert=nn.SyncBatchNorm.convert_sync_batchnorm)}
     for run in contenders.values():
         run(2)
-    taken = medians(args.rounds, **{name: lambda run=run: seconds(run, args.steps, synthetic.device) for name, run in contenders.items()})
+    taken = medians(args.rounds, **{name: lambda run=run: seconds(run, args.steps, synthetic.device)
+                                    for name, run in contenders.items()})
     dist.destroy_process_group()
     return {f"{name}, time / without": value / native for name, value in taken.items()}
 

@@ -1,10 +1,11 @@
-"""10,000 images of CIFAR-10 as files, 1,000 a class, and 5,000 held-out ones: the size that the README's figures are made at.
+"""10,000 images of CIFAR-10 as files, 1,000 a class, and 5,000 held-out ones: the size that the README's
+figures are made at.
 
     python -m benchmarks.subset cifar       # downloads CIFAR-10 into cifar/download; PNG files, a few MB
     make results DATA=cifar/list.txt ROOT=cifar/train VAL=cifar/val
 
-The first images of every class in the order of the data set. The README's own figures are of another choice of as many, saved as JPEG,
-so other decimals are to be expected.
+The first images of every class in the order of the data set. The README's own figures are of another choice
+of as many, saved as JPEG, so other decimals are to be expected.
 """
 
 import argparse
@@ -15,14 +16,17 @@ from torchvision.datasets import CIFAR10
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--images", type=int, default=1000, help="of a class to train on; half as many are held out (default: 1000)")
+    parser.add_argument("--images", type=int, default=1000,
+                        help="of a class to train on; half as many are held out (default: 1000)")
     return parser.parse_args()
 
 
 def save(images, folder, count):
-    """The first `count` images of each class as folder/CLASS/NNNN.png; returns their paths from there, with the class."""
+    """The first `count` images of each class as folder/CLASS/NNNN.png; returns their paths from there, with
+    the class."""
     taken, lines = Counter(), []
     for image, label in images:
         name, number = images.classes[label], taken[label]
@@ -41,7 +45,8 @@ def main():
     lines = save(train, args.folder / "train", args.images)
     held_out = save(val, args.folder / "val", args.images // 2)
     (args.folder / "list.txt").write_text("".join(lines))
-    print(f"{len(lines)} images in {args.folder / 'list.txt'}, {len(held_out)} held-out ones in {args.folder / 'val'}")
+    print(f"{len(lines)} images in {args.folder / 'list.txt'}, {len(held_out)} held-out ones in "
+          f"{args.folder / 'val'}")
 
 
 if __name__ == "__main__":

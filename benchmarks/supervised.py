@@ -1,4 +1,5 @@
-"""The ceiling: the trunk of the small recipes trained with labels, on the same crops and for as many epochs as swav.py.
+"""The ceiling: the trunk of the small recipes trained with labels, on the same crops and for as many epochs
+as swav.py.
 
     python -m benchmarks.supervised --recipe cifar --data cifar10 --eval-every 5
 
@@ -35,7 +36,8 @@ def train_one_epoch(model, optimizer, loader, run, config, epoch):
     dtype = autocast_dtype(config.precision, run.device)
     batches = data.batches(len(run.images), config.batch_size, epoch, config.seed, 0, 1)
     for step, (index, crops, params) in run.steps(loader, batches, epoch):
-        lr = warmup_cosine(step, len(batches), config.epochs, config.lr, config.final_lr, config.warmup_epochs, config.start_lr)
+        lr = warmup_cosine(step, len(batches), config.epochs, config.lr, config.final_lr,
+                           config.warmup_epochs, config.start_lr)
         optimizer.param_groups[0]["lr"] = lr
         (crops,) = to_device(crops, params, run.device)  # (V B, 3, s, s)
         with torch.autocast(run.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
@@ -45,21 +47,26 @@ def train_one_epoch(model, optimizer, loader, run, config, epoch):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        run.log(loss.detach(), lr, F.normalize(features[: len(index)].detach().float()), index, scores[: len(index)].argmax(dim=1))
+        run.log(loss.detach(), lr, F.normalize(features[: len(index)].detach().float()), index,
+                scores[: len(index)].argmax(dim=1))
 
 
 def main(config):
     device = start(config)
     images = data.open_images(config.data or "shapes", "train", config.root)
     model = Model(config, len(images.classes)).to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, nesterov=True)
+    optimizer = torch.optim.SGD(model.parameters(), config.lr, config.momentum,
+                                weight_decay=config.weight_decay, nesterov=True)
     augmentation = Augmentation(jitter=config.jitter, blur_p=config.blur_p)
     crops = MultiCrop(images, config.crops, config.sizes, (config.scales,), augmentation, config.seed)
     loader = data.Loader(crops, config.workers, device.type == "cuda")
-    info = dict(arch=config.arch, width=config.width, stem=config.stem, channels=3, mean=MEAN, std=STD, method="supervised")
+    info = dict(arch=config.arch, width=config.width, stem=config.stem, channels=3, mean=MEAN, std=STD,
+                method="supervised")
     info.update(recipe=config.recipe, resize=config.eval_size, size=config.eval_size)
-    objects, meter = {"model": model, "optimizer": optimizer}, Meter(len(images.classes), len(images), device=device)
-    run = Run(config, "supervised", images, len(images) // config.batch_size, meter, objects, model.backbone, info, device)
+    objects, meter = {"model": model, "optimizer": optimizer}, Meter(len(images.classes), len(images),
+                                                                     device=device)
+    run = Run(config, "supervised", images, len(images) // config.batch_size, meter, objects, model.backbone,
+              info, device)
     parameters = sum(p.numel() for p in model.parameters())
     run.report(recipe(Config, RECIPES, config.recipe), parameters, len(images), 8 * len(images))
     run.resume()

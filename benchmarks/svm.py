@@ -3,9 +3,10 @@
     python -m benchmarks.svm                          # 2 classes x 3 costs on 5,011 x 2,048 random features: minutes
     python -m benchmarks.svm --features 8192          # those of feature5
 
-Three costs of the published grid are fitted (the smallest, the middle and the largest one), each with its three folds, one at
-a time on one core; CPU time is counted. That of the other costs is interpolated in the logarithm of the cost, and summed over
-19 costs and 20 classes. Random features say nothing about the classes, so a network's should be quicker to separate.
+Three costs of the published grid are fitted (the smallest, the middle and the largest one), each with its
+three folds, one at a time on one core; CPU time is counted. That of the other costs is interpolated in the
+logarithm of the cost, and summed over 19 costs and 20 classes. Random features say nothing about the classes,
+so a network's should be quicker to separate.
 """
 
 import argparse
@@ -22,7 +23,8 @@ ROWS, TEST, CLASSES = 5011, 4952, 20
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--features", type=int, default=2048)
     parser.add_argument("--classes", type=int, default=2, help="classes to fit (default: 2)")
     return parser.parse_args()
@@ -31,8 +33,10 @@ def arguments():
 def main():
     args = arguments()
     rng = np.random.default_rng(0)
-    targets = (rng.random((ROWS + TEST, args.classes)) < 0.07).astype(np.int64)  # about as many as VOC's 20 classes have
-    x = unit(torch.from_numpy(np.maximum(rng.standard_normal((ROWS + TEST, args.features)), 0)))  # none below 0, as after a ReLU
+    # about as many as VOC's 20 classes have
+    targets = (rng.random((ROWS + TEST, args.classes)) < 0.07).astype(np.int64)
+    # none below 0, as after a ReLU
+    x = unit(torch.from_numpy(np.maximum(rng.standard_normal((ROWS + TEST, args.features)), 0)))
     costs = sorted(COSTS["openselfsup"])
     measured, seconds, stopped = [costs[0], costs[len(costs) // 2], costs[-1]], [], 0
     for cost in measured:
@@ -43,8 +47,10 @@ def main():
         seconds.append((time.process_time() - started) / args.classes)
     total = CLASSES * np.interp(np.log(costs), np.log(measured), seconds).sum()
     figures = {f"seconds, one class and cost {cost:g}, 3 folds": s for cost, s in zip(measured, seconds)}
-    figures |= {"fits that ended at 2,000 iterations": stopped, "minutes on one core, 20 classes and 19 costs": total / 60}
-    settings = {"features": args.features, "classes": args.classes, "train": ROWS, "test": TEST, "scikit-learn": version("scikit-learn")}
+    figures |= {"fits that ended at 2,000 iterations": stopped,
+                "minutes on one core, 20 classes and 19 costs": total / 60}
+    settings = {"features": args.features, "classes": args.classes, "train": ROWS, "test": TEST,
+                "scikit-learn": version("scikit-learn")}
     write("svm" if args.features == 2048 else f"svm_{args.features}", torch.device("cpu"), settings, figures)
 
 

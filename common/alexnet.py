@@ -1,7 +1,8 @@
 """The AlexNet of DeepCluster and SeLa, with batch norm. Imports torch alone: one file to lift.
 
-Parameter names are those of the released models (features.N, classifier.N), without their top layers. Images have 224 pixels.
-Written after models/alexnet.py of facebookresearch/deepcluster and of yukimasano/self-label: channels and layers, not code.
+Parameter names are those of the released models (features.N, classifier.N), without their top layers. Images
+have 224 pixels. Written after models/alexnet.py of facebookresearch/deepcluster and of yukimasano/self-label:
+channels and layers, not code.
 """
 
 import torch
@@ -13,7 +14,8 @@ POOLED = (0, 1, 4)  # convolutions followed by a max-pool
 
 
 class Sobel(nn.Module):
-    """Horizontal and vertical gradients of the mean of the channels: (B, 3, H, W) -> (B, 2, H, W), zeros beyond the borders."""
+    """Horizontal and vertical gradients of the mean of the channels: (B, 3, H, W) -> (B, 2, H, W), zeros
+    beyond the borders."""
 
     def __init__(self):
         super().__init__()
@@ -21,7 +23,8 @@ class Sobel(nn.Module):
         self.register_buffer("kernels", kernels[:, None], persistent=False)
 
     def forward(self, x):
-        with torch.autocast(x.device.type, enabled=False):  # differences of neighbours would drown in bfloat16's roundings
+        # differences of neighbours would drown in bfloat16's roundings
+        with torch.autocast(x.device.type, enabled=False):
             return F.conv2d(x.mean(1, keepdim=True), self.kernels, padding=1)
 
 
@@ -35,11 +38,13 @@ class AlexNet(nn.Module):
         self.sobel = Sobel() if sobel else nn.Identity()
         layers, inputs = [], 2 if sobel else 3
         for i, (outputs, (size, stride, padding)) in enumerate(zip(channels, CONVOLUTIONS)):
-            layers += [nn.Conv2d(inputs, outputs, size, stride, padding), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+            layers += [nn.Conv2d(inputs, outputs, size, stride, padding), nn.BatchNorm2d(outputs),
+                       nn.ReLU(inplace=True)]
             layers += [nn.MaxPool2d(3, 2)] if i in POOLED else []
             inputs = outputs
         self.features = nn.Sequential(*layers)
-        layers = [nn.Dropout(0.5), nn.Linear(inputs * 6 * 6, 4096), nn.ReLU(inplace=True), nn.Dropout(0.5), nn.Linear(4096, 4096)]
+        layers = [nn.Dropout(0.5), nn.Linear(inputs * 6 * 6, 4096), nn.ReLU(inplace=True), nn.Dropout(0.5),
+                  nn.Linear(4096, 4096)]
         self.classifier = nn.Sequential(*layers, *([nn.ReLU(inplace=True)] if last_relu else []))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -50,7 +55,8 @@ class AlexNet(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def stages(self, x):
-        """Maps after each ReLU, before the max-pool: "conv1" (55x55), "conv2" (27x27), "conv3" .. "conv5" (13x13)."""
+        """Maps after each ReLU, before the max-pool: "conv1" (55x55), "conv2" (27x27), "conv3" .. "conv5"
+        (13x13)."""
         maps, x = {}, self.sobel(x)
         for layer in self.features:
             x = layer(x)
@@ -66,7 +72,8 @@ class AlexNet(nn.Module):
 
 
 def alexnet(kind="deepcluster", sobel=False):
-    """kind: "deepcluster" (features before the last ReLU: what is clustered), "sela" (after it) or "sela_small" (fewer channels).
+    """kind: "deepcluster" (features before the last ReLU: what is clustered), "sela" (after it) or
+    "sela_small" (fewer channels).
 
     sobel: the two image gradients in place of the three colours.
     """
@@ -76,4 +83,5 @@ def alexnet(kind="deepcluster", sobel=False):
     return AlexNet(channels, sobel, last_relu=kind != "deepcluster")
 
 
-ARCHITECTURES = {"alexnet": "deepcluster", "alexnet_sela": "sela", "alexnet_sela_small": "sela_small"}  # name of the trunk: kind
+# name of the trunk: kind
+ARCHITECTURES = {"alexnet": "deepcluster", "alexnet_sela": "sela", "alexnet_sela_small": "sela_small"}

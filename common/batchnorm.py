@@ -16,7 +16,9 @@ class _SyncedBatchNorm(torch.autograd.Function):
     def forward(ctx, x, weight, bias, eps):
         dims = [d for d in range(x.dim()) if d != 1]
         exact = torch.promote_types(x.dtype, torch.float32)  # statistics of a bf16 map are float32
-        var, mean = torch.var_mean(x.to(exact), dims, correction=0) if x.numel() else x.new_zeros(2, x.shape[1], dtype=exact)  # (C,) (C,)
+        # (C,) (C,)
+        var, mean = torch.var_mean(x.to(exact), dims,
+                                   correction=0) if x.numel() else x.new_zeros(2, x.shape[1], dtype=exact)
         count = mean.new_full((1,), x.numel() // x.shape[1], dtype=torch.float64)
         # Moments about zero add up over ranks; float64 keeps the difference below exact.
         mean, var = mean.double(), var.double()
@@ -47,9 +49,11 @@ class _SyncedBatchNorm(torch.autograd.Function):
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """BatchNorm1d/2d over the rows of all ranks, on GPUs and (unlike torch.nn.SyncBatchNorm) on CPUs over gloo.
+    """BatchNorm1d/2d over the rows of all ranks, on GPUs and (unlike torch.nn.SyncBatchNorm) on CPUs over
+    gloo.
 
-    In a single process and in eval mode it is the native batch norm. State-dict keys are those of nn.BatchNorm2d.
+    In a single process and in eval mode it is the native batch norm. State-dict keys are those of
+    nn.BatchNorm2d.
     """
 
     def _check_input_dim(self, x):
@@ -82,10 +86,11 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 class Dropout(nn.Dropout):
-    """Dropout with a mask drawn for the rows of all ranks, of which this rank takes its own: as in one process.
+    """Dropout with a mask drawn for the rows of all ranks, of which this rank takes its own: as in one
+    process.
 
-    Every rank's generator must be in the same state, and rows of all ranks concatenated must be the batch of one process:
-    one crop an image.
+    Every rank's generator must be in the same state, and rows of all ranks concatenated must be the batch of
+    one process: one crop an image.
     """
 
     def forward(self, x):
@@ -103,13 +108,15 @@ def share_dropout(module):
 
 
 def parallel(model):
-    """The model to train: in one process itself, with dropout masks as on many ranks; else with synced batch norm inside
-    DistributedDataParallel."""
+    """The model to train: in one process itself, with dropout masks as on many ranks; else with synced batch
+    norm inside DistributedDataParallel."""
     model = share_dropout(model)
     if world_size() == 1:
         return model
     model = SyncBatchNorm.convert(model)
     # Synced statistics make the buffers equal on all ranks already, so they are not broadcast.
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # new versions have another name for it, old ones this one only
-        return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        # new versions have another name for it, old ones this one only
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False,
+                                                   gradient_as_bucket_view=True)

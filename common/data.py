@@ -3,8 +3,8 @@
     images = open_images("/imagenet", "train")     # also: a flat or nested folder, a list file, shapes, cifar10, ...
     batches = batches(len(images), 256, epoch=3, seed=0, rank=0, world_size=8)
 
-Order is stateless: step t of epoch e depends on (seed, e, t) alone, so there is no sampler state to save, and any number
-of ranks and workers sees the same global batches.
+Order is stateless: step t of epoch e depends on (seed, e, t) alone, so there is no sampler state to save, and
+any number of ranks and workers sees the same global batches.
 """
 
 import atexit
@@ -29,13 +29,15 @@ from .sources.shapes import Shapes, count
 def open_images(spec, split="train", root=""):
     """The images that `spec` names, as a map-style set.
 
-    spec: a folder (class folders, flat or nested; its train/ or val/ is used when present), a list of files, "shapes",
-    "shapes:N", or one of torchvision's "cifar10", "cifar100", "svhn", "stl10", each with ":/folder" to say where.
-    A list is a text file with one path a line: `path`, `path label`, `path,label` (numbers from 0, or names), or SimCLR's
-    bare file names, whose class is what stands before "_"; or a .json file of iNaturalist's annotations. Its paths start
-    at root (default: the list's folder), or at train/ or val/ in it.
+    spec: a folder (class folders, flat or nested; its train/ or val/ is used when present), a list of files,
+    "shapes", "shapes:N", or one of torchvision's "cifar10", "cifar100", "svhn", "stl10", each with ":/folder"
+    to say where. A list is a text file with one path a line: `path`, `path label`, `path,label` (numbers from
+    0, or names), or SimCLR's bare file names, whose class is what stands before "_"; or a .json file of
+    iNaturalist's annotations. Its paths start at root (default: the list's folder), or at train/ or val/ in
+    it.
     split: "train" or "val"; "": all of a folder. Only named sets and folders with a val/ have a "val" split.
-    Returns a set with len(), labels (N,) int64 (-1: none) or None, classes, paths, fingerprint, read(i) -> PIL RGB image.
+    Returns a set with len(), labels (N,) int64 (-1: none) or None, classes, paths, fingerprint, read(i) ->
+    PIL RGB image.
     Raises DataError if there is nothing to read.
     """
     name, _, argument = str(spec).partition(":")
@@ -57,7 +59,8 @@ def open_images(spec, split="train", root=""):
 
 
 def open_queries(spec, val="", root=""):
-    """The images to judge by: those that `val` names (its "val" split, if it has one), else the "val" split of spec."""
+    """The images to judge by: those that `val` names (its "val" split, if it has one), else the "val" split
+    of spec."""
     if val and Path(val).is_file():
         return open_list(Path(val), root, "val")
     return open_images(val or spec, "val" if not val or has_split(val, "val") else "train", root)
@@ -71,8 +74,9 @@ def has_split(spec, split):
 def match_classes(queries, bank):
     """Numbers the labels of `queries` as those of `bank`, so that both have one table of classes.
 
-    Classes are matched by name. Where one of the two is a list with numbers and the other has names, number i is the i-th
-    name in the order of its bytes, as everywhere for ImageNet. Raises DataError for a class that bank lacks.
+    Classes are matched by name. Where one of the two is a list with numbers and the other has names, number i
+    is the i-th name in the order of its bytes, as everywhere for ImageNet. Raises DataError for a class that
+    bank lacks.
     """
     number = {name: i for i, name in enumerate(bank.classes)}
     asked = [queries.classes[i] for i in queries.labels.unique().tolist() if i >= 0]
@@ -85,22 +89,23 @@ def match_classes(queries, bank):
     unknown = [name for name in asked if number.get(name) not in votes]
     if unknown:
         example = f" ({', '.join(bank.classes[:2])}, ...)"
-        raise DataError(
-            f"class {unknown[0]!r} of the images to classify is not among the {len(votes - {-1})} classes of the training images{example}"
-        )
+        raise DataError(f"class {unknown[0]!r} of the images to classify is not among the "
+                        f"{len(votes - {-1})} classes of the training images{example}")
     numbers = torch.tensor([number.get(name, -1) for name in queries.classes])
     queries.labels = torch.where(queries.labels >= 0, numbers[queries.labels], queries.labels)
     queries.classes = bank.classes
 
 
 def read_assignments(path, images):
-    """The clusters of a set's images in each head, (H, N) int32, -1 for none, from the assignments.npz of a run: matched by path.
+    """The clusters of a set's images in each head, (H, N) int32, -1 for none, from the assignments.npz of a
+    run: matched by path.
 
     Raises DataError if path is no such file, or if it lacks an image of the set.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
-            table, paths = file["assignments"], bytes(file["paths"]).decode(errors="surrogateescape").split("\0")
+            table, paths = file["assignments"], bytes(file["paths"]).decode(errors="surrogateescape").split(
+                "\0")
         if table.ndim != 2 or table.shape[1] != len(paths):
             raise ValueError
     except FileNotFoundError:
@@ -124,8 +129,9 @@ def batches(n, batch_size, epoch, seed, rank, world_size, order=None, drop_last=
     """This rank's part of every global batch of an epoch, as a sequence of lists of (position, index).
 
     position: place in the epoch's order, 0 .. n-1, which together with the epoch seeds the augmentation.
-    order: (n,) indices to take instead of a permutation drawn from (seed, epoch); an index may occur more than once.
-    Rank r takes the r-th contiguous slice of each global batch; drop_last leaves out the last, partial one.
+    order: (n,) indices to take instead of a permutation drawn from (seed, epoch); an index may occur more
+    than once. Rank r takes the r-th contiguous slice of each global batch; drop_last leaves out the last,
+    partial one.
     """
     if order is None:
         order = np.random.default_rng((seed, epoch)).permutation(n)
@@ -145,15 +151,18 @@ class _Batches:
             raise IndexError(step)
         start = step * self.batch_size
         size = min(self.batch_size, len(self.order) - start)
-        first, last = start + self.rank * size // self.world_size, start + (self.rank + 1) * size // self.world_size
+        first, last = start + self.rank * size // self.world_size, start + (self.rank
+                                                                            + 1) * size // self.world_size
         return list(zip(range(first, last), self.order[first:last].tolist()))
 
 
 class Loader:
-    """Collated batches of a data set that is indexed by (epoch, position, index) and returns (index, crops, params).
+    """Collated batches of a data set that is indexed by (epoch, position, index) and returns (index, crops,
+    params).
 
-    workers: processes; -1 takes this rank's share of the CPU cores, but one, and at most 8. They stay for the whole run.
-    An image that cannot be read comes back as the next one that can, under that one's index; `bad` collects what was left out.
+    workers: processes; -1 takes this rank's share of the CPU cores, but one, and at most 8. They stay for the
+    whole run. An image that cannot be read comes back as the next one that can, under that one's index; `bad`
+    collects what was left out.
     """
 
     def __init__(self, dataset, workers=0, pin_memory=False, start_method=None):
@@ -165,17 +174,10 @@ class Loader:
         self.lost = False  # a sample found nothing readable within TRIES images and is blank, with index -1
         self._keys = _Keys()
         self._n = len(dataset)
-        self._loader = DataLoader(
-            dataset,
-            batch_sampler=self._keys,
-            num_workers=workers,
-            collate_fn=collate,
-            pin_memory=pin_memory,
-            persistent_workers=workers > 0,
-            prefetch_factor=2 if workers else None,
-            worker_init_fn=_ignore_signals,
-            multiprocessing_context=start_method if workers else None,
-        )
+        self._loader = DataLoader(dataset, batch_sampler=self._keys, num_workers=workers, collate_fn=collate,
+                                  pin_memory=pin_memory, persistent_workers=workers > 0,
+                                  prefetch_factor=2 if workers else None, worker_init_fn=_ignore_signals,
+                                  multiprocessing_context=start_method if workers else None)
         # The workers ignore the SIGTERM by which multiprocessing would end them when the interpreter exits.
         atexit.register(self.close)
 
@@ -186,7 +188,8 @@ class Loader:
         atexit.unregister(self.close)
 
     def epoch(self, epoch, batches, first=0):
-        """Batches of the epoch from step `first` on: index (B,) int64, crops [(V_r, B, 3, s, s) uint8], params (V, B, 8)."""
+        """Batches of the epoch from step `first` on: index (B,) int64, crops [(V_r, B, 3, s, s) uint8],
+        params (V, B, 8)."""
         self._keys.current = epoch, batches, range(first, len(batches))
         for step, (index, crops, params) in zip(range(first, len(batches)), self._loader):
             for (_, wanted), got in zip(batches[step], index.tolist()):
@@ -207,6 +210,7 @@ class _Keys:
 
 
 def _ignore_signals(worker):
-    # A stop signal often reaches the whole process group. The main process decides; its workers go on until it ends.
+    # A stop signal often reaches the whole process group. The main process decides; its workers go on until
+    # it ends.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,7 +1,7 @@
 """One process or many: the identity without torchrun, collectives under it.
 
-Every function here is a no-op in a single process, so the scripts never ask "am I distributed?". Tensors on the CPU
-travel over gloo and tensors on a GPU over NCCL, so small control messages never wait for the GPU.
+Every function here is a no-op in a single process, so the scripts never ask "am I distributed?". Tensors on
+the CPU travel over gloo and tensors on a GPU over NCCL, so small control messages never wait for the GPU.
 """
 
 import datetime
@@ -17,7 +17,8 @@ from .engine.errors import fail
 def start(device="auto"):
     """Joins the group that torchrun describes in the environment, if any; returns the device of this process.
 
-    device: "auto" (a GPU if there is one), "cpu" or "cuda". Exits with code 2 if a node has fewer GPUs than processes.
+    device: "auto" (a GPU if there is one), "cpu" or "cuda". Exits with code 2 if a node has fewer GPUs than
+    processes.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if device == "auto":
@@ -25,11 +26,13 @@ def start(device="auto"):
     if device == "cuda":
         gpus, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         if gpus < processes:  # known to all processes of this node, and to no other node
-            fail(f"--device cuda needs a GPU for each process: {gpus} for {processes} on this node", 2, speaks=local_rank == 0)
+            fail(f"--device cuda needs a GPU for each process: {gpus} for {processes} on this node", 2,
+                 speaks=local_rank == 0)
         torch.cuda.set_device(local_rank)
     if "RANK" in os.environ and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-        # When torchrun restarts a failed job, the store still has the addresses of the dead processes: look elsewhere.
+        # When torchrun restarts a failed job, the store still has the addresses of the dead processes: look
+        # elsewhere.
         store, rank, world_size = next(rendezvous("env://"))
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         # Clustering a data set between two steps can take longer than the default 10 minutes.
@@ -97,7 +100,8 @@ def broadcast(x, source=0):
 
 
 def from_main(function, *arguments):
-    """Runs function(*arguments) on rank 0 alone; every rank gets its result, or raises the exception that it raised.
+    """Runs function(*arguments) on rank 0 alone; every rank gets its result, or raises the exception that it
+    raised.
 
     For what one process must do or decide: scan a folder, read a checkpoint, create a directory.
     """

@@ -1,4 +1,5 @@
-"""Features of a whole data set by index, sharded over ranks, and the weighted k-NN classifier that judges them."""
+"""Features of a whole data set by index, sharded over ranks, and the weighted k-NN classifier that judges
+them."""
 
 import math
 
@@ -11,28 +12,16 @@ from .multicrop import MEAN, STD, CenterCrop, photometric
 
 
 @torch.inference_mode()
-def extract(
-    model,
-    images,
-    resize,
-    size,
-    device,
-    mean=MEAN,
-    std=STD,
-    batch_size=256,
-    workers=0,
-    precision=torch.float32,
-    bad=None,
-    agree=None,
-    view=CenterCrop,
-):
-    """Features of this rank's rows of a set, by data-set index, from its centre crops with the model in eval mode.
+def extract(model, images, resize, size, device, mean=MEAN, std=STD, batch_size=256, workers=0,
+            precision=torch.float32, bad=None, agree=None, view=CenterCrop):
+    """Features of this rank's rows of a set, by data-set index, from its centre crops with the model in eval
+    mode.
 
-    model: (B, 3, size, size) -> (B, D). precision: torch.bfloat16 for autocast. bad: a set that takes the indices of images
-    that cannot be read. agree: called now and then, on all ranks equally often. view: TenCrop shows the model ten crops an
-    image, (10 B, 3, size, size) crop-major, of which it makes B rows.
-    Returns features (n, D), as the model gives them, and labels (n,) int64 or None: of the rows [rN/W, (r+1)N/W). A row
-    whose image cannot be read is NaN and has label -1.
+    model: (B, 3, size, size) -> (B, D). precision: torch.bfloat16 for autocast. bad: a set that takes the
+    indices of images that cannot be read. agree: called now and then, on all ranks equally often. view:
+    TenCrop shows the model ten crops an image, (10 B, 3, size, size) crop-major, of which it makes B rows.
+    Returns features (n, D), as the model gives them, and labels (n,) int64 or None: of the rows [rN/W,
+    (r+1)N/W). A row whose image cannot be read is NaN and has label -1.
     """
     first, last = rows_of(len(images), distributed.rank(), distributed.world_size())
     loader = data.Loader(view(images, resize, size), workers, pin_memory=device.type == "cuda")
@@ -52,7 +41,9 @@ def extract(
     for step, (wanted, (index, crops, params)) in enumerate(zip(batches, loader.epoch(0, batches))):
         if agree and step < every_rank:
             agree()
-        block = look(photometric(crops[0].flatten(0, 1).to(device, non_blocking=True), params.flatten(0, 1), mean, std, dtype))  # (B, D)
+        # (B, D)
+        block = look(photometric(crops[0].flatten(0, 1).to(device, non_blocking=True), params.flatten(0, 1),
+                                 mean, std, dtype))
         features = block.new_empty(last - first, block.shape[1]) if features is None else features
         features[step * batch_size :][: len(block)] = block
         unreadable += [position for (position, i), got in zip(wanted, index.tolist()) if got != i]
@@ -72,26 +63,30 @@ def extract(
 def knn_classify(bank, labels, queries, k, temperature, classes, chunk=1 << 26):
     """Weighted k-nearest-neighbour votes (Wu et al. 2018, as in DINO's evaluation) by cosine similarity.
 
-    The k nearest rows of the bank vote for their label with weight exp((similarity - 1) / temperature): the usual
-    weights up to one factor, so the ranking is the same and nothing overflows. Of rows equally near those first in the
-    bank of all ranks, in rank order, are nearer.
+    The k nearest rows of the bank vote for their label with weight exp((similarity - 1) / temperature): the
+    usual weights up to one factor, so the ranking is the same and nothing overflows. Of rows equally near
+    those first in the bank of all ranks, in rank order, are nearer.
 
-    bank (N, D), labels (N,): this rank's rows; queries (M, D): this rank's rows. Rows of all ranks are searched.
-    k: one number or several; those above the bank's size are left out. chunk: entries of the similarity block held, but
-    it is never of fewer than 16 queries.
-    Returns {k: votes (M, classes) float64} for this rank's queries; a class without a neighbour has exactly 0.
+    bank (N, D), labels (N,): this rank's rows; queries (M, D): this rank's rows. Rows of all ranks are
+    searched.
+    k: one number or several; those above the bank's size are left out. chunk: entries of the similarity block
+    held, but it is never of fewer than 16 queries.
+    Returns {k: votes (M, classes) float64} for this rank's queries; a class without a neighbour has exactly
+    0.
     """
     ks, near, voters = _neighbours(bank, labels, queries, k, chunk)
     return {k: _votes(near[:, :k], voters[:, :k], temperature, classes) for k in ks}
 
 
 def _neighbours(bank, labels, queries, k, chunk=1 << 26):
-    """The k that the bank of all ranks suffices for, and similarity and label (M, largest of them) of the neighbours, nearest first.
+    """The k that the bank of all ranks suffices for, and similarity and label (M, largest of them) of the
+    neighbours, nearest first.
 
-    Equally near is what has the same float32 similarity. So have copies of a row, wherever they lie: the operands of the
-    product get multiples of 16 rows, because at a ragged edge a CPU adds up in another order and the last bit differs. No
-    library promises this, though: it was measured with MKL on an AVX-512 CPU, for all chunks and splits tried, and where it
-    does not hold (a GPU may choose its kernel by the shape) copies on two ranks can still be a last bit apart.
+    Equally near is what has the same float32 similarity. So have copies of a row, wherever they lie: the
+    operands of the product get multiples of 16 rows, because at a ragged edge a CPU adds up in another order
+    and the last bit differs. No library promises this, though: it was measured with MKL on an AVX-512 CPU,
+    for all chunks and splits tried, and where it does not hold (a GPU may choose its kernel by the shape)
+    copies on two ranks can still be a last bit apart.
     """
     ks = [k] if isinstance(k, int) else list(k)
     sizes = distributed.gather_rows(torch.tensor([[len(bank), len(queries)]], device=bank.device)).tolist()
@@ -110,7 +105,8 @@ def _neighbours(bank, labels, queries, k, chunk=1 << 26):
     near, voters = torch.cat(near)[:count], torch.cat(voters)[:count]  # (M of all ranks, up to k)
     if distributed.world_size() > 1:
         near, voters = distributed.gather_rows(near.T).T, distributed.gather_rows(voters.T).T
-        near, order = near.sort(dim=1, descending=True, stable=True)  # equal ones stay in the order of rank and row
+        # equal ones stay in the order of rank and row
+        near, order = near.sort(dim=1, descending=True, stable=True)
         near, voters = near[:, :k], voters.gather(1, order[:, :k])
     first = sum(m for _, m in sizes[: distributed.rank()])
     mine = slice(first, first + sizes[distributed.rank()][1])
@@ -144,10 +140,11 @@ def _votes(near, voters, temperature, classes):
 
 @torch.inference_mode()
 def knn_accuracy(bank, labels, queries, query_labels, k, temperature=0.07):
-    """{k: (top-1, top-5)} in percent of the queries of all ranks; top-5 is None below five classes or neighbours.
+    """{k: (top-1, top-5)} in percent of the queries of all ranks; top-5 is None below five classes or
+    neighbours.
 
-    Arguments as in `knn_classify`; rows with label -1 (unreadable images) are left out. A class without a vote never counts;
-    of classes with equal votes the first comes first.
+    Arguments as in `knn_classify`; rows with label -1 (unreadable images) are left out. A class without a
+    vote never counts; of classes with equal votes the first comes first.
     """
     largest = max([-1, *labels.tolist(), *query_labels.tolist()])
     classes = int(distributed.all_max(torch.tensor(largest))) + 1
@@ -162,7 +159,8 @@ def knn_accuracy(bank, labels, queries, query_labels, k, temperature=0.07):
         for similarity, voter, answer in zip(near.split(rows), voters.split(rows), truth.split(rows)):
             votes = _votes(similarity[:, :number], voter[:, :number], temperature, classes)
             right = votes.gather(1, answer)
-            before = (~(votes <= right) | ((votes == right) & (order < answer))).sum(dim=1, keepdim=True)  # classes ranked higher
+            # classes ranked higher
+            before = (~(votes <= right) | ((votes == right) & (order < answer))).sum(dim=1, keepdim=True)
             counts[1:] += ((right > 0) & (before < best)).sum(dim=0)
         total, *hits = distributed.all_sum(counts).tolist()
         top1, top5 = (100 * count / max(1, total) for count in hits)

@@ -1,8 +1,10 @@
-"""k-means, nearest centroid and PCA whitening over the rows of all ranks. Imports torch alone: one file to lift.
+"""k-means, nearest centroid and PCA whitening over the rows of all ranks. Imports torch alone: one file to
+lift.
 
-Every function takes this rank's rows and returns what one process holding the rows of all ranks, concatenated in rank
-order, would return; ranks may hold unequal numbers of rows, also none. Products are in promote_types(x.dtype, float32),
-sums over rows in float64, so the number of ranks and a GPU's order of additions hardly show in float32 results.
+Every function takes this rank's rows and returns what one process holding the rows of all ranks, concatenated
+in rank order, would return; ranks may hold unequal numbers of rows, also none. Products are in
+promote_types(x.dtype, float32), sums over rows in float64, so the number of ranks and a GPU's order of
+additions hardly show in float32 results.
 """
 
 import math
@@ -19,34 +21,38 @@ GROUP = 64  # G; measured: 32 and 128 are slower
 
 @torch.no_grad()
 def kmeans(x, k, iterations=10, *, spherical=False, init=None, generator=None):
-    """Lloyd's algorithm: `iterations` times assign and average, then one more assignment to the centroids returned. It ends
-    earlier once the assignments stay as they are, with the same result.
+    """Lloyd's algorithm: `iterations` times assign and average, then one more assignment to the centroids
+    returned. It ends earlier once the assignments stay as they are, with the same result.
 
-    Plain: nearest by Euclidean distance; centroid = mean of its rows. Spherical (DeepCluster-v2): largest inner product;
-    centroid = mean scaled to unit length; x should have unit rows.
-    A cluster without rows, when spherical, keeps its centroid. Otherwise it gets half of another as in faiss (see _reseed),
-    and clusters that the last assignment leaves empty get a row far from its centroid (see _fill): none is empty in the
-    result unless there are fewer distinct rows than clusters.
+    Plain: nearest by Euclidean distance; centroid = mean of its rows. Spherical (DeepCluster-v2): largest
+    inner product; centroid = mean scaled to unit length; x should have unit rows. A cluster without rows,
+    when spherical, keeps its centroid. Otherwise it gets half of another as in faiss (see _reseed), and
+    clusters that the last assignment leaves empty get a row far from its centroid (see _fill): none is empty
+    in the result unless there are fewer distinct rows than clusters.
 
     x: (N, D) this rank's rows, any float type.
-    init: (K, D) first centroids, the same on every rank; without it, k rows drawn without replacement from those of all ranks.
-    generator: source of that draw and of re-seeding, in the same state on every rank; without it, a new one with seed 0.
-    Returns centroids (K, D); assignments (N,) int64 of this rank's rows; counts (K,) int64 over all ranks; objective (), the mean
-    over all ranks' rows of the squared distance to the centroid or, if spherical, of the inner product with it. The last two
-    belong to the assignments returned. All but the assignments are equal on every rank.
+    init: (K, D) first centroids, the same on every rank; without it, k rows drawn without replacement from
+    those of all ranks.
+    generator: source of that draw and of re-seeding, in the same state on every rank; without it, a new one
+    with seed 0.
+    Returns centroids (K, D); assignments (N,) int64 of this rank's rows; counts (K,) int64 over all ranks;
+    objective (), the mean over all ranks' rows of the squared distance to the centroid or, if spherical, of
+    the inner product with it. The last two belong to the assignments returned. All but the assignments are
+    equal on every rank.
     Raises ValueError, on every rank, if there are fewer rows than clusters or a row is not finite.
 
-    Memory beyond x, in bytes for float32: 24 N + 28 K D + 12 C, where C scores are held at a time (`held_scores`). No N x K
-    matrix exists. Time is that of the products, at most 2 (iterations + 1) N K D operations, and
-    2 N K D for each round in which empty clusters are filled.
-    Checked against main_deepclusterv2.py of facebookresearch/swav (spherical); same objective as faiss (plain).
+    Memory beyond x, in bytes for float32: 24 N + 28 K D + 12 C, where C scores are held at a time
+    (`held_scores`). No N x K matrix exists. Time is that of the products, at most 2 (iterations + 1) N K D
+    operations, and 2 N K D for each round in which empty clusters are filled. Checked against
+    main_deepclusterv2.py of facebookresearch/swav (spherical); same objective as faiss (plain).
     """
     if k < 1 or (init is not None and init.shape != (k, x.shape[1])):
         given = "" if init is None else f" and init of shape {tuple(init.shape)}"
         raise ValueError(f"k-means needs k >= 1 and init of shape (k, {x.shape[1]}): got k = {k}{given}")
     start, total = _place(x)
     if total < k:
-        raise ValueError(f"k-means needs a row for each cluster: {total} rows for {k} clusters; ask for at most {total} clusters")
+        raise ValueError(f"k-means needs a row for each cluster: {total} rows for {k} clusters; ask for at "
+                         f"most {total} clusters")
     _refuse_bad_rows(_first_bad_row(x), start, total, x.device)
     dtype = torch.promote_types(x.dtype, torch.float32)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
@@ -74,7 +80,8 @@ def kmeans(x, k, iterations=10, *, spherical=False, init=None, generator=None):
             values = _values(x, centroids, assignments, spherical)  # (N,)
             counts = _counts(assignments, k)
             objective = _over_ranks(values.sum(dtype=torch.float64)) / total
-            # Each round of filling lowers the objective, unless the rows are all at a centroid: too few are distinct.
+            # Each round of filling lowers the objective, unless the rows are all at a centroid: too few are
+            # distinct.
             if spherical or (counts > 0).all() or not objective < best:
                 return centroids, assignments, counts, objective.to(dtype)
             best = objective
@@ -84,11 +91,13 @@ def kmeans(x, k, iterations=10, *, spherical=False, init=None, generator=None):
 
 @torch.no_grad()
 def nearest(x, centroids, *, spherical=False):
-    """For every row of x the nearest centroid, or with spherical that with the largest inner product; the first if several are.
+    """For every row of x the nearest centroid, or with spherical that with the largest inner product; the
+    first if several are.
 
     x: (N, D). centroids: (K, D), taken as they are.
-    Returns assignments (N,) int64; squared distances to these centroids, or inner products with them (N,). A distance is that
-    of the difference, not of norms and products, so a row at a centroid has distance 0. Does not communicate.
+    Returns assignments (N,) int64; squared distances to these centroids, or inner products with them (N,). A
+    distance is that of the difference, not of norms and products, so a row at a centroid has distance 0. Does
+    not communicate.
     """
     with torch.autocast(x.device.type, enabled=False):
         centroids = centroids.to(torch.promote_types(x.dtype, torch.float32))
@@ -106,7 +115,8 @@ def _values(x, centroids, assignments, spherical):
 
 
 def _assign(x, centroids, spherical):
-    """The assignments of `nearest`, one chunk of scores at a time: the product costs all of the time, if nothing else does."""
+    """The assignments of `nearest`, one chunk of scores at a time: the product costs all of the time, if
+    nothing else does."""
     K, D = centroids.shape
     groups = -(-K // GROUP)
     directions = centroids.new_zeros(groups * GROUP, D)
@@ -114,18 +124,22 @@ def _assign(x, centroids, spherical):
     if spherical:
         directions[:K], bias[:K] = centroids, 0
     else:
-        # |x - c|^2 is smallest where x.c - |c|^2 / 2 is largest, or with the mean centroid m where x.(c - m) - (|c|^2 - |m|^2) / 2
-        # is: so rounding errors do not grow with the distance of the data from the origin.
+        # |x - c|^2 is smallest where x.c - |c|^2 / 2 is largest, or with the mean centroid m where x.(c - m)
+        # - (|c|^2 - |m|^2) / 2 is: so rounding errors do not grow with the distance of the data from the
+        # origin.
         mean = centroids.mean(0)
         torch.sub(centroids, mean, out=directions[:K])
         bias[:K] = -(directions[:K] * (centroids + mean)).sum(1) / 2
     assignments = torch.empty(len(x), dtype=torch.int64, device=x.device)
     chunks = _chunks(x, max(groups * GROUP, D))
-    scores, numbers = centroids.new_empty(chunks[0].stop, groups * GROUP), torch.arange(chunks[0].stop, device=x.device)
+    scores, numbers = centroids.new_empty(chunks[0].stop, groups * GROUP), torch.arange(chunks[0].stop,
+                                                                                        device=x.device)
     for rows in chunks:
         block = x[rows].to(centroids.dtype)  # (B, D)
-        block = torch.addmm(bias, block, directions.t(), out=scores[: len(block)]).view(-1, groups, GROUP)  # (B, K/G, G)
-        # A maximum is vectorised and its place is not (half the time of the product on a CPU), so find the group first.
+        # (B, K/G, G)
+        block = torch.addmm(bias, block, directions.t(), out=scores[: len(block)]).view(-1, groups, GROUP)
+        # A maximum is vectorised and its place is not (half the time of the product on a CPU), so find the
+        # group first.
         group = block.amax(2).argmax(1)  # (B,)
         within = block[numbers[: len(block)], group].argmax(1)  # (B,)
         torch.add(within, group, alpha=GROUP, out=assignments[rows])
@@ -133,7 +147,8 @@ def _assign(x, centroids, spherical):
 
 
 def _average(x, assignments, centroids, spherical):
-    """New centroids (K, D), the old one where a cluster is empty, and counts (K,), over the rows of all ranks."""
+    """New centroids (K, D), the old one where a cluster is empty, and counts (K,), over the rows of all
+    ranks."""
     sums = torch.zeros_like(centroids, dtype=torch.float64)
     for rows in _chunks(x):
         sums.index_add_(0, assignments[rows], x[rows].double())
@@ -146,8 +161,8 @@ def _average(x, assignments, centroids, spherical):
 def _reseed(centroids, counts, generator):
     """Gives every empty cluster half of another one, in place, as faiss does.
 
-    Cluster j with n_j rows is the donor with a probability proportional to n_j - 1. Both get its centroid with the coordinates
-    times 1 +- 1/1024, in alternating and opposite signs.
+    Cluster j with n_j rows is the donor with a probability proportional to n_j - 1. Both get its centroid
+    with the coordinates times 1 +- 1/1024, in alternating and opposite signs.
     """
     sizes = counts.to(generator.device, copy=True)
     nudge = torch.full_like(centroids[0], 1 / 1024)
@@ -161,7 +176,8 @@ def _reseed(centroids, counts, generator):
 
 
 def _fill(x, centroids, assignments, distances, counts, start, total):
-    """Moves the centroids of empty clusters, in place, onto rows: each cluster offers its farthest, the farthest are taken."""
+    """Moves the centroids of empty clusters, in place, onto rows: each cluster offers its farthest, the
+    farthest are taken."""
     farthest = distances.new_zeros(len(counts)).scatter_reduce_(0, assignments, distances, "amax")
     farthest = _over_ranks(farthest, "MAX")  # (K,)
     numbers = torch.arange(start, start + len(x), device=x.device)
@@ -177,25 +193,29 @@ def _fill(x, centroids, assignments, distances, counts, start, total):
 
 
 class Whitening(NamedTuple):
-    """x -> (x - mean) @ matrix, scaled to unit rows: the leading principal axes, each divided by its standard deviation."""
+    """x -> (x - mean) @ matrix, scaled to unit rows: the leading principal axes, each divided by its standard
+    deviation."""
 
     mean: torch.Tensor  # (D,)
     matrix: torch.Tensor  # (D, dim); a column of zeros where the data have no variance
-    eigenvalues: torch.Tensor  # (D,) of the scatter matrix, the sum over rows of (x - mean)(x - mean)^T; descending
+    # (D,) of the scatter matrix, the sum over rows of (x - mean)(x - mean)^T; descending
+    eigenvalues: torch.Tensor
 
     @torch.no_grad()
     def __call__(self, x):
         """(B, D) -> (B, dim) with rows of length 1, or 0 for a row at the mean."""
         with torch.autocast(x.device.type, enabled=False):
-            return F.normalize((x.to(self.mean.dtype) - self.mean) @ self.matrix, eps=torch.finfo(self.mean.dtype).tiny)
+            return F.normalize((x.to(self.mean.dtype) - self.mean) @ self.matrix,
+                               eps=torch.finfo(self.mean.dtype).tiny)
 
 
 @torch.no_grad()
 def pca_whiten(x, dim):
-    """Projects rows on their `dim` leading principal axes, gives each axis variance 1, then each row length 1 (DeepCluster).
+    """Projects rows on their `dim` leading principal axes, gives each axis variance 1, then each row length 1
+    (DeepCluster).
 
-    x: (N, D) this rank's rows. Returns (N, dim) and the fitted Whitening. See fit_whitening, which takes x in pieces.
-    Checked against clustering.py of facebookresearch/deepcluster.
+    x: (N, D) this rank's rows. Returns (N, dim) and the fitted Whitening. See fit_whitening, which takes x in
+    pieces. Checked against clustering.py of facebookresearch/deepcluster.
     """
     whitening = fit_whitening((x[rows] for rows in _chunks(x, x.shape[1])), dim)
     y = whitening.mean.new_empty(len(x), dim)
@@ -206,11 +226,13 @@ def pca_whiten(x, dim):
 
 @torch.no_grad()
 def fit_whitening(chunks, dim):
-    """The Whitening of rows that come in pieces, so that all of them need not be in memory: 2 D x D float64 matrices are.
+    """The Whitening of rows that come in pieces, so that all of them need not be in memory: 2 D x D float64
+    matrices are.
 
-    chunks: iterable of (B, D) tensors, this rank's rows; at least one on every rank, though it may have no rows.
-    With fewer than dim + 1 rows, or rows in fewer than dim dimensions, the axes without variance give zeros: those with less
-    than 4 roundings of the first one's (5e-7 of it in float32, ten times what the sums' errors make of 0).
+    chunks: iterable of (B, D) tensors, this rank's rows; at least one on every rank, though it may have no
+    rows. With fewer than dim + 1 rows, or rows in fewer than dim dimensions, the axes without variance give
+    zeros: those with less than 4 roundings of the first one's (5e-7 of it in float32, ten times what the
+    sums' errors make of 0).
     Raises ValueError, on every rank, if D < dim or a row is not finite.
     """
     count, bad, shift = 0, None, None
@@ -222,7 +244,8 @@ def fit_whitening(chunks, dim):
                 raise ValueError(f"PCA cannot keep {dim} of {D} dimensions: ask for at most {D}")
             # Sums about a point near the mean, the same on every rank, lose fewer digits than sums about 0.
             shift = _over_ranks(chunk.sum(0)) / max(1, _place(chunk)[1])
-            total, scatter = torch.zeros_like(shift, dtype=torch.float64), torch.zeros(D, D, dtype=torch.float64, device=device)
+            total, scatter = torch.zeros_like(shift, dtype=torch.float64), torch.zeros(
+                D, D, dtype=torch.float64, device=device)
         if bad is None and (found := _first_bad_row(chunk)) is not None:
             bad = count + found
         with torch.autocast(device.type, enabled=False):
@@ -249,14 +272,16 @@ def fit_whitening(chunks, dim):
 
 
 def held_scores(device):
-    """How many numbers a temporary may hold: hundreds of rows a product, yet on a CPU about what its last cache holds."""
+    """How many numbers a temporary may hold: hundreds of rows a product, yet on a CPU about what its last
+    cache holds."""
     return 2**26 if device.type == "cuda" else 2**23
 
 
 def _chunks(x, width=None):
     """Slices of the rows of x, as long as a matrix with `width` numbers a row holds at most held_scores.
 
-    The default is for passes that only read rows: these are fastest while the rows stay in a core's own cache.
+    The default is for passes that only read rows: these are fastest while the rows stay in a core's own
+    cache.
     """
     size = max(64, held_scores(x.device) // (width or 32 * x.shape[1]))
     return [slice(first, min(first + size, len(x))) for first in range(0, len(x), size)] or [slice(0, 0)]
@@ -294,7 +319,8 @@ def _place(rows, device=None):
 def _rows(x, numbers, start):
     """The rows with these numbers among those of all ranks: (n,) -> (n, D), on every rank."""
     here = (numbers >= start) & (numbers < start + len(x))
-    found = torch.zeros(len(numbers), x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    found = torch.zeros(len(numbers), x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32),
+                        device=x.device)
     found[here] = x[numbers[here] - start].to(found.dtype)
     return _over_ranks(found)
 
@@ -312,4 +338,5 @@ def _refuse_bad_rows(bad, start, total, device):
     """Raises on every rank if any has a bad row: None, or its position among this rank's rows."""
     first = int(_over_ranks(torch.tensor(total if bad is None else start + bad, device=device), "MIN"))
     if first < total:
-        raise ValueError(f"row {first} of {total} (rows of all ranks, counted from 0) is not finite: it holds a NaN or an infinity")
+        raise ValueError(f"row {first} of {total} (rows of all ranks, counted from 0) is not finite: it "
+                         f"holds a NaN or an infinity")

@@ -1,9 +1,11 @@
-"""Multi-crop in two halves: the worker decodes once and cuts uint8 crops, the device does everything photometric.
+"""Multi-crop in two halves: the worker decodes once and cuts uint8 crops, the device does everything
+photometric.
 
-    sample = MultiCrop(images, crops=(2, 6), sizes=(224, 96), scales=((0.14, 1), (0.05, 0.14)), ...)[epoch, position, index]
-    x = photometric(crops, params, MEAN, STD)
+    sample = MultiCrop(images, crops=(2, 6), sizes=(224, 96), scales=((0.14, 1), (0.05, 0.14)), ...)[epoch,
+    position, index] x = photometric(crops, params, MEAN, STD)
 
-All randomness of a draw comes from (seed, epoch, position): the same on any rank, in any worker, and after a resume.
+All randomness of a draw comes from (seed, epoch, position): the same on any rank, in any worker, and after a
+resume.
 """
 
 import itertools
@@ -19,14 +21,17 @@ from torchvision.transforms import functional as TF
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet, RGB in [0, 1]
 STD = (0.229, 0.224, 0.225)
 TRIES = 100  # unreadable images in a row before a sample is given up
-ORDERS = torch.tensor(list(itertools.permutations(range(4))))  # (24, 4): brightness 0, contrast 1, saturation 2, hue 3
+# (24, 4): brightness 0, contrast 1, saturation 2, hue 3
+ORDERS = torch.tensor(list(itertools.permutations(range(4))))
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is drawn for each crop besides its place and flip. The defaults are SwAV's (and SimCLR's at strength 1).
+    """What is drawn for each crop besides its place and flip. The defaults are SwAV's (and SimCLR's at
+    strength 1).
 
-    jitter: brightness, contrast and saturation factors in [1 - j, 1 + j], hue shift in [-j, j] of the colour circle.
+    jitter: brightness, contrast and saturation factors in [1 - j, 1 + j], hue shift in [-j, j] of the colour
+    circle.
     blur_sigma: in pixels, uniform. rotate: degrees, uniform in [-rotate, rotate]. *_p: probabilities.
     grey_first: turn grey before the jitter instead of after it.
     """
@@ -40,9 +45,11 @@ class Augmentation:
     rotate: float = 0.0
 
     def draw(self, rng):
-        """Parameters of one crop: brightness, contrast, saturation, hue, order 0..23 (-1 off), grey (0 off, 1 after the
-        jitter, 2 before it), blur sigma (0 off), angle. Takes the same number of draws whatever their outcome."""
-        factors = [rng.uniform(max(0, 1 - j), 1 + j) for j in self.jitter[:3]] + [rng.uniform(-self.jitter[3], self.jitter[3])]
+        """Parameters of one crop: brightness, contrast, saturation, hue, order 0..23 (-1 off), grey (0 off, 1
+        after the jitter, 2 before it), blur sigma (0 off), angle. Takes the same number of draws whatever
+        their outcome."""
+        factors = [rng.uniform(max(0, 1 - j), 1 + j) for j in self.jitter[:3]] + [rng.uniform(-self.jitter[3],
+                                                                                              self.jitter[3])]
         order = rng.randrange(24)
         if rng.random() >= self.jitter_p:
             factors, order = [1.0, 1.0, 1.0, 0.0], -1
@@ -56,14 +63,15 @@ class MultiCrop:
     """Map-style set of multi-crops: [(epoch, position, index)] -> index, crops, params.
 
     crops: number of crops of each size; sizes: side in pixels; scales: (min, max) share of the image's area.
-    Returns the index, a list with one (V_r, 3, s, s) uint8 tensor a size, and params (V, 8) float32 as drawn by
-    Augmentation. Crops are random resized crops (ratio 3/4 to 4/3, antialiased bilinear) and flipped half of the time.
-    An unreadable image is replaced by the next readable one, whose index is returned.
+    Returns the index, a list with one (V_r, 3, s, s) uint8 tensor a size, and params (V, 8) float32 as drawn
+    by Augmentation. Crops are random resized crops (ratio 3/4 to 4/3, antialiased bilinear) and flipped half
+    of the time. An unreadable image is replaced by the next readable one, whose index is returned.
     """
 
     def __init__(self, images, crops, sizes, scales, augmentation, seed):
         if not len(crops) == len(sizes) == len(scales):
-            raise ValueError(f"crops, sizes and scales need one entry a resolution: got {crops}, {sizes}, {scales}")
+            raise ValueError(f"crops, sizes and scales need one entry a resolution: got {crops}, {sizes}, "
+                             f"{scales}")
         self.images, self.crops, self.sizes, self.scales = images, crops, sizes, scales
         self.augmentation, self.seed = augmentation, seed
 
@@ -75,7 +83,8 @@ class MultiCrop:
         rng = generator(self.seed, epoch, position)
         index, image = read_or_next(self.images, index)
         if image is None:
-            return -1, [torch.zeros(n, 3, s, s, dtype=torch.uint8) for n, s in zip(self.crops, self.sizes)], torch.zeros(sum(self.crops), 8)
+            return -1, [torch.zeros(n, 3, s, s, dtype=torch.uint8)
+                        for n, s in zip(self.crops, self.sizes)], torch.zeros(sum(self.crops), 8)
         pixels = to_tensor(image)
         crops, params = [], []
         for number, size, scale in zip(self.crops, self.sizes, self.scales):
@@ -90,8 +99,8 @@ class MultiCrop:
 
 
 class RandomCrop:
-    """Map-style set like MultiCrop with one crop an image of the older kind: short side to `resize`, the central square of
-    that side, a random square of `size` pixels in it, flipped half of the time."""
+    """Map-style set like MultiCrop with one crop an image of the older kind: short side to `resize`, the
+    central square of that side, a random square of `size` pixels in it, flipped half of the time."""
 
     def __init__(self, images, resize, size, augmentation, seed):
         self.images, self.resize, self.size, self.augmentation, self.seed = images, resize, size, augmentation, seed
@@ -145,25 +154,30 @@ class TenCrop(CenterCrop):
     views = 10
 
     def cut(self, image):
-        return torch.stack([to_tensor(crop) for crop in TF.ten_crop(TF.resize(image, self.resize), self.size)])
+        return torch.stack([to_tensor(crop) for crop in TF.ten_crop(TF.resize(image, self.resize),
+                                                                    self.size)])
 
 
 class Warp(CenterCrop):
-    """The same with the whole image: short side to `resize`, then to a square of `size` pixels whatever its shape was."""
+    """The same with the whole image: short side to `resize`, then to a square of `size` pixels whatever its
+    shape was."""
 
     def cut(self, image):
         return to_tensor(TF.resize(TF.resize(image, self.resize), (self.size, self.size)))[None]
 
 
 def collate(samples):
-    """Samples (index, [(V_r, 3, s, s)], (V, 8)) to (B,), [(V_r, B, 3, s, s)] and (V, B, 8): one tensor a resolution."""
+    """Samples (index, [(V_r, 3, s, s)], (V, 8)) to (B,), [(V_r, B, 3, s, s)] and (V, B, 8): one tensor a
+    resolution."""
     index, crops, params = zip(*samples)
-    return torch.tensor(index), [torch.stack(group, dim=1) for group in zip(*crops)], torch.stack(params, dim=1)
+    return torch.tensor(index), [torch.stack(group, dim=1) for group in zip(*crops)], torch.stack(params,
+                                                                                                  dim=1)
 
 
 
 def read_or_next(images, index):
-    """(index, image) of the first readable image from `index` on, or (index, None) if TRIES in a row are not."""
+    """(index, image) of the first readable image from `index` on, or (index, None) if TRIES in a row are
+    not."""
     for i in range(min(TRIES, len(images))):
         try:
             return (index + i) % len(images), images.read((index + i) % len(images))
@@ -189,12 +203,14 @@ def resize(pixels, size):
 
 
 def center(image, resize, size):
-    """PIL image to (3, size, size) uint8: short side to `resize`, then the central square of `size` pixels."""
+    """PIL image to (3, size, size) uint8: short side to `resize`, then the central square of `size`
+    pixels."""
     return to_tensor(TF.center_crop(TF.resize(image, resize), size))
 
 
 def random_box(height, width, scale, rng, ratio=(3 / 4, 4 / 3)):
-    """(top, left, height, width) of a random resized crop: area a uniform share of the image, log-uniform aspect ratio.
+    """(top, left, height, width) of a random resized crop: area a uniform share of the image, log-uniform
+    aspect ratio.
 
     Ten tries, then the largest central box within the ratio, as in torchvision's RandomResizedCrop.
     """
@@ -214,11 +230,12 @@ def random_box(height, width, scale, rng, ratio=(3 / 4, 4 / 3)):
 
 @torch.no_grad()
 def photometric(crops, params, mean=MEAN, std=STD, dtype=torch.float32):
-    """Jitter in the drawn order, grey, blur, rotation and normalisation of a whole batch, each crop by its own parameters.
+    """Jitter in the drawn order, grey, blur, rotation and normalisation of a whole batch, each crop by its
+    own parameters.
 
-    crops: (B, 3, s, s) uint8, on any device. params: (B, 8) as drawn by Augmentation; on the CPU, so that picking the
-    rows to work on never waits for a GPU. Returns (B, 3, s, s) of dtype, channels last.
-    Agrees with torchvision's functional transforms on float tensors to 1e-4.
+    crops: (B, 3, s, s) uint8, on any device. params: (B, 8) as drawn by Augmentation; on the CPU, so that
+    picking the rows to work on never waits for a GPU. Returns (B, 3, s, s) of dtype, channels last. Agrees
+    with torchvision's functional transforms on float tensors to 1e-4.
     """
     device = crops.device
     x = crops.to(dtype) / 255
@@ -238,23 +255,24 @@ def photometric(crops, params, mean=MEAN, std=STD, dtype=torch.float32):
     for place in range(4):
         operation = torch.where(order >= 0, ORDERS[order.clamp(min=0), place], torch.tensor(-1))
         update(operation == 0, lambda x, f: (x * f).clamp_(0, 1), on[:, 0])
-        update(operation == 1, lambda x, f: _blend(x, _grey(x).mean(dim=(1, 2, 3), keepdim=True), f), on[:, 1])
+        update(operation == 1, lambda x, f: _blend(x, _grey(x).mean(dim=(1, 2, 3), keepdim=True), f),
+               on[:, 1])
         update(operation == 2, lambda x, f: _blend(x, _grey(x), f), on[:, 2])
         update(operation == 3, _shift_hue, on[:, 3])
     update(params[:, 5] == 1, lambda x: _grey(x).expand_as(x))
     update(params[:, 6] > 0, _blur, on[:, 6])
     update(params[:, 7] != 0, _rotate, on[:, 7])
-    mean, std = (torch.tensor(v, dtype=dtype).view(1, 3, 1, 1).to(device, non_blocking=True) for v in (mean, std))
+    mean, std = (torch.tensor(v, dtype=dtype).view(1, 3, 1, 1).to(device, non_blocking=True) for v in (mean,
+                                                                                                       std))
     return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
 def to_device(crops, params, device, dtype=torch.float32):
-    """A collated batch to what a network takes: crops [(V_r, B, 3, s, s) uint8] and params (V, B, 8) from the loader to
-    one (V_r B, 3, s, s) of dtype a resolution, crop-major, augmented on the device."""
+    """A collated batch to what a network takes: crops [(V_r, B, 3, s, s) uint8] and params (V, B, 8) from the
+    loader to one (V_r B, 3, s, s) of dtype a resolution, crop-major, augmented on the device."""
     rows = params.split([len(group) for group in crops])
-    return [
-        photometric(group.flatten(0, 1).to(device, non_blocking=True), row.flatten(0, 1), dtype=dtype) for group, row in zip(crops, rows)
-    ]
+    return [photometric(group.flatten(0, 1).to(device, non_blocking=True), row.flatten(0, 1),
+                        dtype=dtype) for group, row in zip(crops, rows)]
 
 
 def _grey(x):
@@ -290,7 +308,8 @@ def _blur(x, sigma, radius=11):
     kernel = kernel / kernel.sum(dim=1, keepdim=True)
     place = torch.arange(size, device=x.device)[:, None] + taps  # (s, taps): the pixel each tap reads
     place = (size - 1 - (size - 1 - place.abs()).abs()).expand(len(x), -1, -1)  # reflected at both ends
-    matrix = x.new_zeros(len(x), size, size).scatter_add_(2, place, kernel[:, None].expand_as(place).to(x.dtype))
+    matrix = x.new_zeros(len(x), size, size).scatter_add_(2, place,
+                                                          kernel[:, None].expand_as(place).to(x.dtype))
     matrix = matrix[:, None]  # (B, 1, s, s)
     return matrix @ x @ matrix.transpose(2, 3)
 
@@ -299,6 +318,7 @@ def _rotate(x, angle):
     """Counter-clockwise by `angle` degrees around the centre, bilinear, black outside."""
     angle = angle.view(-1) * (math.pi / 180)
     zero = torch.zeros_like(angle)
-    turn = torch.stack([angle.cos(), -angle.sin(), zero, angle.sin(), angle.cos(), zero], dim=1).view(-1, 2, 3)
+    turn = torch.stack([angle.cos(), -angle.sin(), zero, angle.sin(), angle.cos(), zero], dim=1).view(-1, 2,
+                                                                                                      3)
     grid = F.affine_grid(turn, list(x.shape), align_corners=False)
     return F.grid_sample(x, grid, align_corners=False)

@@ -11,14 +11,17 @@ class LARC(torch.optim.Optimizer):
     For parameter p with gradient g, if both have a norm above 0:
         g <- (g + weight_decay p) * trust_coefficient |p| / (|g| + weight_decay |p| + eps)
     else g stays as it is: neither scaled nor decayed. Then m <- momentum m + g and p <- p - lr m.
-    Nothing is excluded: biases and batch-norm parameters are scaled and decayed too. Parameters without a gradient are
-    left alone. This is what apex's LARC(clip=False) around torch.optim.SGD computes (LARS, arXiv 1708.03888).
+    Nothing is excluded: biases and batch-norm parameters are scaled and decayed too. Parameters without a
+    gradient are left alone. This is what apex's LARC(clip=False) around torch.optim.SGD computes (LARS, arXiv
+    1708.03888).
     """
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, trust_coefficient=0.001, eps=1e-8):
         if lr < 0 or not 0 <= momentum < 1 or weight_decay < 0:
-            raise ValueError(f"LARC needs lr >= 0, 0 <= momentum < 1, weight_decay >= 0: got {lr}, {momentum}, {weight_decay}")
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust_coefficient=trust_coefficient, eps=eps))
+            raise ValueError(f"LARC needs lr >= 0, 0 <= momentum < 1, weight_decay >= 0: got {lr}, "
+                             f"{momentum}, {weight_decay}")
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay,
+                                      trust_coefficient=trust_coefficient, eps=eps))
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -52,10 +55,11 @@ class LARC(torch.optim.Optimizer):
 
 
 def warmup_cosine(step, steps_per_epoch, epochs, base_lr, final_lr, warmup_epochs, start_lr):
-    """Learning rate of a step (0-based): linear from start_lr to base_lr, both included, then half a cosine to final_lr.
+    """Learning rate of a step (0-based): linear from start_lr to base_lr, both included, then half a cosine
+    to final_lr.
 
-    So base_lr comes twice, at the end of the warm-up and the start of the cosine, and final_lr is only approached,
-    as in main_swav.py of facebookresearch/swav.
+    So base_lr comes twice, at the end of the warm-up and the start of the cosine, and final_lr is only
+    approached, as in main_swav.py of facebookresearch/swav.
     """
     warmup_steps = int(warmup_epochs * steps_per_epoch)
     if step < warmup_steps:
@@ -65,5 +69,6 @@ def warmup_cosine(step, steps_per_epoch, epochs, base_lr, final_lr, warmup_epoch
 
 
 def drops(step, steps_per_epoch, base_lr, epochs, factor):
-    """Learning rate of a step (0-based) that is multiplied by `factor` at the start of each of `epochs` (0-based)."""
+    """Learning rate of a step (0-based) that is multiplied by `factor` at the start of each of `epochs`
+    (0-based)."""
     return base_lr * factor ** sum(step >= epoch * steps_per_epoch for epoch in epochs)

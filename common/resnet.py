@@ -1,9 +1,9 @@
 """ResNet trunks with torchvision's parameter names. Imports torch alone: one file to lift.
 
-`width` multiplies the channels of every layer, the stem included (RN50w2 of the SwAV paper is resnet50(width=2)).
-`stem="small"` is for images of 32 to 64 pixels: a 3x3 convolution without stride and no max-pool.
-`sobel=True` puts two fixed filters, the image's gradients, in front: DeepCluster's input.
-At width 1 with the "imagenet" stem, the state dict is torchvision's without `fc`.
+`width` multiplies the channels of every layer, the stem included (RN50w2 of the SwAV paper is
+resnet50(width=2)). `stem="small"` is for images of 32 to 64 pixels: a 3x3 convolution without stride and no
+max-pool. `sobel=True` puts two fixed filters, the image's gradients, in front: DeepCluster's input. At width
+1 with the "imagenet" stem, the state dict is torchvision's without `fc`.
 """
 
 import torch
@@ -37,7 +37,8 @@ class Bottleneck(nn.Module):
     def __init__(self, inputs, channels, stride, downsample):
         super().__init__()
         self.conv1, self.bn1 = conv(inputs, channels, 1), nn.BatchNorm2d(channels)
-        self.conv2, self.bn2 = conv(channels, channels, 3, stride), nn.BatchNorm2d(channels)  # v1.5: stride on the 3x3
+        # v1.5: stride on the 3x3
+        self.conv2, self.bn2 = conv(channels, channels, 3, stride), nn.BatchNorm2d(channels)
         self.conv3, self.bn3 = conv(channels, channels * 4, 1), nn.BatchNorm2d(channels * 4)
         self.relu = nn.ReLU(inplace=True)
         self.downsample = downsample
@@ -50,7 +51,8 @@ class Bottleneck(nn.Module):
 
 
 class Sobel(nn.Module):
-    """Horizontal and vertical gradients of the mean of the channels: (B, 3, H, W) -> (B, 2, H, W), zeros beyond the borders."""
+    """Horizontal and vertical gradients of the mean of the channels: (B, 3, H, W) -> (B, 2, H, W), zeros
+    beyond the borders."""
 
     def __init__(self):
         super().__init__()
@@ -58,7 +60,8 @@ class Sobel(nn.Module):
         self.register_buffer("kernels", kernels[:, None], persistent=False)
 
     def forward(self, x):
-        with torch.autocast(x.device.type, enabled=False):  # differences of neighbours would drown in bfloat16's roundings
+        # differences of neighbours would drown in bfloat16's roundings
+        with torch.autocast(x.device.type, enabled=False):
             return F.conv2d(x.mean(1, keepdim=True), self.kernels, padding=1)
 
 
@@ -74,7 +77,8 @@ class ResNet(nn.Module):
         channels = int(64 * width)
         self.sobel = Sobel() if sobel else nn.Identity()
         in_channels = 2 if sobel else in_channels
-        self.conv1 = conv(in_channels, channels, 7, 2) if stem == "imagenet" else conv(in_channels, channels, 3)
+        self.conv1 = conv(in_channels, channels, 7, 2) if stem == "imagenet" else conv(in_channels, channels,
+                                                                                       3)
         self.bn1 = nn.BatchNorm2d(channels)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, padding=1) if stem == "imagenet" else nn.Identity()
@@ -86,9 +90,8 @@ class ResNet(nn.Module):
                 stride = 2 if i > 0 and j == 0 else 1
                 downsample = None
                 if stride != 1 or inputs != outputs * block.expansion:
-                    downsample = nn.Sequential(
-                        conv(inputs, outputs * block.expansion, 1, stride), nn.BatchNorm2d(outputs * block.expansion)
-                    )
+                    downsample = nn.Sequential(conv(inputs, outputs * block.expansion, 1, stride),
+                                               nn.BatchNorm2d(outputs * block.expansion))
                 blocks.append(block(inputs, outputs, stride, downsample))
                 inputs = outputs * block.expansion
             setattr(self, f"layer{i + 1}", nn.Sequential(*blocks))

@@ -9,7 +9,8 @@ import subprocess
 import tempfile
 import time
 
-CHROME = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"))), None)
+CHROME = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome",
+                                              "google-chrome-stable"))), None)
 
 
 class Browser:
@@ -19,7 +20,8 @@ class Browser:
         self.profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         ours, theirs = os.pipe(), os.pipe()  # to the browser's file 3, from its file 4
         read, write = os.dup(ours[0]), os.dup(theirs[1])
-        flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-extensions", "--hide-scrollbars"]
+        flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-extensions",
+                 "--hide-scrollbars"]
         flags += [f"--user-data-dir={self.profile.name}", "--remote-debugging-pipe"]
 
         def take():
@@ -28,14 +30,8 @@ class Browser:
             os.dup2(63, 3)
             os.dup2(64, 4)
 
-        self.process = subprocess.Popen(
-            [CHROME, *flags],
-            preexec_fn=take,
-            pass_fds=(3, 4),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        self.process = subprocess.Popen([CHROME, *flags], preexec_fn=take, pass_fds=(
+            3, 4), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         for fd in (ours[0], theirs[1], read, write):
             os.close(fd)
         self.input, self.output, self.buffer, self.number = ours[1], theirs[0], b"", 0
@@ -56,7 +52,8 @@ class Browser:
     def call(self, method, **parameters):
         self.number += 1
         message = {"id": self.number, "method": method, "params": parameters}
-        os.write(self.input, json.dumps({**message, "sessionId": self.session} if self.session else message).encode() + b"\0")
+        os.write(self.input, json.dumps({**message, "sessionId": self.session} if self.session
+                                        else message).encode() + b"\0")
         while (answer := self._message()).get("id") != self.number:
             self.events.append(answer)
         if "error" in answer:
@@ -75,7 +72,8 @@ class Browser:
         return json.loads(message)
 
     def window(self, width, height, dark=False, scale=1):
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=scale, mobile=False)
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=scale,
+                  mobile=False)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
 
@@ -92,7 +90,8 @@ class Browser:
         """The value of a piece of JavaScript; an exception in it is raised."""
         answer = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         if "exceptionDetails" in answer:
-            raise RuntimeError(answer["exceptionDetails"].get("exception", {}).get("description", "JavaScript error"))
+            raise RuntimeError(answer["exceptionDetails"].get("exception", {}).get("description", "JavaScript "
+                                                                                                  "error"))
         return answer["result"].get("value")
 
     def picture(self, path, **clip):

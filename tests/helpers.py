@@ -42,9 +42,11 @@ def free_port():
 
 
 def ranks(world_size, function, *args, timeout=300):
-    """Runs function(*args), a function at the top level of its module, in world_size processes joined by gloo.
+    """Runs function(*args), a function at the top level of its module, in world_size processes joined by
+    gloo.
 
-    Returns what each rank returned. An exception on any rank is raised here; so is a deadlock, after timeout seconds.
+    Returns what each rank returned. An exception on any rank is raised here; so is a deadlock, after timeout
+    seconds.
     """
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
@@ -77,7 +79,8 @@ def swav_here(*arguments):
 
 def run_here(method, *arguments):
     """Runs a method's script, a module, in this process; returns its exit code."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT,
+                                                                signal.SIGUSR1)}
     try:
         launch(method.main, parse(method.Config, method.RECIPES, method.__doc__, [str(a) for a in arguments]))
         return 0
@@ -96,7 +99,8 @@ def command(*arguments, ranks=0, script="swav.py"):
 
 def start(*arguments, **options):
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen(arguments, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    return subprocess.Popen(arguments, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            **options)
 
 
 def finish(process):
@@ -138,7 +142,8 @@ def same(a, b):
 def children(pid):
     """Processes started by pid, oldest first; none if it ends meanwhile."""
     try:
-        return sorted(int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split())
+        return sorted(int(child) for task in Path(f"/proc/{pid}/task").iterdir()
+                      for child in (task / "children").read_text().split())
     except (FileNotFoundError, ProcessLookupError):
         return []
 
@@ -161,5 +166,6 @@ def image_tree(root, classes=2, images=6, size=(70, 60), splits=("train", "val")
         for c in range(classes):
             (root / split / f"n0{c}").mkdir(parents=True)
             for i in range(images):
-                Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)).save(root / split / f"n0{c}" / f"{i}.JPEG")
+                Image.fromarray(rng.integers(0, 255, (*size, 3),
+                                             dtype=np.uint8)).save(root / split / f"n0{c}" / f"{i}.JPEG")
     return root

@@ -19,14 +19,16 @@ def draw(n=23, classes=7):
 
 
 def expected(scores, labels, k):
-    hits = [label in row.argsort(descending=True)[:k] and row.isfinite().all() for row, label in zip(scores, labels) if label >= 0]
+    hits = [label in row.argsort(descending=True)[:k] and row.isfinite().all()
+            for row, label in zip(scores, labels) if label >= 0]
     return pytest.approx(100 * sum(map(bool, hits)) / len(hits))
 
 
 def test_accuracy():
     scores, labels = draw()
     for h, found in enumerate(ranked_accuracy(ranked(scores), labels)):
-        assert found == (expected(scores[:, h], labels, 1), expected(scores[:, h], labels, 5)) == accuracy(scores[:, h], labels)
+        assert found == (expected(scores[:, h], labels, 1),
+                         expected(scores[:, h], labels, 5)) == accuracy(scores[:, h], labels)
         assert 0 < found[0] < found[1] < 100
 
 
@@ -37,7 +39,8 @@ def test_top5_needs_five_classes():
 
 def shards():
     scores, labels = draw()
-    return [ranked_accuracy(ranked(scores.split(counts)[rank()]), labels.split(counts)[rank()]) for counts in ((12, 11), (0, 23), (20, 3))]
+    return [ranked_accuracy(ranked(scores.split(counts)[rank()]),
+                            labels.split(counts)[rank()]) for counts in ((12, 11), (0, 23), (20, 3))]
 
 
 def test_ranks_count_each_image_once():

@@ -1,4 +1,5 @@
-"""Checkpoints in and out: a synthetic file of every family, in the layout that its authors' code gives, and every export."""
+"""Checkpoints in and out: a synthetic file of every family, in the layout that its authors' code gives, and
+every export."""
 
 import argparse
 import json
@@ -38,7 +39,8 @@ def randomised(module, seed=0):
         if name.endswith("running_var"):
             tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
         elif tensor.is_floating_point():
-            tensor.copy_(torch.randn(tensor.shape, generator=generator) * (0.1 if tensor.dim() < 2 else tensor[0].numel() ** -0.5))
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) * (0.1 if tensor.dim() < 2
+                                                                           else tensor[0].numel() ** -0.5))
     return module.eval()
 
 
@@ -56,7 +58,8 @@ def prefixed(prefix, state):
 
 def under(layers):
     """{"0.weight": ...} of {"0": module}."""
-    return {f"{place}.{name}": tensor for place, layer in layers.items() for name, tensor in layer.state_dict().items()}
+    return {f"{place}.{name}": tensor for place, layer in layers.items()
+            for name, tensor in layer.state_dict().items()}
 
 
 def mlp(F_, hidden=12, D=6, norm=True, affine=True):
@@ -80,12 +83,8 @@ def no_counters(state):
     return {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
 
 
-SOBEL = {
-    "0.weight": torch.full((1, 3, 1, 1), 1 / 3),
-    "0.bias": torch.zeros(1),
-    "1.weight": torch.tensor([[[[1.0, 0, -1], [2, 0, -2], [1, 0, -1]]], [[[1, 2, 1], [0, 0, 0], [-1, -2, -1]]]]),
-    "1.bias": torch.zeros(2),
-}
+SOBEL = {"0.weight": torch.full((1, 3, 1, 1), 1 / 3), "0.bias": torch.zeros(1), "1.weight": torch.tensor([[[[
+    1.0, 0, -1], [2, 0, -2], [1, 0, -1]]], [[[1, 2, 1], [0, 0, 0], [-1, -2, -1]]]]), "1.bias": torch.zeros(2)}
 MOMENTUM = {"state": {0: {"momentum_buffer": torch.zeros(2)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
 
 
@@ -94,18 +93,21 @@ MOMENTUM = {"state": {0: {"momentum_buffer": torch.zeros(2)}}, "param_groups": [
 
 def swav_released():
     trunk, head, prototypes = trunk50(), mlp(256), linear(7, 6, bias=False)
-    state = {**trunk.state_dict(), **prefixed("projection_head.", head.state_dict()), "prototypes.weight": prototypes.weight.detach()}
+    state = {**trunk.state_dict(), **prefixed("projection_head.", head.state_dict()),
+             "prototypes.weight": prototypes.weight.detach()}
     return prefixed("module.", state), trunk, lambda x: cosines([prototypes])(head(x)), "SwAV"
 
 
 def swav_training():
     saved, *rest = swav_released()
-    return {"epoch": 3, "state_dict": saved, "optimizer": MOMENTUM, "amp": {"loss_scaler0": {"loss_scale": 2.0}}}, *rest
+    return {"epoch": 3, "state_dict": saved, "optimizer": MOMENTUM,
+            "amp": {"loss_scaler0": {"loss_scale": 2.0}}}, *rest
 
 
 def swav_wide_head_without_norm():  # RN50w5
     trunk, head, prototypes = trunk50(), mlp(256, norm=False), linear(7, 6, bias=False)
-    state = {**trunk.state_dict(), **prefixed("projection_head.", head.state_dict()), "prototypes.weight": prototypes.weight.detach()}
+    state = {**trunk.state_dict(), **prefixed("projection_head.", head.state_dict()),
+             "prototypes.weight": prototypes.weight.detach()}
     assert "projection_head.2.weight" in state and "projection_head.1.weight" not in state
     return prefixed("module.", state), trunk, lambda x: cosines([prototypes])(head(x)), "SwAV"
 
@@ -113,8 +115,10 @@ def swav_wide_head_without_norm():  # RN50w5
 def deepclusterv2_released():
     trunk, head, prototypes = trunk50(), mlp(256), [linear(7, 6, bias=False, seed=s) for s in range(3)]
     state = {**trunk.state_dict(), **prefixed("projection_head.", head.state_dict())}
-    state.update({f"prototypes.prototypes{h}.weight": layer.weight.detach() for h, layer in enumerate(prototypes)})
-    return prefixed("module.", state), trunk, lambda x: cosines(prototypes)(head(x)), "DeepCluster-v2 or SeLa-v2"
+    state.update({f"prototypes.prototypes{h}.weight": layer.weight.detach()
+                  for h, layer in enumerate(prototypes)})
+    return prefixed("module.",
+                    state), trunk, lambda x: cosines(prototypes)(head(x)), "DeepCluster-v2 or SeLa-v2"
 
 
 def vissl(prefix="_feature_blocks.", several=False):
@@ -122,7 +126,8 @@ def vissl(prefix="_feature_blocks.", several=False):
     heads = prefixed("0.projection_head.", head.state_dict())
     heads.update({f"0.prototypes{h}.weight": layer.weight.detach() for h, layer in enumerate(prototypes)})
     model = {"trunk": prefixed(prefix, trunk.state_dict()), "heads": [heads] if several else heads}
-    saved = {"phase_idx": 9, "iteration": 90, "loss": {}, "type": "consolidated", "classy_state_dict": {"base_model": {"model": model}}}
+    saved = {"phase_idx": 9, "iteration": 90, "loss": {}, "type": "consolidated",
+             "classy_state_dict": {"base_model": {"model": model}}}
     return saved, trunk, lambda x: cosines(prototypes)(head(x)), "VISSL"
 
 
@@ -142,11 +147,13 @@ def openselfsup_sobel():
 
 def mmselfsup_swav(head_name="head.loss.prototypes"):
     trunk, head, prototypes = trunk50(), mlp(256), linear(7, 6, bias=False)
-    state = {**prefixed("backbone.", trunk.state_dict()), **prefixed("neck.projection_neck.", head.state_dict())}
+    state = {**prefixed("backbone.", trunk.state_dict()),
+             **prefixed("neck.projection_neck.", head.state_dict())}
     state.update(prefixed("neck.bn.", head[1].state_dict()))
     state[f"{head_name}.weight"] = prototypes.weight.detach()
     state["data_preprocessor.mean"] = torch.zeros(3, 1, 1)
-    return {"meta": {"epoch": 200}, "state_dict": state}, trunk, lambda x: cosines([prototypes])(head(x)), "MMSelfSup"
+    return {"meta": {"epoch": 200},
+            "state_dict": state}, trunk, lambda x: cosines([prototypes])(head(x)), "MMSelfSup"
 
 
 def mmselfsup_old_swav():
@@ -157,7 +164,8 @@ def mmselfsup_odc():
     trunk, head, classifier = trunk50(), mlp(256, affine=False), linear(9, 6)
     neck = under({"fc0": head[0], "bn0": head[1], "fc1": head[3]})
     assert "bn0.weight" not in neck
-    state = {**prefixed("backbone.", trunk.state_dict()), **prefixed("neck.", neck), **prefixed("head.fc_cls.", classifier.state_dict())}
+    state = {**prefixed("backbone.", trunk.state_dict()), **prefixed("neck.", neck),
+             **prefixed("head.fc_cls.", classifier.state_dict())}
     state.update({"loss_weight": torch.ones(9), "memory_bank.centroids": torch.zeros(9, 6)})
     return {"meta": {}, "state_dict": state}, trunk, lambda x: [classifier(F.relu(head(x)))], "MMSelfSup"
 
@@ -208,25 +216,23 @@ def sela_preact():
         stage, _, rest = name.partition(".")
         place = 0 if stage == "conv1" else int(stage[-1]) + 1
         state[f"features.{place}.{rest.replace('shortcut.', 'shortcut.0.')}"] = tensor
-    assert len(state) == 293 and "features.5.0.shortcut.0.weight" in state and "features.2.2.bn1.running_mean" in state
+    assert len(
+        state) == 293 and "features.5.0.shortcut.0.weight" in state and "features.2.2.bn1.running_mean" in state
     saved = {**state, **under({f"top_layer{h}": head for h, head in enumerate(heads)})}
     return saved, lambda x: preact_features(state, x), logits(heads), "SeLa"
 
 
 def children(state):
     places = {"conv1": 0, "bn1": 1, "layer1": 4, "layer2": 5, "layer3": 6, "layer4": 7}
-    return {f"{places[name.partition('.')[0]]}.{name.partition('.')[2]}": tensor for name, tensor in state.items()}
+    return {f"{places[name.partition('.')[0]]}.{name.partition('.')[2]}": tensor
+            for name, tensor in state.items()}
 
 
 def sela_training(prefix="features.", heads=("top_layer0", "top_layer1")):
     trunk, layers = trunk50(), [linear(9, 256, seed=h) for h in range(len(heads))]
     state = {**prefixed(prefix, children(trunk.state_dict())), **under(dict(zip(heads, layers)))}
-    return (
-        {"epoch": 4, "arch": "resnetv1", "state_dict": state, "optimizer": MOMENTUM, "L": torch.zeros(2, 5)},
-        trunk,
-        logits(layers),
-        "SeLa",
-    )
+    return ({"epoch": 4, "arch": "resnetv1", "state_dict": state, "optimizer": MOMENTUM,
+             "L": torch.zeros(2, 5)}, trunk, logits(layers), "SeLa")
 
 
 def sela_training_parallel():
@@ -236,9 +242,12 @@ def sela_training_parallel():
 def moco():
     trunk, fc = trunk50(), linear(5, 256)
     query = {**trunk.state_dict(), **prefixed("fc.", fc.state_dict())}
-    key = {**randomised(resnet50(width=0.125), 1).state_dict(), **prefixed("fc.", linear(5, 256, seed=1).state_dict())}
-    state = {**prefixed("module.encoder_q.", query), **prefixed("module.encoder_k.", key), "module.queue": torch.zeros(5, 8)}
-    saved = {"epoch": 200, "arch": "resnet50", "state_dict": {**state, "module.queue_ptr": torch.zeros(1)}, "optimizer": MOMENTUM}
+    key = {**randomised(resnet50(width=0.125), 1).state_dict(),
+           **prefixed("fc.", linear(5, 256, seed=1).state_dict())}
+    state = {**prefixed("module.encoder_q.", query), **prefixed("module.encoder_k.", key),
+             "module.queue": torch.zeros(5, 8)}
+    saved = {"epoch": 200, "arch": "resnet50", "state_dict": {**state, "module.queue_ptr": torch.zeros(1)},
+             "optimizer": MOMENTUM}
     return saved, trunk, logits([]), "MoCo"
 
 
@@ -246,7 +255,8 @@ def mocov2():
     saved, trunk, scores, family = moco()
     for encoder in ("encoder_q", "encoder_k"):
         for name in ("weight", "bias"):
-            saved["state_dict"][f"module.{encoder}.fc.2.{name}"] = saved["state_dict"].pop(f"module.{encoder}.fc.{name}")[:, None][:, 0]
+            saved["state_dict"][f"module.{encoder}.fc.2.{name}"] = saved["state_dict"].pop(
+                f"module.{encoder}.fc.{name}")[:, None][:, 0]
         saved["state_dict"].update(prefixed(f"module.{encoder}.fc.0.", linear(256, 256).state_dict()))
     return saved, trunk, scores, family
 
@@ -267,7 +277,8 @@ def lightning_any_name():
 
 def solo_learn():
     saved, trunk, *rest = lightning()
-    saved["state_dict"].update(prefixed("momentum_backbone.", randomised(resnet50(width=0.125), 1).state_dict()))
+    saved["state_dict"].update(prefixed("momentum_backbone.",
+                                        randomised(resnet50(width=0.125), 1).state_dict()))
     return saved, trunk, *rest
 
 
@@ -292,7 +303,8 @@ def compiled_inside():
 
 def plain18():
     trunk = randomised(resnet18(width=0.125))
-    return {**trunk.state_dict(), **prefixed("fc.", linear(4, 64).state_dict())}, trunk, logits([]), "torchvision"
+    return {**trunk.state_dict(),
+            **prefixed("fc.", linear(4, 64).state_dict())}, trunk, logits([]), "torchvision"
 
 
 def plain34():
@@ -300,23 +312,12 @@ def plain34():
     return no_counters(trunk.state_dict()), trunk, logits([]), "torchvision"
 
 
-FAMILIES = (
-    *(swav_released, swav_training, swav_wide_head_without_norm, deepclusterv2_released, vissl, vissl_extractor, vissl_flat),
-    *(openselfsup_sobel, mmselfsup_swav, mmselfsup_old_swav, mmselfsup_odc, mmselfsup_deepcluster, sela_released, sela_released_older),
-    *(
-        sela_preact,
-        sela_training,
-        sela_training_parallel,
-        moco,
-        mocov2,
-        lightning,
-        lightning_encoder,
-        lightning_any_name,
-        solo_learn,
-        lightly,
-    ),
-    *(compiled, compiled_inside, plain18, plain34),
-)
+FAMILIES = (*(swav_released, swav_training, swav_wide_head_without_norm, deepclusterv2_released, vissl,
+              vissl_extractor, vissl_flat),
+            *(openselfsup_sobel, mmselfsup_swav, mmselfsup_old_swav, mmselfsup_odc, mmselfsup_deepcluster,
+              sela_released, sela_released_older),
+            *(sela_preact, sela_training, sela_training_parallel, moco, mocov2, lightning, lightning_encoder,
+              lightning_any_name, solo_learn, lightly), *(compiled, compiled_inside, plain18, plain34))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -347,7 +348,8 @@ def test_a_projection_without_clusters(tmp_path):
     torch.save(moco()[0], tmp_path / "moco.pth")
     torch.save(mocov2()[0], tmp_path / "mocov2.pth")
     v1, v2 = (weights.load_model(tmp_path / name)[0].projection_head for name in ("moco.pth", "mocov2.pth"))
-    assert [type(layer) for layer in v1] == [nn.Linear] and [type(layer) for layer in v2] == [nn.Linear, nn.ReLU, nn.Linear]
+    assert [type(layer) for layer in v1] == [nn.Linear] and [type(layer) for layer in v2] == [
+        nn.Linear, nn.ReLU, nn.Linear]
     assert torch.equal(v1[0].weight, linear(5, 256).weight)
 
 
@@ -355,16 +357,19 @@ def test_a_projection_without_clusters(tmp_path):
 def test_wide_networks_by_their_shapes(width):
     with torch.device("meta"):  # without the gigabytes
         trunk = resnet50(width=width)
-    contents = families.recognise(prefixed("module.", {**trunk.state_dict(), "prototypes.weight": torch.zeros(3000, 128)}))
+    contents = families.recognise(prefixed("module.", {**trunk.state_dict(),
+                                                       "prototypes.weight": torch.zeros(3000, 128)}))
     assert (contents.info["arch"], contents.info["width"]) == ("resnet50", width) and len(contents.heads) == 1
-    assert {n: t.shape for n, t in contents.trunk.items()} == {n: t.shape for n, t in trunk.state_dict().items()}
+    assert {n: t.shape for n, t in contents.trunk.items()} == {n: t.shape
+                                                               for n, t in trunk.state_dict().items()}
 
 
 def small_alexnet(info):
     """What build_backbone gives for an AlexNet, with few channels: the real one has 240 MB."""
     with torch.device("meta"):
         trunk = AlexNet((6, 8, 8, 8, 4), info["sobel"], last_relu=info["arch"] != "alexnet")
-    trunk.classifier[1], trunk.classifier[4] = nn.Linear(144, 10, device="meta"), nn.Linear(10, 10, device="meta")
+    trunk.classifier[1], trunk.classifier[4] = nn.Linear(144, 10, device="meta"), nn.Linear(10, 10,
+                                                                                            device="meta")
     if info.get("convolutions_only"):
         trunk.classifier = nn.Identity()
     trunk.feature_dim = 144 if info.get("convolutions_only") else 10
@@ -381,21 +386,25 @@ def alexnet_states(trunk, inside=""):
 
 def deepcluster_alexnet(sobel):
     trunk, top = small_alexnet({"arch": "alexnet", "sobel": sobel}), linear(9, 10)
-    state = {**alexnet_states(trunk, "module."), **prefixed("top_layer.", top.state_dict()), **(prefixed("sobel.", SOBEL) if sobel else {})}
+    state = {**alexnet_states(trunk, "module."), **prefixed("top_layer.", top.state_dict()),
+             **(prefixed("sobel.", SOBEL) if sobel else {})}
     saved = {"epoch": 500, "arch": "alexnet", "state_dict": state, "optimizer": MOMENTUM}
     return saved, trunk, lambda x: [top(F.relu(x))], dict(arch="alexnet", sobel=sobel, method="DeepCluster")
 
 
 def sela_alexnet():
-    trunk, heads = small_alexnet({"arch": "alexnet_sela", "sobel": False}), [linear(9, 10, seed=h) for h in range(12)]
+    trunk, heads = small_alexnet({"arch": "alexnet_sela",
+                                  "sobel": False}), [linear(9, 10, seed=h) for h in range(12)]
     rotations = linear(4, 10)
-    state = {**trunk.state_dict(), **under({f"top_layer{h}": head for h, head in enumerate((*heads[:10], rotations))})}
+    state = {**trunk.state_dict(),
+             **under({f"top_layer{h}": head for h, head in enumerate((*heads[:10], rotations))})}
     return state, trunk, logits(heads[:10]), dict(arch="alexnet_sela", sobel=False, method="SeLa")
 
 
 def vissl_alexnet():
     trunk = small_alexnet({"arch": "alexnet", "sobel": True, "convolutions_only": True})
-    blocks = {0: (0, 0), 1: (0, 1), 4: (2, 0), 5: (2, 1), 8: (4, 0), 9: (4, 1), 11: (5, 0), 12: (5, 1), 14: (6, 0), 15: (6, 1)}
+    blocks = {0: (0, 0), 1: (0, 1), 4: (2, 0), 5: (2, 1), 8: (4, 0), 9: (4, 1), 11: (5, 0), 12: (5, 1),
+              14: (6, 0), 15: (6, 1)}
     state = {}
     for name, tensor in trunk.state_dict().items():
         _, place, tail = name.split(".")
@@ -404,7 +413,8 @@ def vissl_alexnet():
     return {"model_state_dict": {**state, **prefixed("sobel.", SOBEL)}}, trunk, logits([]), info
 
 
-@pytest.mark.parametrize("make", [lambda: deepcluster_alexnet(True), lambda: deepcluster_alexnet(False), sela_alexnet, vissl_alexnet])
+@pytest.mark.parametrize("make", [lambda: deepcluster_alexnet(True), lambda: deepcluster_alexnet(False),
+                                  sela_alexnet, vissl_alexnet])
 def test_alexnets(tmp_path, monkeypatch, make):
     saved, expected, scores, facts = make()
     torch.save(saved, tmp_path / "checkpoint.pth.tar")
@@ -414,22 +424,20 @@ def test_alexnets(tmp_path, monkeypatch, make):
     with torch.no_grad():
         features = expected(images(224))
         assert torch.equal(model.eval().backbone(images(224)), features) and features.std() > 0
-        assert (features.min() < 0) == (info["arch"] == "alexnet" and "convolutions_only" not in info)  # before or after the last ReLU
+        # before or after the last ReLU
+        assert (features.min() < 0) == (info["arch"] == "alexnet" and "convolutions_only" not in info)
         found = model(images(224))
-        assert len(found) == len(scores(features)) and all(torch.equal(a, b) for a, b in zip(found, scores(features)))
+        assert len(found) == len(scores(features)) and all(torch.equal(a, b)
+                                                           for a, b in zip(found, scores(features)))
 
 
 def test_the_names_and_shapes_of_real_alexnets():
-    for kind, sobel, arch in (
-        ("deepcluster", True, "alexnet"),
-        ("sela", False, "alexnet_sela"),
-        ("sela_small", False, "alexnet_sela_small"),
-    ):
+    for kind, sobel, arch in (("deepcluster", True, "alexnet"), ("sela", False, "alexnet_sela"),
+                              ("sela_small", False, "alexnet_sela_small")):
         with torch.device("meta"):
             state = alexnet(kind, sobel).state_dict()
-        contents = families.recognise(
-            {**state, **({"top_layer.weight": torch.zeros(3, 4096)} if sobel else {"top_layer0.weight": torch.zeros(3, 4096)})}
-        )
+        contents = families.recognise({**state, **({"top_layer.weight": torch.zeros(3, 4096)} if sobel
+                                                   else {"top_layer0.weight": torch.zeros(3, 4096)})})
         assert contents.info["arch"] == arch and contents.trunk.keys() == state.keys()
     info = dict(arch="alexnet", sobel=True, convolutions_only=True)
     assert weights.build_backbone(info).feature_dim == 9216
@@ -442,7 +450,8 @@ def test_a_torchvision_resnet50_of_real_size(tmp_path):
     network.fc = nn.Identity()
     with torch.no_grad():
         assert torch.equal(trunk.eval()(images(64)), network(images(64)))
-    assert len(trunk.state_dict()) == 318 and (info["arch"], info["width"], info["stem"]) == ("resnet50", 1, "imagenet")
+    assert len(trunk.state_dict()) == 318 and (info["arch"], info["width"], info["stem"]) == ("resnet50", 1,
+                                                                                              "imagenet")
 
 
 # ---- files that cannot be used
@@ -462,8 +471,10 @@ def reshaped(name):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (without("layer3.2.bn2.weight"), "is no resnet50 x0.125, imagenet stem: 264 of 265 tensors fit; missing ['layer3.2.bn2.weight']"),
-        (without("layer3.2.bn2.running_mean"), "264 of 265 tensors fit; missing ['layer3.2.bn2.running_mean']"),
+        (without("layer3.2.bn2.weight"), "is no resnet50 x0.125, imagenet stem: 264 of 265 tensors fit; "
+                                         "missing ['layer3.2.bn2.weight']"),
+        (without("layer3.2.bn2.running_mean"),
+         "264 of 265 tensors fit; missing ['layer3.2.bn2.running_mean']"),
         (without("layer4.0.conv1.weight"), "missing ['layer4.0.conv1.weight']"),
         (without("layer4.0.bn1.weight"), "missing ['layer4.0.bn1.weight']"),
         (without("layer3.", "layer4."), "is no checkpoint that is known"),
@@ -471,24 +482,33 @@ def reshaped(name):
         (without("module.conv1.weight"), "lacks conv1.weight"),
         (
             without("downsample"),
-            "missing ['layer1.0.downsample.0.weight', 'layer1.0.downsample.1.bias', 'layer1.0.downsample.1.running_mean']",
+            "missing ['layer1.0.downsample.0.weight', 'layer1.0.downsample.1.bias', "
+            "'layer1.0.downsample.1.running_mean']",
         ),
-        (reshaped("module.layer2.1.conv2.weight"), "264 of 265 tensors fit; of another shape ['layer2.1.conv2.weight (1, 16, 3, 3)']"),
-        (lambda state: {**state, "module.layer2.0.se.fc1.weight": torch.zeros(2)}, "unknown ['layer2.0.se.fc1.weight']"),
+        (reshaped("module.layer2.1.conv2.weight"), "264 of 265 tensors fit; of another shape "
+                                                   "['layer2.1.conv2.weight (1, 16, 3, 3)']"),
+        (lambda state: {**state, "module.layer2.0.se.fc1.weight": torch.zeros(2)},
+         "unknown ['layer2.0.se.fc1.weight']"),
         (lambda state: {**state, "module.conv2.weight": torch.zeros(2)}, "unknown ['conv2.weight']"),
         (lambda state: {**state, "module.conv1.weight": torch.zeros(8, 4, 7, 7)}, "4 channels"),
         (lambda state: {**state, "module.conv1.weight": torch.zeros(8)}, "no convolution"),
         (lambda state: {**state, "conv1.weight": torch.zeros(8, 3, 7, 7)}, "has conv1.weight twice"),
-        (lambda state: {**prefixed("teacher.", state), **prefixed("student.", state)}, "holds several trunks: student., teacher."),
-        (lambda state: {key.replace("layer", "stage"): tensor for key, tensor in state.items()}, "is no checkpoint that is known"),
-        (lambda state: {"other.weight": torch.zeros(3)}, "is no checkpoint that is known: it holds other.weight"),
+        (lambda state: {**prefixed("teacher.", state), **prefixed("student.", state)},
+         "holds several trunks: student., teacher."),
+        (lambda state: {key.replace("layer", "stage"): tensor for key, tensor in state.items()},
+         "is no checkpoint that is known"),
+        (lambda state: {"other.weight": torch.zeros(3)}, "is no checkpoint that is known: it holds "
+                                                         "other.weight"),
         (lambda state: {}, "it holds no tensors"),
         (lambda state: {"type": "shard_list", "classy_state_dict": {}}, "sharded"),
         (lambda state: {"classy_state_dict": {}}, "is no checkpoint that is known (KeyError: 'base_model')"),
         (lambda state: {**state, "module.sobel.1.weight": SOBEL["1.weight"] + 1}, "other Sobel filters"),
-        (lambda state: {f"features.{n}.weight": torch.zeros(64, 3, 3, 3) for n in (0, 3, 4, 7)}, "VGG-16 is not built here"),
-        (lambda state: {"stem.0.weight": torch.zeros(2), **without("module.conv1", "module.bn1")(state)}, "it has ['stem.0.weight']"),
-        (lambda state: {"format": 1, "method": "swav", "config": {}, "model": state}, "name the run's directory"),
+        (lambda state: {f"features.{n}.weight": torch.zeros(64, 3, 3, 3) for n in (0, 3, 4, 7)},
+         "VGG-16 is not built here"),
+        (lambda state: {"stem.0.weight": torch.zeros(2), **without("module.conv1", "module.bn1")(state)},
+         "it has ['stem.0.weight']"),
+        (lambda state: {"format": 1, "method": "swav", "config": {}, "model": state}, "name the run's "
+                                                                                      "directory"),
         (lambda state: [state], "it holds no names"),
     ],
 )
@@ -542,25 +562,29 @@ def test_a_pickle_with_code_executes_nothing(tmp_path, kind, capsys):
     else:
         path.write_bytes(pickle.dumps(saved))
     for loader in (weights.load_backbone, weights.load_model):
-        with pytest.raises(CheckpointError, match=r"cannot be loaded without running code that is in it .*--trust-pickle"):
+        with pytest.raises(CheckpointError,
+                           match=r"cannot be loaded without running code that is in it .*--trust-pickle"):
             loader(path)
     assert command(path) == command(path, "--to", "torchvision", "--out", tmp_path / "new.pt") == 4
     error = capsys.readouterr().err
-    assert error.count("\n") == 2 and not (tmp_path / "executed").exists() and not (tmp_path / "new.pt").exists()
+    assert error.count("\n") == 2 and not (tmp_path / "executed").exists() and not (tmp_path
+                                                                                    / "new.pt").exists()
     assert command(path, "--trust-pickle") == 0
     assert (tmp_path / "executed").exists()  # so the file would have done it
 
 
 def test_an_old_pickle_is_converted_once(tmp_path, capsys):
     saved, expected, scores, _ = deepclusterv2_released()
-    torch.save({"state_dict": saved, "args": argparse.Namespace(lr=1)}, tmp_path / "old.pth.tar", _use_new_zipfile_serialization=False)
+    torch.save({"state_dict": saved, "args": argparse.Namespace(lr=1)}, tmp_path / "old.pth.tar",
+               _use_new_zipfile_serialization=False)
     assert command(tmp_path / "old.pth.tar") == 4
     error = capsys.readouterr().err
     assert "(argparse.Namespace)" in error
     line = error[error.index("python -m common.weights") :].split()[3:]
     assert command(*line[:-1], tmp_path / "new.pt") == 0
     model, info = weights.load_model(tmp_path / "new.pt")
-    assert all(torch.equal(a, b) for a, b in zip(model.eval()(images()), scores(expected(images())), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(model.eval()(images()), scores(expected(images())),
+                                                 strict=True))
     assert info["method"] == "DeepCluster-v2 or SeLa-v2"
 
 
@@ -569,10 +593,8 @@ def test_files_that_are_none(tmp_path):
     (tmp_path / "empty.pth").write_text("")
     torch.save(swav_released()[0], tmp_path / "cut.pth")
     (tmp_path / "cut.pth").write_bytes((tmp_path / "cut.pth").read_bytes()[:5000])
-    for name, words in (
-        *(("page.pth", "it is not what torch.save writes"), ("empty.pth", "it is empty"), ("cut.pth", "cannot be loaded: ")),
-        *(("none.pth", "does not exist"), ("none.pkl", "does not exist")),
-    ):
+    for name, words in (*(("page.pth", "it is not what torch.save writes"), ("empty.pth", "it is empty"), (
+        "cut.pth", "cannot be loaded: ")), *(("none.pth", "does not exist"), ("none.pkl", "does not exist"))):
         with pytest.raises(CheckpointError, match=words) as refusal:
             weights.load_backbone(tmp_path / name)
         assert "\n" not in str(refusal.value)
@@ -589,13 +611,9 @@ TINY = "--data shapes:64 --recipe shapes --width 0.125 --sizes 16 --prototypes 5
 HEAD = "--hidden 16 --dim 8".split()
 
 
-@pytest.mark.parametrize(
-    ("method", "options"),
-    [
-        *((swav, HEAD), (deepclusterv2, [*HEAD, "--heads", 2]), (selav2, [*HEAD, "--heads", 2]), (odc, HEAD)),
-        *((sela, ["--heads", 2]), (deepcluster, ["--pca-dim", 8]), (deepcluster, ["--pca-dim", 8, "--sobel"])),
-    ],
-)
+@pytest.mark.parametrize(("method", "options"), [
+    *((swav, HEAD), (deepclusterv2, [*HEAD, "--heads", 2]), (selav2, [*HEAD, "--heads", 2]), (odc, HEAD)),
+    *((sela, ["--heads", 2]), (deepcluster, ["--pca-dim", 8]), (deepcluster, ["--pca-dim", 8, "--sobel"]))])
 def test_the_model_of_a_run_scores_as_its_method_does(tmp_path, method, options):
     assert run_here(method, *TINY, *options, "--out", tmp_path) == 0
     model, info = weights.load_model(tmp_path)
@@ -612,7 +630,8 @@ def test_the_model_of_a_run_scores_as_its_method_does(tmp_path, method, options)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
     assert (model.projection_head is None) == (method in (sela, deepcluster))
     with torch.no_grad():  # ODC's ends with a ReLU
-        assert model.projection_head is None or (model.projection_head(model.backbone(images(16))).min() >= 0) == (method is odc)
+        assert model.projection_head is None or (model.projection_head(model.backbone(images(16))).min()
+                                                 >= 0) == (method is odc)
     assert model.projection_head is None or (model.projection_head[1].weight is None) == (method is odc)
     (tmp_path / "checkpoint.pt").rename(tmp_path / "elsewhere.pt")
     weights.load_backbone(tmp_path)
@@ -639,11 +658,14 @@ def test_two_ranks_get_the_model_that_one_has_read(tmp_path):
 def test_init_from_another_projects_file(tmp_path):
     saved = sela_released()[0]
     torch.save(saved, tmp_path / "file.pth")
-    options = [*TINY, *HEAD, "--arch", "resnet50", "--stem", "imagenet", "--init-from", tmp_path / "file.pth", "--lr", 1e-12]
-    options += ["--precision", "float32"]  # oneDNN's bfloat16 gradient of a strided convolution of a 1x1 map reads beyond it
+    options = [*TINY, *HEAD, "--arch", "resnet50", "--stem", "imagenet", "--init-from", tmp_path / "file.pth",
+               "--lr", 1e-12]
+    # oneDNN's bfloat16 gradient of a strided convolution of a 1x1 map reads beyond it
+    options += ["--precision", "float32"]
     assert run_here(swav, *options, "--out", tmp_path / "run") == 0
     trunk, _ = weights.load_backbone(tmp_path / "run")
-    torch.testing.assert_close(trunk.layer4[2].conv3.weight.detach(), saved["state_dict"]["layer4.2.conv3.weight"], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(trunk.layer4[2].conv3.weight.detach(),
+                               saved["state_dict"]["layer4.2.conv3.weight"], rtol=1e-4, atol=1e-6)
 
 
 def test_init_from_compares_with_what_the_run_says_of_its_trunk(tmp_path, monkeypatch):
@@ -669,7 +691,8 @@ def command(*arguments):
 
 def sela18(tmp_path):
     trunk, heads = randomised(resnet18()), [linear(9, 512, seed=h) for h in range(3)]
-    state = {**prefixed("features.", children(trunk.state_dict())), **under({f"top_layer{h}": head for h, head in enumerate(heads)})}
+    state = {**prefixed("features.", children(trunk.state_dict())),
+             **under({f"top_layer{h}": head for h, head in enumerate(heads)})}
     torch.save({"state_dict": state, "L": torch.arange(30).view(3, 10)}, tmp_path / "sela18.pth")
     return trunk, heads, tmp_path / "sela18.pth"
 
@@ -693,15 +716,19 @@ def test_a_model_in_torchvision(tmp_path):
     saved = torch.load(tmp_path / "new.pth", weights_only=True)
     network = torchvision.models.resnet18(num_classes=9)
     network.load_state_dict(saved["state_dict"], strict=True)
-    assert torch.equal(network.eval()(images()), heads[1](trunk(images()))) and torch.equal(saved["L"], torch.arange(30).view(3, 10))
+    assert torch.equal(network.eval()(images()),
+                       heads[1](trunk(images()))) and torch.equal(saved["L"], torch.arange(30).view(3, 10))
     model, _ = weights.load_model(tmp_path / "new.pth")
     assert [torch.equal(x, heads[1](trunk(images()))) for x in model.eval()(images())] == [True]
 
 
 def test_a_resnet50_model_of_a_run_in_torchvision(tmp_path):
-    """The whole way at real size, as SeLa's README loads it: resnet50(num_classes=K), and L of the run's images."""
-    options = ["--arch", "resnet50", "--width", 1, "--stem", "imagenet", "--heads", 2, "--relabellings", 1, "--precision", "float32"]
-    assert run_here(sela, *TINY, *options, "--data", "shapes:16", "--batch-size", 8, "--out", tmp_path / "run") == 0
+    """The whole way at real size, as SeLa's README loads it: resnet50(num_classes=K), and L of the run's
+    images."""
+    options = ["--arch", "resnet50", "--width", 1, "--stem", "imagenet", "--heads", 2, "--relabellings", 1,
+               "--precision", "float32"]
+    assert run_here(sela, *TINY, *options, "--data", "shapes:16", "--batch-size", 8, "--out",
+                    tmp_path / "run") == 0
     assert command(tmp_path / "run", "--to", "model", "--head", 1, "--out", tmp_path / "new.pth") == 0
     saved = torch.load(tmp_path / "new.pth", weights_only=True)
     network = torchvision.models.resnet50(num_classes=5)
@@ -710,16 +737,17 @@ def test_a_resnet50_model_of_a_run_in_torchvision(tmp_path):
     with torch.no_grad():
         assert torch.equal(network.eval()(images()), model.eval()(images())[1])
     assert saved["L"].shape == (2, 16) and saved["L"].dtype == torch.int64
-    assert torch.equal(saved["L"].int(), checkpoint.load(tmp_path / "run" / "checkpoint.pt")["meter"]["assignments"])
+    assert torch.equal(saved["L"].int(),
+                       checkpoint.load(tmp_path / "run" / "checkpoint.pt")["meter"]["assignments"])
 
 
 def detectron2_names():
     names = ["stem.conv1"]
     for stage, depth in zip((2, 3, 4, 5), (3, 4, 6, 3)):
-        names += [f"res{stage}.{i}.conv{c}" for i in range(depth) for c in (1, 2, 3)] + [f"res{stage}.0.shortcut"]
+        names += [f"res{stage}.{i}.conv{c}" for i in range(depth) for c in (1, 2,
+                                                                            3)] + [f"res{stage}.0.shortcut"]
     return {f"{name}.weight" for name in names} | {
-        f"{name}.norm.{part}" for name in names for part in ("weight", "bias", "running_mean", "running_var")
-    }
+        f"{name}.norm.{part}" for name in names for part in ("weight", "bias", "running_mean", "running_var")}
 
 
 def test_detectron2(tmp_path, capsys):
@@ -730,16 +758,20 @@ def test_detectron2(tmp_path, capsys):
     assert "MODEL.PIXEL_MEAN [123.675,116.28,103.53] MODEL.PIXEL_STD [58.395,57.12,57.375]" in out and "STRIDE_IN_1X1 False" in out
     assert "DEPTH 50" in out and "STEM_OUT_CHANNELS 8" in out and "WIDTH_PER_GROUP 8" in out and "RES2_OUT_CHANNELS 32" in out
     content = pickle.loads((tmp_path / "new.pkl").read_bytes())
-    assert content["model"].keys() == detectron2_names() and len(content["model"]) == 265 and content["matching_heuristics"] is True
-    assert all(type(array).__module__ == "numpy" and array.dtype == "float32" for array in content["model"].values())
+    assert content["model"].keys() == detectron2_names() and len(
+        content["model"]) == 265 and content["matching_heuristics"] is True
+    assert all(type(array).__module__ == "numpy" and array.dtype == "float32"
+               for array in content["model"].values())
     with pytest.raises(CheckpointError, match="--trust-pickle"):
         weights.load_backbone(tmp_path / "new.pkl")
     trunk, info = weights.load_backbone(tmp_path / "new.pkl", trust_pickle=True)
     assert torch.equal(trunk.eval()(images()), expected(images())) and info["method"] == "detectron2"
-    export.export_detectron2(tmp_path / "new.pkl", randomised(resnet18(width=0.125)), {**info, "arch": "resnet18"})
+    export.export_detectron2(tmp_path / "new.pkl", randomised(resnet18(width=0.125)),
+                             {**info, "arch": "resnet18"})
     assert "RES2_OUT_CHANNELS 8" in export.detectron2_options({**info, "arch": "resnet18"})
     trunk, info = weights.load_backbone(tmp_path / "new.pkl", trust_pickle=True)
-    assert info["arch"] == "resnet18" and torch.equal(trunk.eval()(images()), randomised(resnet18(width=0.125))(images()))
+    assert info["arch"] == "resnet18" and torch.equal(trunk.eval()(images()),
+                                                      randomised(resnet18(width=0.125))(images()))
 
 
 def test_what_cannot_be_exported(tmp_path, capsys):
@@ -749,7 +781,8 @@ def test_what_cannot_be_exported(tmp_path, capsys):
     sela18(tmp_path)
     trunk = randomised(resnet18())
     torch.save(prefixed("module.", trunk.state_dict()), tmp_path / "headless")
-    state = {**trunk.state_dict(), **prefixed("projection_head.", mlp(512).state_dict()), "prototypes.weight": torch.ones(7, 6)}
+    state = {**trunk.state_dict(), **prefixed("projection_head.", mlp(512).state_dict()),
+             "prototypes.weight": torch.ones(7, 6)}
     torch.save(prefixed("module.", state), tmp_path / "projected")
     for arguments, code, words in (
         (("sobel", "--to", "model"), 4, "torchvision has no resnet50 x0.125 with Sobel, imagenet stem"),
@@ -764,13 +797,12 @@ def test_what_cannot_be_exported(tmp_path, capsys):
         assert command(tmp_path / name, *options, "--out", tmp_path / "new.pt") == code, arguments
         error = capsys.readouterr().err
         assert words in error and error.count("\n") == 1 and not (tmp_path / "new.pt").exists(), error
-    for options, words in (
-        ((tmp_path / "swav", "--to", "torchvision"), "--to and --out go together"),
-        ((tmp_path / "swav", "--out", tmp_path / "new.pt"), "--to and --out go together"),
-        ((tmp_path / "swav", "--to", "torchvision", "--out", tmp_path / "swav"), "is the file itself"),
-        ((tmp_path / "swav", "--to", "torchvision", "--out", tmp_path / "no" / "new.pt"), "cannot be written: No such file"),
-        ((tmp_path / "swav", "--to", "onnx", "--out", tmp_path / "new.pt"), "invalid choice"),
-    ):
+    for options, words in (((tmp_path / "swav", "--to", "torchvision"), "--to and --out go together"), (
+        (tmp_path / "swav", "--out", tmp_path / "new.pt"), "--to and --out go together"), (
+            (tmp_path / "swav", "--to", "torchvision", "--out", tmp_path / "swav"), "is the file itself"),
+                           ((tmp_path / "swav", "--to", "torchvision", "--out", tmp_path / "no" / "new.pt"),
+                            "cannot be written: No such file"), ((tmp_path / "swav", "--to", "onnx", "--out",
+                                                                  tmp_path / "new.pt"), "invalid choice")):
         assert command(*options) == 2
         error = capsys.readouterr().err
         assert words in error and error.count("\n") == 1, error
@@ -781,12 +813,14 @@ def test_the_command_says_what_a_file_is(tmp_path):
     saved = moco()[0]
     torch.save(saved, tmp_path / "moco.pth.tar")
     torch.save(mmselfsup_odc()[0], tmp_path / "odc.pth")
-    run = subprocess.run([sys.executable, "-m", "common.weights", tmp_path / "moco.pth.tar"], cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-m", "common.weights", tmp_path / "moco.pth.tar"], cwd=ROOT,
+                         capture_output=True, text=True)
     assert run.returncode == 0 and not run.stderr, run.stderr
     out = run.stdout
     assert "MoCo, resnet50 x0.125, imagenet stem" in out and "265 of 265 tensors" in out and "256 features" in out
     assert "projection  5" in out and "none: there are no clusters in it" in out and "encoder_k (320), queue (1), queue_ptr (1)" in out
-    digest = subprocess.run(["sha256sum", tmp_path / "moco.pth.tar"], capture_output=True, text=True).stdout.split()[0]
+    digest = subprocess.run(["sha256sum", tmp_path / "moco.pth.tar"], capture_output=True,
+                            text=True).stdout.split()[0]
     assert digest in out
 
 
@@ -810,7 +844,8 @@ def test_an_evaluation_takes_another_projects_file(tmp_path, capsys):
     options = ["--data", "shapes:60", "--size", "32", "--resize", "32", "--workers", "0", "--k", "3"]
     launch(eval_knn.main, eval_knn.arguments([str(tmp_path / "swav.torch"), *options]))
     out = capsys.readouterr().out
-    assert "resnet50 x0.125, VISSL, 256 features of 32 px" in out and json.loads(out.splitlines()[-1])["method"] == "VISSL"
+    assert "resnet50 x0.125, VISSL, 256 features of 32 px" in out and json.loads(
+        out.splitlines()[-1])["method"] == "VISSL"
 
 
 HUB = """
@@ -834,8 +869,10 @@ def test_hub_in_a_project_with_its_own_common(tmp_path):
     (tmp_path / "run").mkdir()
     checkpoint.export_backbone(tmp_path / "run" / "backbone.pt", model.backbone, info)
     weights.export_model(tmp_path / "fc.pt", model, info, head=2)
-    line = [sys.executable, "main.py", str(ROOT), str(project), str(tmp_path / "run"), str(tmp_path / "fc.pt")]
-    run = subprocess.run(line, cwd=project, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    line = [sys.executable, "main.py", str(ROOT), str(project), str(tmp_path / "run"),
+            str(tmp_path / "fc.pt")]
+    run = subprocess.run(line, cwd=project, capture_output=True, text=True,
+                         env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert run.returncode == 0, run.stderr
     (features, scores), tensors = torch.load(project / "y.pt")
     torch.testing.assert_close(features, trunk(images()).detach(), rtol=0, atol=1e-5)
@@ -845,7 +882,8 @@ def test_hub_in_a_project_with_its_own_common(tmp_path):
 
 def test_hub_refuses_other_networks(tmp_path):
     info = {"arch": "resnet10", "width": 0.125, "stem": "small", "sobel": False}
-    checkpoint.export_backbone(tmp_path / "backbone.pt", randomised(resnet10(width=0.125, stem="small")), info)
+    checkpoint.export_backbone(tmp_path / "backbone.pt", randomised(resnet10(width=0.125, stem="small")),
+                               info)
     torch.save(resnet10(width=0.125).state_dict(), tmp_path / "plain.pt")
     for file, words in (("backbone.pt", "resnet10 x0.125, small stem"), ("plain.pt", "Missing key")):
         with pytest.raises(ValueError, match=rf"{file} is no resnet18 of torchvision: {words}"):

@@ -1,4 +1,5 @@
-"""What README.md invites to copy works where it is copied to: nothing but the named files, in an empty folder."""
+"""What README.md invites to copy works where it is copied to: nothing but the named files, in an empty
+folder."""
 
 import re
 import shutil
@@ -10,7 +11,8 @@ from helpers import ROOT
 
 SECTION = (ROOT / "README.md").read_text().split("## Copy this\n")[1].split("\n## ")[0]
 BLOCKS = re.findall(r"```python\n(.*?)```", SECTION, re.S)
-# The scores of a network that is right of half the images and knows nothing of the others; the loss is half of ln K.
+# The scores of a network that is right of half the images and knows nothing of the others; the loss is half
+# of ln K.
 LOSS = """
 import math
 import torch
@@ -24,14 +26,10 @@ codes = torch.nn.functional.one_hot(targets, K).float().repeat(2, 1, 1)  # (U, B
 loss = {method}.prediction_loss({arguments})
 assert torch.isclose(loss, torch.tensor(math.log(K) / 2)), loss
 """
-ARGUMENTS = {
-    "swav": "scores, codes, 0.1",
-    "selav2": "[scores, scores], targets.repeat(2, 1), 0.1",
-    "deepclusterv2": "[scores, scores], targets.repeat(2, 1), 0.1",
-    "deepcluster": "scores, targets, 1.0",
-    "odc": "scores, targets, weight, 1.0",
-    "sela": "[scores, scores], targets.repeat(2, 1), 1.0",
-}
+ARGUMENTS = {"swav": "scores, codes, 0.1", "selav2": "[scores, scores], targets.repeat(2, 1), 0.1",
+             "deepclusterv2": "[scores, scores], targets.repeat(2, 1), 0.1",
+             "deepcluster": "scores, targets, 1.0", "odc": "scores, targets, weight, 1.0",
+             "sela": "[scores, scores], targets.repeat(2, 1), 1.0"}
 
 
 def lift(names, folder):
@@ -66,7 +64,8 @@ def test_a_method_is_lifted_without_the_others(method, tmp_path):
 
 def test_all_parts_are_there():
     *parts, methods = BLOCKS
-    for name in ("sinkhorn(", "balanced_assignments(", "kmeans(", "fit_whitening(", "LARC(", "MultiCrop(", "to_device("):
+    for name in ("sinkhorn(", "balanced_assignments(", "kmeans(", "fit_whitening(", "LARC(", "MultiCrop(",
+                 "to_device("):
         assert name in "".join(parts), name
     for method in ("swav", "deepcluster", "odc"):
         assert f"{method}.prediction_loss(" in methods, method

@@ -30,8 +30,10 @@ from common.sources.shapes import Shapes
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
 
-# Blocks of 16 pixels with clear-cut colours: JPEG and palettes keep them, and a swapped channel, a turn or an inversion shows.
-COLOURS = np.array([[0, 0, 0], [255, 255, 255], *np.random.default_rng(0).integers(0, 256, (13, 3))], dtype=np.uint8)
+# Blocks of 16 pixels with clear-cut colours: JPEG and palettes keep them, and a swapped channel, a turn or an
+# inversion shows.
+COLOURS = np.array([[0, 0, 0], [255, 255, 255], *np.random.default_rng(0).integers(0, 256, (13, 3))],
+                   dtype=np.uint8)
 RGB = np.kron(COLOURS.reshape(3, 5, 3), np.ones((16, 16, 1), dtype=np.uint8))  # (48, 80, 3)
 IMAGE = Image.fromarray(RGB)
 GREY = np.asarray(IMAGE.convert("L"))
@@ -51,7 +53,7 @@ def noise(size=64, seed=0):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8))
 
 
-# ---------------------------------------------------------------------------------------------- what a spec opens
+# ------------------------------------------------------------------------------------------------------ opens
 
 
 def test_class_folders(tmp_path):
@@ -109,7 +111,8 @@ def test_list_paths_start_at_root_and_may_be_absolute(tmp_path):
 
 
 def test_classes_are_matched_by_name(tmp_path):
-    tree(tmp_path, "train/cat/1.png", "train/dog/2.png", "train/owl/3.png", "val/owl/4.png", "val/cat/5.png", "odd/emu/6.png")
+    tree(tmp_path, "train/cat/1.png", "train/dog/2.png", "train/owl/3.png", "val/owl/4.png", "val/cat/5.png",
+         "odd/emu/6.png")
     bank, queries = open_images(tmp_path), open_images(tmp_path, "val")
     assert queries.labels.tolist() == [0, 1]
     data.match_classes(queries, bank)
@@ -118,7 +121,8 @@ def test_classes_are_matched_by_name(tmp_path):
         data.match_classes(open_images(tmp_path / "odd"), bank)
 
 
-ODD = ["two words.png", "ä ö 图 😀.png", "comma, then.png", "a,b.png", "quote'\"s.png", "#%&?*.png", "1 2.png", "<img onerror=x>.png"]
+ODD = ["two words.png", "ä ö 图 😀.png", "comma, then.png", "a,b.png", "quote'\"s.png", "#%&?*.png", "1 2.png",
+       "<img onerror=x>.png"]
 
 
 def test_odd_names_in_folders_and_lists(tmp_path):
@@ -151,13 +155,16 @@ def test_torchvision_sets(monkeypatch):
 
         return Set
 
-    monkeypatch.setattr(named.torchvision.datasets, "CIFAR10", stand_in(targets=[2, 0, 1], classes=["a", "b", "c"]))
+    monkeypatch.setattr(named.torchvision.datasets, "CIFAR10",
+                        stand_in(targets=[2, 0, 1], classes=["a", "b", "c"]))
     monkeypatch.setattr(named.torchvision.datasets, "STL10", stand_in(labels=np.array([1, -1, -1])))
     images = open_images("cifar10:/some/where", "val")
     assert images.set.arguments == ("/some/where", {"train": False})
-    assert images.labels.tolist() == [2, 0, 1] and images.classes == ["a", "b", "c"] and len(images.paths) == 3
+    assert images.labels.tolist() == [2, 0, 1] and images.classes == ["a", "b",
+                                                                      "c"] and len(images.paths) == 3
     assert images.read(0).mode == "RGB"
-    assert open_images("stl10").set.arguments[1] == {"split": "train+unlabeled"} and open_images("stl10").labels.min() == -1
+    assert open_images("stl10").set.arguments[1] == {"split": "train+unlabeled"} and open_images(
+        "stl10").labels.min() == -1
 
     def offline(*arguments, **options):
         raise RuntimeError("no network")
@@ -189,10 +196,12 @@ def test_paths_come_in_the_order_of_their_bytes(tmp_path):
 
 def test_links_back_into_the_tree_are_cut(tmp_path):
     root = tree(tmp_path / "root", "cat/1.png", "cat/deep/2.png", "dog/3.png")
-    for link, target in (("cat/up", ".."), ("cat/deep/here", "."), ("dog/outside", "../.."), ("copy", "cat"), ("gone", "nowhere")):
+    for link, target in (("cat/up", ".."), ("cat/deep/here", "."), ("dog/outside", "../.."), ("copy", "cat"),
+                         ("gone", "nowhere")):
         (root / link).symlink_to(target)
     images = open_images(root)
-    assert list(images.paths) == ["cat/1.png", "cat/deep/2.png", "dog/3.png"] and images.classes == ["cat", "dog"]
+    assert list(images.paths) == ["cat/1.png", "cat/deep/2.png", "dog/3.png"] and images.classes == ["cat",
+                                                                                                     "dog"]
 
 
 def test_links_to_other_folders_are_followed_once(tmp_path):
@@ -290,8 +299,10 @@ def picture(root):
         pytest.param(bad_list(b"a.png\n\n\nc.png\n"), "line 4"),
     ],
     ids=[
-        *("missing", "empty folder", "no val", "val of a list", "missing file", "label missing", "label on some"),
-        *("empty list", "blank list", "binary", "zeros", "image as list", "shapes:0", "shapes:many", "one long line"),
+        *("missing", "empty folder", "no val", "val of a list", "missing file", "label missing", "label on "
+                                                                                                 "some"),
+        *("empty list", "blank list", "binary", "zeros", "image as list", "shapes:0", "shapes:many",
+          "one long line"),
         "blank lines",
     ],
 )
@@ -329,13 +340,16 @@ def test_list_with_a_byte_order_mark(tmp_path):
 def png_16_bit_rgb(path):
     """Pillow reads this kind but cannot write it."""
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in RGB.astype(np.int64) * 257)
-    chunks = [(b"IHDR", struct.pack(">IIBBBBB", 80, 48, 16, 2, 0, 0, 0)), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
-    body = (struct.pack(">I", len(c)) + kind + c + struct.pack(">I", zlib.crc32(kind + c)) for kind, c in chunks)
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", 80, 48, 16, 2, 0, 0, 0)), (b"IDAT", zlib.compress(rows)),
+              (b"IEND", b"")]
+    body = (struct.pack(">I", len(c)) + kind + c + struct.pack(">I",
+                                                               zlib.crc32(kind + c)) for kind, c in chunks)
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(body))
 
 
 def frames(path, **options):
-    IMAGE.save(path, save_all=True, append_images=[Image.fromarray(255 - RGB), noise(16).resize(IMAGE.size)], **options)
+    IMAGE.save(path, save_all=True, append_images=[Image.fromarray(255 - RGB), noise(16).resize(IMAGE.size)],
+               **options)
 
 
 ALPHA = Image.fromarray(np.random.default_rng(1).integers(0, 256, GREY.shape, dtype=np.uint8))
@@ -343,7 +357,8 @@ BLACK_WHITE = (GREY > 127) * np.uint8(255)
 KINDS = {  # name: (file name, writer, what it shows)
     "rgb": ("a.png", IMAGE.save, RGB),
     "jpeg": ("a.jpg", lambda path: IMAGE.save(path, quality=95, subsampling=0), RGB),
-    "progressive jpeg": ("a.jpg", lambda path: IMAGE.save(path, quality=95, subsampling=0, progressive=True), RGB),
+    "progressive jpeg": ("a.jpg", lambda path: IMAGE.save(path, quality=95, subsampling=0, progressive=True),
+                         RGB),
     "cmyk jpeg": ("a.jpg", lambda path: IMAGE.convert("CMYK").save(path, quality=95), RGB),
     "grey jpeg": ("a.jpg", lambda path: IMAGE.convert("L").save(path, quality=95), GREY),
     "png named jpg": ("a.jpg", lambda path: IMAGE.save(path, "png"), RGB),
@@ -351,7 +366,8 @@ KINDS = {  # name: (file name, writer, what it shows)
     "grey alpha": ("a.png", Image.merge("LA", [IMAGE.convert("L"), ALPHA]).save, GREY),
     "alpha": ("a.png", Image.merge("RGBA", [*IMAGE.split(), ALPHA]).save, RGB),
     "palette": ("a.png", IMAGE.quantize(256).save, RGB),
-    "transparent palette": ("a.png", lambda path: IMAGE.quantize(256).save(path, transparency=bytes(range(256))), RGB),
+    "transparent palette": ("a.png",
+                            lambda path: IMAGE.quantize(256).save(path, transparency=bytes(range(256))), RGB),
     "1 bit": ("a.png", Image.fromarray(BLACK_WHITE).convert("1").save, BLACK_WHITE),
     "16-bit grey png": ("a.png", Image.fromarray(GREY.astype(np.uint16) * 257).save, GREY),
     "16-bit grey tiff": ("a.tif", Image.fromarray(GREY.astype(np.uint16) * 257).save, GREY),
@@ -395,14 +411,11 @@ def encoded(extension):
     return make
 
 
-DAMAGED = {
-    **{f"half a {e}": lambda path, e=e: (b := encoded(e)(path))[: len(b) // 2] for e in ("jpg", "png", "gif", "webp", "tif", "bmp")},
-    "without its last bytes": lambda path: encoded("jpg")(path)[:-20],
-    "header only": lambda path: encoded("jpg")(path)[:20],
-    "no bytes": lambda path: b"",
-    "zeros": lambda path: bytes(1000),
-    "html": lambda path: b"<!DOCTYPE html><html><body>404</body></html>",
-}
+DAMAGED = {**{f"half a {e}": lambda path, e=e: (b := encoded(e)(path))[: len(b) // 2] for e in (
+    "jpg", "png", "gif", "webp", "tif", "bmp")}, "without its last bytes": lambda path: encoded("jpg")(
+        path)[:-20], "header only": lambda path: encoded("jpg")(path)[:20], "no bytes": lambda path: b"",
+           "zeros": lambda path: bytes(1000),
+           "html": lambda path: b"<!DOCTYPE html><html><body>404</body></html>"}
 
 
 @pytest.mark.parametrize("kind", DAMAGED)
@@ -434,7 +447,8 @@ def test_a_picture_of_400_million_pixels_costs_no_memory(tmp_path):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(Image.DecompressionBombError):
         decode(tmp_path / "a.png")
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 10_000  # of the 1.2 million KB that it has as RGB
+    # of the 1.2 million KB that it has as RGB
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 10_000
 
 
 def test_pixels_that_are_not_finite_are_refused(tmp_path):
@@ -486,7 +500,8 @@ def test_transient_error_is_retried(tmp_path, monkeypatch, number):
 
 
 def test_lasting_error_is_not_retried(tmp_path, monkeypatch):
-    monkeypatch.setattr(files.time, "sleep", lambda seconds: pytest.fail("waited for a file that is not there"))
+    monkeypatch.setattr(files.time, "sleep",
+                        lambda seconds: pytest.fail("waited for a file that is not there"))
     with pytest.raises(FileNotFoundError):
         decode(tmp_path / "a.png")
 
@@ -501,7 +516,7 @@ def test_thin_images_are_cropped(tmp_path, size):
         assert all((group == torch.tensor([10, 200, 30]).view(3, 1, 1)).all() for group in crops)
 
 
-# ---------------------------------------------------------------------------------------------- the packed table
+# ------------------------------------------------------------------------------------------------------ table
 
 
 def test_a_path_costs_its_bytes_and_no_objects():
@@ -512,14 +527,16 @@ def test_a_path_costs_its_bytes_and_no_objects():
     held, pickled = sum(t.numel() * t.element_size() for t in tensors), len(pickle.dumps(images))
     assert held < 60 * n and pickled < 60 * n
     assert pickled - held < 20_000  # whatever is not a tensor: one class name in a thousand, no path
-    assert images.path(0) == paths[0] and images.path(n - 1) == paths[-1] and images.paths[12_345] == paths[12_345]
+    assert images.path(0) == paths[0] and images.path(
+        n - 1) == paths[-1] and images.paths[12_345] == paths[12_345]
 
 
 def test_images_are_read_after_pickling(tmp_path):
     images = open_images(tree(tmp_path, "cat/1.png", "dog/ü.png"))
     copy = pickle.loads(pickle.dumps(images))
     assert list(copy.paths) == list(images.paths) == ["cat/1.png", "dog/ü.png"]
-    assert copy.labels.tolist() == [0, 1] and copy.classes == images.classes and copy.fingerprint == images.fingerprint
+    assert copy.labels.tolist() == [
+        0, 1] and copy.classes == images.classes and copy.fingerprint == images.fingerprint
     assert np.array_equal(copy.read(1), RGB)
 
 
@@ -545,15 +562,8 @@ def test_fingerprint_tells_which_files(tmp_path):
 # ---------------------------------------------------------------------------------------------- batches
 
 
-@given(
-    st.integers(1, 60),
-    st.integers(1, 12),
-    st.integers(0, 3),
-    st.integers(0, 2**40),
-    st.sampled_from([1, 2, 3, 4]),
-    st.booleans(),
-    st.data(),
-)
+@given(st.integers(1, 60), st.integers(1, 12), st.integers(0, 3), st.integers(0, 2**40),
+       st.sampled_from([1, 2, 3, 4]), st.booleans(), st.data())
 @settings(max_examples=60, deadline=None)
 def test_ranks_share_out_every_batch(n, batch_size, epoch, seed, world_size, drop_last, draw):
     order = draw.draw(st.none() | st.lists(st.integers(0, n - 1), min_size=1, max_size=60))
@@ -577,7 +587,8 @@ def test_ranks_share_out_every_batch(n, batch_size, epoch, seed, world_size, dro
 
 
 def test_every_index_once_an_epoch():
-    assert sorted(i for batch in batches(103, 8, 5, 1, 0, 1, drop_last=False) for _, i in batch) == list(range(103))
+    assert sorted(i for batch in batches(103, 8, 5, 1, 0, 1,
+                                         drop_last=False) for _, i in batch) == list(range(103))
 
 
 def test_order_is_a_function_of_seed_and_epoch():
@@ -675,7 +686,8 @@ def test_keys_are_made_as_they_are_needed():
 def test_shapes_of_a_batch():
     index, crops, params = loaded(Loader(CROPS), 0)[0]
     assert index.shape == (8,) and index.dtype == torch.int64
-    assert [group.shape for group in crops] == [(2, 8, 3, 16, 16), (1, 8, 3, 8, 8)] and params.shape == (3, 8, 8)
+    assert [group.shape for group in crops] == [(2, 8, 3, 16, 16), (1, 8, 3, 8, 8)] and params.shape == (3, 8,
+                                                                                                         8)
     assert {group.dtype for group in crops} == {torch.uint8} and params.dtype == torch.float32
 
 
@@ -685,7 +697,8 @@ def test_ranks_together_load_what_one_rank_loads(world_size):
     together = []
     for parts in zip(*ranks):
         index, crops, params = zip(*parts)
-        together.append((torch.cat(index), [torch.cat(group, dim=1) for group in zip(*crops)], torch.cat(params, dim=1)))
+        together.append((torch.cat(index), [torch.cat(group, dim=1) for group in zip(*crops)],
+                         torch.cat(params, dim=1)))
     assert_same(together, expected(1))
 
 
@@ -701,18 +714,21 @@ def test_unreadable_images_are_listed_and_replaced(tmp_path, workers):
     loader.close()
     readable = {2: 4, 3: 4, 7: 8, 11: 0}
     wanted = [[(position, readable.get(index, index)) for position, index in batch] for batch in steps]
-    assert_same(got, [collate([dataset[0, position, index] for position, index in batch]) for batch in wanted])
+    assert_same(got,
+                [collate([dataset[0, position, index] for position, index in batch]) for batch in wanted])
     assert [index.tolist() for index, _, _ in got] == [[index for _, index in batch] for batch in wanted]
     assert loader.bad == {2, 3, 7, 11} and loader.lost is False
 
 
-@pytest.mark.parametrize("make", [lambda i: MultiCrop(i, (2,), (8,), ((0.3, 1),), Augmentation(), 0), lambda i: CenterCrop(i, 8, 8)])
+@pytest.mark.parametrize("make", [lambda i: MultiCrop(i, (2,), (8,), ((0.3, 1),), Augmentation(), 0),
+                                  lambda i: CenterCrop(i, 8, 8)])
 def test_nothing_readable_is_lost(tmp_path, make):
     for name in ("a.png", "b.png", "c.png"):
         (tmp_path / name).write_bytes(b"")
     loader = Loader(make(open_images(tmp_path)))
     (index, crops, params), *others = loader.epoch(0, batches(3, 3, 0, 0, 0, 1))
-    assert not others and index.tolist() == [-1] * 3 and not crops[0].any() and crops[0].shape[1:] == (3, 3, 8, 8)
+    assert not others and index.tolist() == [-1] * 3 and not crops[0].any() and crops[0].shape[1:] == (3, 3,
+                                                                                                       8, 8)
     assert params.shape == (len(crops[0]), 3, 8)
     assert loader.lost and loader.bad == {0, 1, 2}
 

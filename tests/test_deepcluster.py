@@ -1,4 +1,5 @@
-"""deepcluster.py: uniform sampling, AlexNet, one process or many, and what becomes of a run that is killed."""
+"""deepcluster.py: uniform sampling, AlexNet, one process or many, and what becomes of a run that is
+killed."""
 
 import re
 import signal
@@ -7,7 +8,21 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ROOT, command, finish, golden, image_tree, kill_tree, losses, metrics, ranks, run_here, same, saved, start
+from helpers import (
+    ROOT,
+    command,
+    finish,
+    golden,
+    image_tree,
+    kill_tree,
+    losses,
+    metrics,
+    ranks,
+    run_here,
+    same,
+    saved,
+    start,
+)
 from test_parity import PRECISIONS, close, drawn, of, weight_by_rule
 from torch import nn
 
@@ -20,9 +35,8 @@ from common.resnet import resnet18
 from common.weights import load_backbone
 
 SCRIPT = "deepcluster.py"
-TINY = (
-    "--recipe shapes --arch resnet10 --width 0.125 --sizes 16 --prototypes 8 --pca-dim 16 --batch-size 16 --workers 0 --log-every 1".split()
-)
+TINY = ("--recipe shapes --arch resnet10 --width 0.125 --sizes 16 --prototypes 8 --pca-dim 16 --batch-size "
+        "16 --workers 0 --log-every 1".split())
 SHARED = ["--data", "shapes:80", *TINY, "--epochs", 4]
 
 
@@ -55,23 +69,27 @@ def test_clusters_are_drawn_as_often_as_the_official_sampler_means_to(case):
 
 
 def test_the_batches_that_are_trained_on_are_balanced(tmp_path, monkeypatch):
-    """In the official code the sampler's indices meet a data set in another order, so large clusters stay large."""
+    """In the official code the sampler's indices meet a data set in another order, so large clusters stay
+    large."""
     seen = []
     assign = deepcluster.assign
 
     def uneven(memory, *arguments):
         assign(memory, *arguments)
-        memory.targets[:] = torch.arange(len(memory.targets)).mul(7).remainder(64).sqrt().long()  # sizes 1 to 15 eights
+        # sizes 1 to 15 eights
+        memory.targets[:] = torch.arange(len(memory.targets)).mul(7).remainder(64).sqrt().long()
 
     monkeypatch.setattr(deepcluster, "assign", uneven)
-    monkeypatch.setattr(deepcluster, "prediction_loss", lambda scores, targets, T: (seen.append(targets), scores.mean())[1])
+    monkeypatch.setattr(deepcluster, "prediction_loss", lambda scores, targets,
+                        T: (seen.append(targets), scores.mean())[1])
     assert here("--data", "shapes:640", *TINY, "--epochs", 1, "--out", tmp_path) == 0
     counts = torch.bincount(torch.cat(seen), minlength=8)
     assert counts.sum() == 640 and counts.min() >= 73 and counts.max() <= 81
 
 
 def test_images_without_a_cluster_are_never_drawn():
-    order = deepcluster.uniform_order(torch.tensor([2, -100, 0, -100, 2]), 50, torch.Generator().manual_seed(0))
+    order = deepcluster.uniform_order(torch.tensor([2, -100, 0, -100, 2]), 50,
+                                      torch.Generator().manual_seed(0))
     assert set(order.tolist()) == {0, 2, 4} and torch.bincount(order)[2] == pytest.approx(25, abs=1)
 
 
@@ -84,14 +102,17 @@ def test_alexnet_of_the_official_code(dtype):
     salt = "".join(map(chr, numbers["salt_codes"].tolist()))
     with torch.device("meta"):
         trunk = alexnet("deepcluster", sobel=True)
-    trunk.load_state_dict({name: weight_by_rule(salt, name, t.shape) for name, t in trunk.state_dict().items()}, assign=True)
+    trunk.load_state_dict({name: weight_by_rule(salt, name, t.shape)
+                           for name, t in trunk.state_dict().items()}, assign=True)
     trunk.sobel = type(trunk.sobel)()  # its filters are not in the state
-    top = {name: weight_by_rule(salt, f"top_layer.{name}", shape) for name, shape in {"weight": (50, 4096), "bias": (50,)}.items()}
+    top = {name: weight_by_rule(salt, f"top_layer.{name}", shape) for name, shape in {"weight": (50, 4096),
+                                                                                      "bias": (50,)}.items()}
     x = torch.from_numpy(drawn(salt, "input:alexnet", tuple(numbers["input_shape"].tolist()))).float()
     assert torch.equal(x.flatten()[:16], numbers["input_head"])
     wide = [t for t in (*trunk.state_dict().values(), top["weight"]) if t.dim() > 1]
     assert torch.equal(torch.stack([t.flatten()[:4] for t in wide]), numbers["param_probe"])
-    trunk, x, tolerance = trunk.to(dtype).eval(), x.to(dtype), (2e-5, 1e-7)  # the float64 numbers have a Sobel of float32(1/3)
+    # the float64 numbers have a Sobel of float32(1/3)
+    trunk, x, tolerance = trunk.to(dtype).eval(), x.to(dtype), (2e-5, 1e-7)
 
     def compare(ours, name, stored=dtype):
         expected = of(numbers, name, stored)
@@ -104,15 +125,15 @@ def test_alexnet_of_the_official_code(dtype):
         compare(trunk.features(trunk.sobel(x)).flatten(1), "features", torch.float32)
         compare(trunk.sobel(x)[:, :, :12, :12], "sobel_patch", torch.float32)
         maps = trunk.stages(x)
-        assert [(m.shape[1], m.shape[2]) for m in maps.values()] == [(96, 55), (256, 27), (384, 13), (384, 13), (256, 13)]
+        assert [(m.shape[1], m.shape[2]) for m in maps.values()] == [(96, 55), (256, 27), (384, 13),
+                                                                     (384, 13), (256, 13)]
         assert all((m >= 0).all() for m in maps.values())
         trunk.features.train()
         compare(trunk.features(trunk.sobel(x)).mean((2, 3)), "features_train_pooled")
 
 
-@pytest.mark.parametrize(
-    ("kind", "sobel", "parameters"), [("deepcluster", True, 58_272_480), ("sela", False, 58_284_096), ("sela_small", False, 57_006_144)]
-)
+@pytest.mark.parametrize(("kind", "sobel", "parameters"), [
+    ("deepcluster", True, 58_272_480), ("sela", False, 58_284_096), ("sela_small", False, 57_006_144)])
 def test_alexnets_have_the_published_sizes(kind, sobel, parameters):
     with torch.device("meta"):
         trunk = alexnet(kind, sobel)
@@ -138,7 +159,8 @@ def test_sobel_sees_gradients_of_the_grey_image():
 def dropped_on_a_rank():
     torch.manual_seed(3)
     weights = torch.randn(10, 10, dtype=torch.float64)
-    model = nn.Sequential(nn.Linear(10, 10, bias=False), nn.Sequential(nn.Dropout(0.5), nn.Linear(10, 1))).double()
+    model = nn.Sequential(nn.Linear(10, 10, bias=False),
+                          nn.Sequential(nn.Dropout(0.5), nn.Linear(10, 1))).double()
     model[0].weight.data = weights
     net = parallel(model)
     x = torch.randn(12, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -166,7 +188,8 @@ def assign_on_a_rank(K):
     x = torch.randn(40, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     x[[3, 25]] = float("nan")  # images that cannot be read
     memory, head = deepcluster.Memory(40), nn.Linear(12, K).double()
-    first, last = distributed.rank() * 40 // distributed.world_size(), (distributed.rank() + 1) * 40 // distributed.world_size()
+    first, last = distributed.rank() * 40 // distributed.world_size(), (distributed.rank()
+                                                                        + 1) * 40 // distributed.world_size()
     for epoch in range(2):
         whitened = deepcluster.whiten(x[first:last].clone(), 6)
         deepcluster.assign(memory, head, whitened, 20, torch.Generator().manual_seed(epoch))
@@ -176,12 +199,15 @@ def assign_on_a_rank(K):
 def test_assignments_do_not_depend_on_the_number_of_ranks():
     one = assign_on_a_rank(5)
     targets, figures, weight, bias = one
-    assert (targets == -100).nonzero().flatten().tolist() == [3, 25] and set(targets.tolist()) == {-100, *range(5)}
-    assert figures["empty_clusters"] == 0 and figures["largest_cluster"] == torch.bincount(targets[targets >= 0]).max()
+    assert (targets == -100).nonzero().flatten().tolist() == [3, 25] and set(targets.tolist()) == {-100,
+                                                                                                   *range(5)}
+    assert figures["empty_clusters"] == 0 and figures["largest_cluster"] == torch.bincount(
+        targets[targets >= 0]).max()
     assert 0 < figures["nmi_to_previous"] <= 1
     assert not bias.any() and weight.std() == pytest.approx(0.01, rel=0.4)
     for other in ranks(3, assign_on_a_rank, 5):
-        assert torch.equal(other[0], targets) and other[1] == pytest.approx(figures) and torch.equal(other[2], weight)
+        assert torch.equal(other[0], targets) and other[1] == pytest.approx(figures) and torch.equal(other[2],
+                                                                                                     weight)
 
 
 def loss_of_a_rank():
@@ -213,14 +239,16 @@ def test_two_ranks_follow_the_trajectory_of_one(tmp_path):
     a, b = saved(tmp_path / "one"), saved(tmp_path / "two")
     for name, weight in a["model"].items():
         torch.testing.assert_close(b["model"][name], weight, rtol=0, atol=1e-8, msg=name)
-    assert torch.equal(a["memory"]["targets"], b["memory"]["targets"]) and a["memory"]["figures"] == b["memory"]["figures"]
+    assert torch.equal(a["memory"]["targets"],
+                       b["memory"]["targets"]) and a["memory"]["figures"] == b["memory"]["figures"]
     assert torch.equal(a["meter"]["assignments"], b["meter"]["assignments"])
 
 
 @pytest.mark.slow
 def test_two_ranks_train_alexnet_as_one(tmp_path):
     image_tree(tmp_path / "images", images=5, splits=("train",))
-    shared = ["--data", tmp_path / "images", "--recipe", "alexnet_sobel_500ep", "--prototypes", 4, "--pca-dim", 8, "--batch-size", 4]
+    shared = ["--data", tmp_path / "images", "--recipe", "alexnet_sobel_500ep", "--prototypes", 4,
+              "--pca-dim", 8, "--batch-size", 4]
     shared += ["--lr", 0.05, "--workers", 0, "--log-every", 1, "--precision", "float64", "--max-steps", 5]
     assert here(*shared, "--out", tmp_path / "one") == 0
     code, _, err = finish(start(*command(*shared, "--out", tmp_path / "two", ranks=2, script=SCRIPT)))
@@ -229,7 +257,8 @@ def test_two_ranks_train_alexnet_as_one(tmp_path):
     trunk, info = load_backbone(tmp_path / "two")
     assert (info["arch"], info["sobel"], info["size"], trunk.feature_dim) == ("alexnet", True, 224, 4096)
     fresh = torch.load(tmp_path / "one" / "backbone.pt", weights_only=True)["state_dict"]
-    torch.testing.assert_close(trunk.state_dict()["classifier.1.weight"], fresh["classifier.1.weight"], rtol=0, atol=1e-6)
+    torch.testing.assert_close(trunk.state_dict()["classifier.1.weight"], fresh["classifier.1.weight"],
+                               rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("when", ["in mid-epoch", "while clustering"])
@@ -269,17 +298,20 @@ def test_the_classifier_starts_anew_each_epoch_without_momentum(tmp_path):
     assert b.std() == pytest.approx(0.01, rel=0.15) and after["model"]["prototypes.bias"].abs().max() < 1e-4
     trunk, head = after["optimizer"]["param_groups"]
     assert (trunk["momentum"], head["momentum"]) == (0.9, 0.0)
-    assert all(after["optimizer"]["state"][i].get("momentum_buffer") is None for i in head["params"] if i in after["optimizer"]["state"])
+    assert all(after["optimizer"]["state"][i].get("momentum_buffer") is None for i in head["params"]
+               if i in after["optimizer"]["state"])
 
 
 def test_assignments_and_figures_are_of_all_images(tmp_path):
     assert here(*SHARED, "--epochs", 2, "--out", tmp_path) == 0
     assignments = np.load(tmp_path / "assignments.npz")["assignments"]
     memory = saved(tmp_path)["memory"]
-    assert assignments.shape == (1, 80) and (assignments[0] == memory["targets"].numpy()).all()  # drawn or not
+    # drawn or not
+    assert assignments.shape == (1, 80) and (assignments[0] == memory["targets"].numpy()).all()
     sizes = np.bincount(assignments[0], minlength=8)
     last = [r for r in metrics(tmp_path) if "loss" in r][-1]
-    assert (last["empty_clusters"], last["largest_cluster"]) == ((sizes == 0).sum(), sizes.max()) and 0 < last["nmi_to_previous"] < 1
+    assert (last["empty_clusters"],
+            last["largest_cluster"]) == ((sizes == 0).sum(), sizes.max()) and 0 < last["nmi_to_previous"] < 1
     share = sizes[sizes > 0] / 80
     assert last["cluster_entropy"] == pytest.approx(-(share * np.log(share)).sum() / np.log(8), abs=1e-6)
 
@@ -313,17 +345,20 @@ m.launch(m.main, m.parse(m.Config, m.RECIPES, m.__doc__))
     return script
 
 
-@pytest.mark.parametrize(("ranks", "images"), [(1, 300), (2, 1025)])  # two ranks: 512 and 513 images, two batches and three
+# two ranks: 512 and 513 images, two batches and three
+@pytest.mark.parametrize(("ranks", "images"), [(1, 300), (2, 1025)])
 def test_a_signal_in_a_feature_pass_stops_all_ranks_and_changes_no_bit(tmp_path, ranks, images):
     shared = ["--data", f"shapes:{images}", *TINY, "--batch-size", 128, "--epochs", 2]
     processes = 2 if ranks == 2 else 0
     for out in ("stopped", "straight"):
         script = stopping_in_the_pass(tmp_path, 1) if out == "stopped" else SCRIPT
-        code, text, err = finish(start(*command(*shared, "--out", tmp_path / out, ranks=processes, script=script)))
+        code, text, err = finish(start(*command(*shared, "--out", tmp_path / out, ranks=processes,
+                                                script=script)))
         if out == "stopped":
             steps = images // 128
             assert code == 0 and f"stopped by a signal, after step {steps}" in text, text + err
-            code, text, err = finish(start(*command(*shared, "--out", tmp_path / out, ranks=processes, script=SCRIPT)))
+            code, text, err = finish(start(*command(*shared, "--out", tmp_path / out, ranks=processes,
+                                                    script=SCRIPT)))
             assert f"resumed at step {steps}" in text
         assert code == 0, err
     a, b = saved(tmp_path / "straight"), saved(tmp_path / "stopped")
@@ -348,7 +383,8 @@ m.launch(m.main, m.parse(m.Config, m.RECIPES, m.__doc__))
 """)
     shared = [*SHARED, "--precision", "float64", "--max-steps", 7]
     for out, processes in (("one", 0), ("two", 2)):
-        code, _, err = finish(start(*command(*shared, "--out", tmp_path / out, ranks=processes, script=script)))
+        code, _, err = finish(start(*command(*shared, "--out", tmp_path / out, ranks=processes,
+                                             script=script)))
         assert code == 0, err
     assert here(*shared, "--out", tmp_path / "none") == 0
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-9)
@@ -356,7 +392,8 @@ m.launch(m.main, m.parse(m.Config, m.RECIPES, m.__doc__))
 
 
 def test_weights_that_diverge_unseen_end_the_run_before_they_are_clustered(tmp_path, capsys):
-    assert here("--data", "shapes:80", *TINY, "--lr", 1e30, "--log-every", 20, "--epochs", 2, "--out", tmp_path) == 5
+    assert here("--data", "shapes:80", *TINY, "--lr", 1e30, "--log-every", 20, "--epochs", 2, "--out",
+                tmp_path) == 5
     assert "not finite" in capsys.readouterr().err
 
 
@@ -369,22 +406,21 @@ def test_fewer_readable_images_than_clusters_are_refused(tmp_path, capsys):
 
 def test_other_pixels_to_cluster_are_another_run(tmp_path, capsys):
     assert here(*SHARED, "--max-steps", 1, "--out", tmp_path) == 0
-    assert here(*SHARED, "--eval-size", 24, "--out", tmp_path) == 4 and "--eval-size 24" in capsys.readouterr().err
+    assert here(*SHARED, "--eval-size", 24, "--out",
+                tmp_path) == 4 and "--eval-size 24" in capsys.readouterr().err
 
 
 # ---- options
 
 
 def test_options_that_cannot_work(tmp_path, capsys):
-    for options, message in {
-        ("--prototypes", 81): "--prototypes 81: more than the 80 images",
-        ("--pca-dim", 100): "--pca-dim 100: the trunk has only 64 features",
-        ("--pca-dim", 0): "--pca-dim 0: more than 0",
-        ("--grey-p", 1.5): "between 0 and 1",
-        ("--rotate", -3): "--rotate -3.0: 0 or more",
-        ("--arch", "alexnet"): "--arch alexnet takes images of 224 pixels",
-        ("--arch", "alexnet", "--sizes", 224, "--eval-size", 256): "--arch alexnet takes images of 224 pixels",
-    }.items():
+    for options, message in {("--prototypes", 81): "--prototypes 81: more than the 80 images", (
+        "--pca-dim", 100): "--pca-dim 100: the trunk has only 64 features", (
+            "--pca-dim", 0): "--pca-dim 0: more than 0", ("--grey-p", 1.5): "between 0 and 1",
+                             ("--rotate", -3): "--rotate -3.0: 0 or more",
+                             ("--arch", "alexnet"): "--arch alexnet takes images of 224 pixels",
+                             ("--arch", "alexnet", "--sizes", 224, "--eval-size",
+                              256): "--arch alexnet takes images of 224 pixels"}.items():
         assert here(*SHARED, *options, "--out", tmp_path) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1, error
@@ -403,7 +439,9 @@ def test_published_recipes():
         assert (c.arch, c.epochs, c.batch_size, c.lr) == ("resnet50", 200, 512, lr)
         assert (c.jitter, c.jitter_p, c.grey_p, c.rotate) == ((0.4, 0.4, 1.0, 0.5), 1, 0.2, 2)
     assert (sobel.sobel, rgb.sobel) == (True, False) and sobel.recipe == deepcluster.Config().recipe
-    assert (paper.arch, paper.sobel, paper.epochs, paper.batch_size, paper.lr) == ("alexnet", True, 500, 256, 0.05)
+    assert (paper.arch, paper.sobel, paper.epochs, paper.batch_size, paper.lr) == ("alexnet", True, 500, 256,
+                                                                                   0.05)
     assert not any(paper.jitter) and (paper.jitter_p, paper.grey_p, paper.rotate) == (0, 0, 0)
-    for name, value in {"resnet50_sobel_200ep": 46.9, "resnet50_200ep": 50.4, "alexnet_sobel_500ep": 37.9}.items():
+    for name, value in {"resnet50_sobel_200ep": 46.9, "resnet50_200ep": 50.4,
+                        "alexnet_sobel_500ep": 37.9}.items():
         assert deepcluster.RECIPES[name][0].startswith(str(value))

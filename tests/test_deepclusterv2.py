@@ -1,4 +1,5 @@
-"""deepclusterv2.py: the numbers of the official code, one process or many, and what becomes of a run that is killed."""
+"""deepclusterv2.py: the numbers of the official code, one process or many, and what becomes of a run that is
+killed."""
 
 import re
 import signal
@@ -7,7 +8,21 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ROOT, TINY, command, finish, golden, kill_tree, losses, metrics, ranks, run_here, same, saved, start
+from helpers import (
+    ROOT,
+    TINY,
+    command,
+    finish,
+    golden,
+    kill_tree,
+    losses,
+    metrics,
+    ranks,
+    run_here,
+    same,
+    saved,
+    start,
+)
 from torch import nn
 
 import deepclusterv2
@@ -34,7 +49,8 @@ def test_an_epoch_of_the_official_code(monkeypatch, dtype):
     memory = deepclusterv2.Memory(n, len(bank), bank.shape[2], heads, dtype=dtype)
     memory.update(numbers["memory_index"], bank)
     starts = iter([bank[h % 2][numbers[f"init_idx_head{h}"]] for h in range(heads)])
-    monkeypatch.setattr(deepclusterv2, "kmeans", lambda *arguments, generator, **options: kmeans(*arguments, init=next(starts), **options))
+    monkeypatch.setattr(deepclusterv2, "kmeans", lambda *arguments, generator,
+                        **options: kmeans(*arguments, init=next(starts), **options))
     prototypes = [nn.Linear(bank.shape[2], int(k), bias=False, dtype=dtype) for k in numbers["K"]]
     deepclusterv2.assign(memory, prototypes, 10, None)
     assert torch.equal(memory.targets, numbers["assignments"]) and (memory.targets == -100).any()
@@ -51,7 +67,8 @@ def test_an_epoch_of_the_official_code(monkeypatch, dtype):
         torch.testing.assert_close(z.grad, expected, rtol=0, atol=tolerance)
         memory.update(index, z[:2].detach())
     after = numbers["memory_index_after"]
-    torch.testing.assert_close(memory.banks[:, after].float(), numbers["memory_embeddings_after"], rtol=0, atol=1e-7)
+    torch.testing.assert_close(memory.banks[:, after].float(), numbers["memory_embeddings_after"], rtol=0,
+                               atol=1e-7)
     assert sorted(memory.filled[:-1].nonzero().flatten().tolist()) == sorted(after.tolist())
 
 
@@ -79,7 +96,8 @@ def loss_of_a_rank():
     targets[:, 1:3] = -100  # the first rank has one target, the second three: the mean is over all
     mine = slice(3 * rank(), 3 * rank() + 3)
     one = sum(F.cross_entropy(s.flatten(0, 1) / 0.1, t.repeat(2)) for s, t in zip(scores, targets)) / 2
-    return deepclusterv2.prediction_loss([s[:, mine] for s in scores], targets[:, mine], 0.1).item(), one.item()
+    return deepclusterv2.prediction_loss([s[:, mine] for s in scores], targets[:, mine],
+                                         0.1).item(), one.item()
 
 
 def test_the_mean_over_ranks_is_the_mean_over_all_targets():
@@ -100,7 +118,8 @@ def memory_of_a_rank():
 def test_the_memory_is_in_data_set_order_on_any_number_of_ranks():
     z, seen = torch.arange(2 * 7 * 3.0).view(2, 7, 3), [0, 2, 3, 4, 5, 6]
     (state, first), (other, second) = ranks(2, memory_of_a_rank)
-    assert same(state, other) and state["banks"].shape == (7, 2, 3) and state["filled"].tolist() == [i in seen for i in range(7)]
+    assert same(state, other) and state["banks"].shape == (7, 2, 3) and state["filled"].tolist() == [
+        i in seen for i in range(7)]
     assert torch.equal(state["banks"][seen], z.transpose(0, 1)[seen])
     assert torch.equal(torch.cat([first, second]), z[1, seen])
     whole = deepclusterv2.Memory(7, 2, 3, 1)
@@ -109,7 +128,8 @@ def test_the_memory_is_in_data_set_order_on_any_number_of_ranks():
 
 
 def test_embeddings_that_cannot_be_clustered_are_named():
-    memory, heads = deepclusterv2.Memory(30, 1, 4, 2), nn.ModuleList(nn.Linear(4, 3, bias=False) for _ in range(2))
+    memory, heads = deepclusterv2.Memory(30, 1, 4,
+                                         2), nn.ModuleList(nn.Linear(4, 3, bias=False) for _ in range(2))
     heads.requires_grad_(False)
     rows = F.normalize(torch.randn(30, 4))
     memory.update(torch.arange(2), rows[None, :2])
@@ -125,7 +145,8 @@ def test_embeddings_that_cannot_be_clustered_are_named():
 
 
 def test_two_ranks_follow_the_trajectory_of_one(tmp_path):
-    shared = [*SHARED, "--crops", 2, 2, "--sizes", 16, 12, "--scales", 0.3, 1, 0.1, 0.4, "--precision", "float64", "--blur-p", 0.5]
+    shared = [*SHARED, "--crops", 2, 2, "--sizes", 16, 12, "--scales", 0.3, 1, 0.1, 0.4, "--precision",
+              "float64", "--blur-p", 0.5]
     assert here(*shared, "--out", tmp_path / "one") == 0
     code, _, err = finish(start(*command(*shared, "--out", tmp_path / "two", ranks=2, script=SCRIPT)))
     assert code == 0, err
@@ -174,7 +195,8 @@ def test_a_signal_while_the_memory_is_filled_stops_at_once(tmp_path):
     stopped, out, err = finish(start(line[0], "-c", code, *line[1:], cwd=ROOT))
     assert stopped == 0 and "stopped by a signal in a pass over the data" in out, out + err
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
-    assert here(*SHARED, "--out", tmp_path / "run") == 0 and here(*SHARED, "--out", tmp_path / "straight") == 0
+    assert here(*SHARED, "--out", tmp_path / "run") == 0 and here(*SHARED, "--out",
+                                                                  tmp_path / "straight") == 0
     assert same(saved(tmp_path / "run")["model"], saved(tmp_path / "straight")["model"])
 
 
@@ -212,21 +234,27 @@ def test_weights_that_diverge_unseen_end_the_run_before_they_are_clustered(tmp_p
 
 def test_heads_and_iterations_are_checked(tmp_path, capsys):
     for option in ("--heads", "--kmeans-iterations"):
-        assert here(*SHARED, option, 0, "--out", tmp_path) == 2 and f"{option} 0: more than 0" in capsys.readouterr().err
+        assert here(*SHARED, option, 0, "--out",
+                    tmp_path) == 2 and f"{option} 0: more than 0" in capsys.readouterr().err
 
 
 def test_published_recipes():
     def get(name):
         return recipe(deepclusterv2.Config, deepclusterv2.RECIPES, name)
 
-    long, short, two = get("deepclusterv2_800ep"), get("deepclusterv2_400ep"), get("deepclusterv2_400ep_2x224")
+    long, short, two = get("deepclusterv2_800ep"), get("deepclusterv2_400ep"), get(
+        "deepclusterv2_400ep_2x224")
     for c in (long, short, two):
         assert (c.batch_size, c.lr, c.final_lr, c.warmup_epochs, c.start_lr) == (4096, 4.8, 0.0048, 10, 0.3)
-        assert (c.prototypes, c.heads, c.temperature, c.kmeans_iterations, c.hidden, c.dim) == (3000, 3, 0.1, 10, 2048, 128)
-    assert (long.epochs, long.crops, long.sizes, long.scales) == (800, (2, 6), (224, 96), (0.14, 1.0, 0.05, 0.14))
-    assert (short.epochs, short.crops, short.sizes, short.scales) == (400, (2, 4), (160, 96), (0.08, 1.0, 0.05, 0.14))
+        assert (c.prototypes, c.heads, c.temperature, c.kmeans_iterations, c.hidden, c.dim) == (3000, 3, 0.1,
+                                                                                                10, 2048, 128)
+    assert (long.epochs, long.crops, long.sizes, long.scales) == (800, (2, 6), (224, 96),
+                                                                  (0.14, 1.0, 0.05, 0.14))
+    assert (short.epochs, short.crops, short.sizes, short.scales) == (400, (2, 4), (160, 96),
+                                                                      (0.08, 1.0, 0.05, 0.14))
     assert (two.epochs, two.crops, two.sizes, two.scales) == (400, (2,), (224,), (0.08, 1.0))
     node = get("deepclusterv2_400ep_bs1024")
     assert (node.batch_size, node.lr, node.final_lr, node.start_lr) == (1024, 1.2, 0.0012, 0.075)
-    for name, value in {"deepclusterv2_800ep": 75.2, "deepclusterv2_400ep": 74.3, "deepclusterv2_400ep_2x224": 70.2}.items():
+    for name, value in {"deepclusterv2_800ep": 75.2, "deepclusterv2_400ep": 74.3,
+                        "deepclusterv2_400ep_2x224": 70.2}.items():
         assert deepclusterv2.RECIPES[name][0].startswith(str(value))

@@ -65,7 +65,8 @@ def test_sum_and_maximum_are_equal_on_all_ranks(of_ranks):
 
 def test_gathered_rows_are_in_rank_order_whoever_has_none(of_ranks):
     for result in of_ranks:
-        assert result["rows"].tolist() == [[100, 101], [200, 201], [202, 203]] and not result["rows"].requires_grad
+        assert result["rows"].tolist() == [[100, 101], [200, 201],
+                                           [202, 203]] and not result["rows"].requires_grad
         assert result["reversed"].tolist() == [[0], [0], [1]] and result["reversed"].dtype == torch.int64
         assert result["empty"].shape == (0, 5)
         assert result["flags"].tolist() == [False, True, False]
@@ -128,7 +129,8 @@ def norm_of(dims):
 
 
 def draw(dims, seed, mean=0.0):
-    return torch.randn(SHAPES[dims], generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + mean
+    return torch.randn(SHAPES[dims], generator=torch.Generator().manual_seed(seed),
+                       dtype=torch.float64) + mean
 
 
 def two_steps(module, dims, dtype, mean, rows):
@@ -138,28 +140,24 @@ def two_steps(module, dims, dtype, mean, rows):
         y = module(x)
         (y * draw(dims, 10 + seed)[rows].to(y.dtype)).sum().backward()
         result[f"y{seed}"], result[f"x grad {seed}"] = y.detach(), x.grad
-    result |= {"weight": module.weight.grad, "bias": module.bias.grad, **{name: b.clone() for name, b in module.named_buffers()}}
+    result |= {"weight": module.weight.grad, "bias": module.bias.grad,
+               **{name: b.clone() for name, b in module.named_buffers()}}
     with torch.no_grad():
         result["eval"] = module.eval()(x)
     result["after eval"] = module.running_mean.clone()
     return result
 
 
-CASES = {
-    "1d": ("1d", torch.float64, torch.float64, 0),
-    "2d": ("2d", torch.float64, torch.float64, 0),
-    "far from zero": ("2d", torch.float32, torch.float32, 1000),
-    "bfloat16": ("2d", torch.float32, torch.bfloat16, 2),
-}
+CASES = {"1d": ("1d", torch.float64, torch.float64, 0), "2d": ("2d", torch.float64, torch.float64, 0),
+         "far from zero": ("2d", torch.float32, torch.float32, 1000),
+         "bfloat16": ("2d", torch.float32, torch.bfloat16, 2)}
 
 
 def synced_steps():
     first = sum(SPLIT[: rank()])
     rows = slice(first, first + SPLIT[rank()])
-    return {
-        name: two_steps(SyncBatchNorm.convert(norm_of(dims).to(weights)), dims, dtype, mean, rows)
-        for name, (dims, weights, dtype, mean) in CASES.items()
-    }
+    return {name: two_steps(SyncBatchNorm.convert(norm_of(dims).to(weights)), dims, dtype, mean,
+                            rows) for name, (dims, weights, dtype, mean) in CASES.items()}
 
 
 @pytest.fixture(scope="module")
@@ -170,13 +168,16 @@ def synced():
 def check(synced, name, expected, tolerance, statistics):
     results = [result[name] for result in synced]
     for key in ("y0", "y1", "x grad 0", "x grad 1", "eval"):
-        torch.testing.assert_close(torch.cat([result[key] for result in results]).double(), expected[key], rtol=0, atol=tolerance)
+        torch.testing.assert_close(torch.cat([result[key] for result in results]).double(), expected[key],
+                                   rtol=0, atol=tolerance)
     for key in ("weight", "bias"):
-        torch.testing.assert_close(sum(result[key] for result in results).double(), expected[key], rtol=0, atol=10 * tolerance)
+        torch.testing.assert_close(sum(result[key] for result in results).double(), expected[key], rtol=0,
+                                   atol=10 * tolerance)
     for result in results:
         for key in ("running_mean", "running_var"):
             torch.testing.assert_close(result[key].double(), expected[key], rtol=statistics, atol=statistics)
-        assert result["num_batches_tracked"] == 2 and torch.equal(result["after eval"], result["running_mean"])
+        assert result["num_batches_tracked"] == 2 and torch.equal(result["after eval"],
+                                                                  result["running_mean"])
 
 
 @pytest.mark.parametrize("dims", ["1d", "2d"])
@@ -208,14 +209,16 @@ def test_one_process_has_the_native_batch_norm():
 
 
 def test_conversion_keeps_names_parameters_and_buffers():
-    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4, momentum=0.3)))
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4),
+                          nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4, momentum=0.3)))
     before = dict(model.named_parameters()) | dict(model.named_buffers())
     keys = list(model.state_dict())
     converted = SyncBatchNorm.convert(model)
     after = dict(converted.named_parameters()) | dict(converted.named_buffers())
     assert list(converted.state_dict()) == keys
     assert after.keys() == before.keys() and all(after[name] is before[name] for name in before)
-    assert [type(module) for module in converted.modules()].count(SyncBatchNorm) == 2 and converted[2][1].momentum == 0.3
+    assert [type(module)
+            for module in converted.modules()].count(SyncBatchNorm) == 2 and converted[2][1].momentum == 0.3
 
 
 def test_one_number_a_sample_is_refused():

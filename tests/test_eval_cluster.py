@@ -47,10 +47,12 @@ def test_scikit_learns_numbers():
     for i in range(int(numbers["n_pairs"])):
         a, b = numbers[f"a_{i}"], numbers[f"b_{i}"]
         found = nmi(a, b), ami(a, b), ari(a, b), nmi(a, b, geometric=True)
-        assert found == pytest.approx([float(numbers[name][i]) for name in ("nmi", "ami", "ari", "nmi_geometric")], abs=1e-9), i
+        assert found == pytest.approx([float(numbers[name][i]) for name in ("nmi", "ami", "ari",
+                                                                            "nmi_geometric")], abs=1e-9), i
 
 
-labellings = st.integers(1, 40).flatmap(lambda n: st.tuples(*[st.lists(st.integers(-3, 6), min_size=n, max_size=n)] * 2))
+labellings = st.integers(1, 40).flatmap(
+    lambda n: st.tuples(*[st.lists(st.integers(-3, 6), min_size=n, max_size=n)] * 2))
 
 
 @settings(max_examples=50, deadline=None)
@@ -61,7 +63,8 @@ def test_metrics_agree_with_scikit_learn_whatever_the_labels(pair):
     a, b = pair
     assert nmi(a, b) == pytest.approx(metrics.normalized_mutual_info_score(a, b), abs=1e-9)
     assert ari(a, b) == pytest.approx(metrics.adjusted_rand_score(a, b), abs=1e-9)
-    if abs(sum(agreement._information(a, b)[1:3]) / 2 - agreement.expected_information(*agreement._information(a, b)[3:])) > 1e-9:
+    if abs(sum(agreement._information(a, b)[1:3]) / 2
+           - agreement.expected_information(*agreement._information(a, b)[3:])) > 1e-9:
         assert ami(a, b) == pytest.approx(metrics.adjusted_mutual_info_score(a, b), abs=1e-9)
     # Names do not matter; all but purity are symmetric.
     renamed = [{value: -value * 10**12 for value in a}[value] for value in a]
@@ -78,8 +81,7 @@ def test_expected_information_of_many_images_leaves_out_nothing_that_counts():
     a, b = rng.integers(0, 12, 20_000) ** 2, rng.geometric(0.05, 20_000)
     _, _, _, size_a, size_b = agreement._information(a, b)
     assert agreement.expected_information(size_a, size_b) == pytest.approx(
-        expected_mutual_information(contingency(a, b).tocsr(), 20_000), rel=1e-9
-    )
+        expected_mutual_information(contingency(a, b).tocsr(), 20_000), rel=1e-9)
 
 
 def test_random_labels_have_a_high_nmi_and_no_ami():
@@ -95,10 +97,12 @@ def test_hungarian_accuracy_is_the_best_one_to_one_matching():
         a, b = rng.integers(0, clusters, 60), rng.integers(0, classes, 60)
         counts = contingency(a, b).toarray()
         counts = counts if clusters <= classes else counts.T
-        best = max(sum(counts[i, j] for i, j in enumerate(order)) for order in itertools.permutations(range(counts.shape[1]), len(counts)))
+        best = max(sum(counts[i, j] for i, j in enumerate(order))
+                   for order in itertools.permutations(range(counts.shape[1]), len(counts)))
         assert hungarian_accuracy(a, b) == best / 60
     # Five clusters of two classes: two of them find a class, purity counts all.
-    assert hungarian_accuracy([0, 1, 2, 3, 4, 4], [0, 0, 0, 1, 1, 1]) == 3 / 6 and purity([0, 1, 2, 3, 4, 4], [0, 0, 0, 1, 1, 1]) == 1
+    assert hungarian_accuracy([0, 1, 2, 3, 4, 4], [0, 0, 0, 1, 1, 1]) == 3 / 6 and purity(
+        [0, 1, 2, 3, 4, 4], [0, 0, 0, 1, 1, 1]) == 1
 
 
 def test_labellings_of_different_items_are_refused():
@@ -117,7 +121,8 @@ class Colours(nn.Module):
         super().__init__()
         self.backbone, self.projection_head = nn.AdaptiveAvgPool2d(1), None
         self.heads = nn.ModuleList(nn.Linear(3, k) for k in (3, 5)[:heads])
-        for head, rows, bias in zip(self.heads, (torch.eye(3), torch.zeros(5, 3)), ([0] * 3, [0, 0, -9, -9, -9])):
+        for head, rows, bias in zip(self.heads, (torch.eye(3), torch.zeros(5, 3)),
+                                    ([0] * 3, [0, 0, -9, -9, -9])):
             head.weight.data.copy_(rows)
             head.bias.data.copy_(torch.tensor(bias))
         if heads > 1:
@@ -128,7 +133,8 @@ class Colours(nn.Module):
 
 
 class Plain:
-    """Images of one colour each, N of them, without files: red, green and blue in turn, the red ones of two kinds."""
+    """Images of one colour each, N of them, without files: red, green and blue in turn, the red ones of two
+    kinds."""
 
     classes = ("red", "green", "blue")
 
@@ -146,7 +152,8 @@ class Plain:
         return Image.new("RGB", (8, 8), tuple(colour))
 
 
-INFO = dict(arch="resnet10", width=0.5, stem="small", channels=3, mean=MEAN, std=STD, method="colours", resize=8, size=8, epoch=1)
+INFO = dict(arch="resnet10", width=0.5, stem="small", channels=3, mean=MEAN, std=STD, method="colours",
+            resize=8, size=8, epoch=1)
 
 
 def of_colours(out, n, *arguments, heads=2):
@@ -159,8 +166,7 @@ def of_colours(out, n, *arguments, heads=2):
     finally:
         weights.load_model, data.open_queries = load, images
     return json.loads((out / "eval_cluster.json").read_text()), (out / "gallery.html").read_bytes() if (
-        out / "gallery.html"
-    ).exists() else b""
+        out / "gallery.html").exists() else b""
 
 
 def test_known_heads_have_known_scores(tmp_path, capsys):
@@ -229,7 +235,8 @@ def test_held_out_images_by_the_heads_of_a_run(run, capsys):
     capsys.readouterr()
     assert cluster_here(run, "--workers", 0, "--precision", "float32") == 0
     record = record_of(capsys)
-    assert (record["method"], record["images"], record["count"], record["unassigned"]) == ("swav", "held-out images", 20, 0)
+    assert (record["method"], record["images"], record["count"],
+            record["unassigned"]) == ("swav", "held-out images", 20, 0)
     model, info = weights.load_model(run)
     images = data.open_images("shapes:100", "val")
 
@@ -257,7 +264,8 @@ def test_training_images_as_the_run_has_them(run, capsys):
     record = record_of(capsys)
     clusters = np.load(run / "assignments.npz")["assignments"][0]
     seen = clusters >= 0
-    assert (record["images"], record["clusters_by"], record["count"]) == ("training images", "assignments.npz", 100)
+    assert (record["images"], record["clusters_by"], record["count"]) == ("training images",
+                                                                          "assignments.npz", 100)
     assert record["unassigned"] == (~seen).sum() == 4  # 6 batches of 16
     assert record["heads"][0]["ari"] == pytest.approx(100 * ari(clusters[seen], np.arange(100)[seen] % 10))
     page = (run / "gallery_training.html").read_text()
@@ -265,10 +273,12 @@ def test_training_images_as_the_run_has_them(run, capsys):
     assert sum(c["size"] for c in page["clusters"]) == 96
     for c in page["clusters"]:
         shown = [int(name.rpartition("/")[2]) for _, name, *_ in c["typical"] + c["random"]]
-        assert all(clusters[i] == c["id"] for i in shown) and len(set(shown)) == len(shown) == min(len(c["typical"]) + 12, c["size"])
+        assert all(clusters[i] == c["id"]
+                   for i in shown) and len(set(shown)) == len(shown) == min(len(c["typical"]) + 12, c["size"])
     # The heads' own opinion says what is typical, where it is that of the run.
     assert any(c["typical"] for c in page["clusters"])
-    assert [t[3] for t in page["clusters"][0]["typical"]] == sorted((t[3] for t in page["clusters"][0]["typical"]), reverse=True)
+    assert [t[3] for t in page["clusters"][0]["typical"]] == sorted(
+        (t[3] for t in page["clusters"][0]["typical"]), reverse=True)
 
 
 @pytest.fixture(scope="module")
@@ -281,16 +291,17 @@ def photos(tmp_path_factory):
             for i in range(count):
                 pixels = np.full((24, 20, 3), 40.0)
                 pixels[..., 2 - c] = 200
-                Image.fromarray(rng.normal(pixels, 8).clip(0, 255).astype(np.uint8)).save(root / split / name / f"{i}.png")
+                Image.fromarray(rng.normal(pixels, 8).clip(0, 255).astype(np.uint8)).save(root / split / name
+                                                                                          / f"{i}.png")
     torch.manual_seed(0)
-    checkpoint.export_backbone(
-        root / "backbone.pt", resnet10(width=0.125, stem="small"), {**INFO, "width": 0.125, "resize": 20, "size": 20}
-    )
+    checkpoint.export_backbone(root / "backbone.pt", resnet10(width=0.125, stem="small"),
+                               {**INFO, "width": 0.125, "resize": 20, "size": 20})
     return root
 
 
 def test_kmeans_on_pooled_features(photos, tmp_path, capsys):
-    options = ["--data", photos, "--kmeans", 3, "--seed", 2, "--workers", 0, "--precision", "float32", "--out", tmp_path]
+    options = ["--data", photos, "--kmeans", 3, "--seed", 2, "--workers", 0, "--precision", "float32",
+               "--out", tmp_path]
     assert cluster_here(photos / "backbone.pt", *options) == 0
     record = record_of(capsys)
     assert (record["count"], record["clusters_by"]) == (15, "k-means on training features")
@@ -307,25 +318,30 @@ def test_new_images_without_labels(photos, tmp_path, capsys):
     for path in (photos / "val" / "green").glob("*.png"):
         shutil.copy(path, folder / f'green, "{path.name}')
     (folder / "9.png").write_text("no image")
-    options = ["--images", folder, "--kmeans", 2, "--workers", 0, "--precision", "float32", "--out", tmp_path / "out"]
+    options = ["--images", folder, "--kmeans", 2, "--workers", 0, "--precision", "float32", "--out",
+               tmp_path / "out"]
     assert cluster_here(photos / "backbone.pt", *options) == 0
     out = capsys.readouterr().out
     assert "11 images of" in out and "warning: 1 images cannot be read" in out and "NMI" not in out
     with open(tmp_path / "out" / "clusters_kmeans.csv", newline="") as file:
         header, *rows = csv.reader(file)
-    assert header == ["path", "head0", "score0"] and [row[0] for row in rows] == list(data.open_images(folder).paths)
+    assert header == ["path", "head0",
+                      "score0"] and [row[0] for row in rows] == list(data.open_images(folder).paths)
     found = {name: (int(cluster), score) for name, cluster, score in rows}
     assert found["9.png"] == (-1, "")
-    groups = [{found[name][0] for name in found if name.startswith("green") == green and name != "9.png"} for green in (True, False)]
+    groups = [{found[name][0] for name in found if name.startswith("green") == green and name != "9.png"}
+              for green in (True, False)]
     assert sorted(map(len, groups)) == [1, 1] and groups[0] != groups[1]
     assert all(float(score) <= 0 for cluster, score in found.values() if cluster >= 0)
     assert (tmp_path / "out" / "gallery_images_kmeans.html").exists()
 
 
 def test_new_images_by_the_heads(run, photos, tmp_path, capsys):
-    assert cluster_here(run, "--images", photos / "val", "--workers", 0, "--out", tmp_path, "--samples", 0) == 0
+    assert cluster_here(run, "--images", photos / "val", "--workers", 0, "--out", tmp_path, "--samples",
+                        0) == 0
     assert "NMI" in capsys.readouterr().out  # the folder has classes
-    assert len((tmp_path / "clusters.csv").read_text().splitlines()) == 16 and not list(tmp_path.glob("*.html"))
+    assert len((tmp_path / "clusters.csv").read_text().splitlines()) == 16 and not list(
+        tmp_path.glob("*.html"))
 
 
 def test_errors(run, photos, tmp_path, capsys):
@@ -351,12 +367,15 @@ def test_errors(run, photos, tmp_path, capsys):
         ((run, "--training", "--images", photos), 2, "choose one"),
         ((run, "--images", photos, "--val", photos), 2, "--val"),
         ((run, "--training", "--val", photos), 2, "is not judged beside --training"),
-        ((run, "--images", photos, "--data", photos), 2, "is not looked at beside --images, but with --kmeans"),
+        ((run, "--images", photos, "--data", photos), 2,
+         "is not looked at beside --images, but with --kmeans"),
         ((run, "--batch-size", 0), 2, "at least 1 image a batch"),
         ((run, "--kmeans", -1), 2, "nothing below 0"),
-        ((run, "--data", photos / "val" / "red", "--training"), 3, "--data has no labels to compare clusters with"),
+        ((run, "--data", photos / "val" / "red", "--training"), 3, "--data has no labels to compare clusters "
+                                                                   "with"),
         ((run, "--data", tmp_path / "one"), 3, "--val has images of 1 class (n00)"),
-        ((run, "--data", tmp_path / "others", "--training"), 3, "is of other images: it lacks 100 of 100, such as"),
+        ((run, "--data", tmp_path / "others", "--training"), 3, "is of other images: it lacks 100 of 100, "
+                                                                "such as"),
         ((run, "--data", photos, "--training"), 3, "is of other images: it lacks 36 of 36, such as"),
         ((empty, "--training"), 3, "no image has a cluster yet"),
         ((torn, "--training"), 3, "is not an assignments.npz"),
@@ -392,15 +411,16 @@ def test_typical_images_are_scored_where_the_heads_agree():
     images = types.SimpleNamespace(read=lambda i: Image.new("RGB", (4, 4), (i, 0, 0)))
     how = dict(device=torch.device("cpu"))
     clusters = np.array([0, 0, 1, 1, 1])  # the heads have the last one in cluster 0
-    assert eval_cluster.typical(
-        eval_cluster.Assign(Model()), images, clusters, 0, {"resize": 4, "size": 4}, how, 5
-    ).tolist() == pytest.approx([3, 2, 5, 4, np.nan], nan_ok=True)
-    few = eval_cluster.typical(eval_cluster.Assign(Model()), images, clusters, 0, {"resize": 4, "size": 4}, how, 1)
+    assert eval_cluster.typical(eval_cluster.Assign(Model()), images, clusters, 0, {"resize": 4, "size": 4},
+                                how, 5).tolist() == pytest.approx([3, 2, 5, 4, np.nan], nan_ok=True)
+    few = eval_cluster.typical(eval_cluster.Assign(Model()), images, clusters, 0, {"resize": 4, "size": 4},
+                               how, 1)
     assert np.isfinite(few[:2]).sum() == 1 and np.isfinite(few[2:]).sum() <= 1
 
 
 def test_all_of_a_folder_is_clustered_and_k_means_can_be_of_other_images(photos, tmp_path, capsys):
-    options = ["--images", photos, "--kmeans", 3, "--seed", 2, "--workers", 0, "--precision", "float32", "--samples", 0, "--out", tmp_path]
+    options = ["--images", photos, "--kmeans", 3, "--seed", 2, "--workers", 0, "--precision", "float32",
+               "--samples", 0, "--out", tmp_path]
     assert cluster_here(photos / "backbone.pt", *options) == 0
     assert f"{36 + 15} images of" in capsys.readouterr().out  # train/ and val/
     assert cluster_here(photos / "backbone.pt", *options, "--data", photos) == 0

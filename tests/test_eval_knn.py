@@ -49,18 +49,23 @@ def images(tmp_path_factory):
 def backbone(tmp_path_factory):
     path = tmp_path_factory.mktemp("trunk") / "backbone.pt"
     torch.manual_seed(3)
-    info = dict(arch="resnet10", width=0.125, stem="small", channels=3, mean=MEAN, std=STD, method="swav", resize=24, size=20, epoch=5)
+    info = dict(arch="resnet10", width=0.125, stem="small", channels=3, mean=MEAN, std=STD, method="swav",
+                resize=24, size=20, epoch=5)
     checkpoint.export_backbone(path, resnet10(width=0.125, stem="small"), info)
     return path
 
 
 def test_seven_images_of_three_classes(images, backbone, capsys):
-    assert knn_here(backbone, "--data", images, "--workers", 0, "--k", 1, 5, 30, 31, 200, "--precision", "float32") == 0
+    assert knn_here(backbone, "--data", images, "--workers", 0, "--k", 1, 5, 30, 31, 200, "--precision",
+                    "float32") == 0
     *table, last = capsys.readouterr().out.splitlines()
     record = json.loads(last)
-    assert (record["bank"], record["queries"], record["classes"], record["method"], record["epoch"]) == (30, 7, 3, "swav", 5)
-    assert list(record["top1"]) == ["1", "5", "30"] and record["top5"] == {}  # fewer than five classes: no top-5
-    assert "   31    skipped: only 30 images can vote" in table and any(line.startswith("  200    skipped") for line in table)
+    assert (record["bank"], record["queries"], record["classes"], record["method"],
+            record["epoch"]) == (30, 7, 3, "swav", 5)
+    # fewer than five classes: no top-5
+    assert list(record["top1"]) == ["1", "5", "30"] and record["top5"] == {}
+    assert "   31    skipped: only 30 images can vote" in table and any(line.startswith("  200    skipped")
+                                                                        for line in table)
     # The same from the parts, one image after the other.
     trunk, _ = weights.load_backbone(backbone)
     rows = {}
@@ -68,11 +73,13 @@ def test_seven_images_of_three_classes(images, backbone, capsys):
         x, y = [], []
         for path in sorted((images / split).glob("*/*.png")):
             pixels = center(Image.open(path), 24, 20).float() / 255
-            x.append(trunk.eval()(torch.stack([(p - m) / s for p, m, s in zip(pixels, MEAN, STD)])[None])[0].detach())
+            x.append(trunk.eval()(torch.stack([(p - m) / s for p, m,
+                                               s in zip(pixels, MEAN, STD)])[None])[0].detach())
             y.append(sorted(COLOURS).index(path.parent.name))
         rows[split] = torch.stack(x), torch.tensor(y)
     expected = knn_accuracy(*rows["train"], *rows["val"], [1, 5, 30])
-    assert {int(k): value for k, value in record["top1"].items()} == {k: pytest.approx(v, abs=1e-3) for k, (v, _) in expected.items()}
+    assert {int(k): value for k, value in record["top1"].items()} == {k: pytest.approx(v, abs=1e-3)
+                                                                      for k, (v, _) in expected.items()}
     assert record["top1"]["1"] > 50
     for k, value in record["top1"].items():
         assert f"{k:>5}  {value:7.2f}        -" in table
@@ -85,7 +92,8 @@ def test_a_run_is_evaluated_on_its_own_data(tmp_path, capsys):
     capsys.readouterr()
     assert knn_here(out, "--workers", 0) == 0
     record = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert (record["trunk"], record["method"], record["bank"], record["queries"], record["classes"]) == (str(out), "swav", 100, 20, 10)
+    assert (record["trunk"], record["method"], record["bank"], record["queries"],
+            record["classes"]) == (str(out), "swav", 100, 20, 10)
     assert list(record["top1"]) == list(record["top5"]) == ["10", "20", "100"]
     assert knn_here(out / "backbone.pt", "--data", "shapes:100", "--workers", 0) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["top1"] == record["top1"]
@@ -96,13 +104,16 @@ def test_a_run_is_evaluated_on_its_own_data(tmp_path, capsys):
 
 def test_a_torchvision_file(tmp_path, images, capsys):
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "resnet18.pth")
-    assert knn_here(tmp_path / "resnet18.pth", "--data", images, "--size", 32, "--resize", 32, "--workers", 0, "--k", 3) == 0
+    assert knn_here(tmp_path / "resnet18.pth", "--data", images, "--size", 32, "--resize", 32, "--workers", 0,
+                    "--k", 3) == 0
     out = capsys.readouterr().out
-    assert "resnet18 x1, torchvision, 512 features of 32 px" in out and list(json.loads(out.splitlines()[-1])["top1"]) == ["3"]
+    assert "resnet18 x1, torchvision, 512 features of 32 px" in out and list(
+        json.loads(out.splitlines()[-1])["top1"]) == ["3"]
 
 
 def test_two_processes_find_what_one_finds(images, backbone, capsys):
-    arguments = [str(a) for a in (backbone, "--data", images, "--workers", 0, "--k", 1, 7, "--precision", "float32")]
+    arguments = [str(a) for a in (backbone, "--data", images, "--workers", 0, "--k", 1, 7, "--precision",
+                                  "float32")]
     assert knn_here(*arguments) == 0
     one = json.loads(capsys.readouterr().out.splitlines()[-1])
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -120,7 +131,8 @@ def test_unreadable_images_are_said_and_left_out(tmp_path, backbone, capsys):
     assert knn_here(backbone, "--data", tmp_path, "--workers", 0, "--k", 5, 6) == 0
     out = capsys.readouterr().out
     assert "warning: 1 images of --data cannot be read and are left out" in out
-    assert list(json.loads(out.splitlines()[-1])["top1"]) == ["5"] and "    6    skipped: only 5 images can vote" in out
+    assert list(json.loads(out.splitlines()[-1])["top1"]) == [
+        "5"] and "    6    skipped: only 5 images can vote" in out
 
 
 def test_errors(tmp_path, images, backbone, capsys):
@@ -135,7 +147,8 @@ def test_errors(tmp_path, images, backbone, capsys):
         ((tmp_path / "none.pt", "--data", images), 4, "none.pt does not exist"),
         ((tmp_path, "--data", images), 4, "backbone.pt does not exist"),
         ((tmp_path / "page.pt", "--data", images), 4, "page.pt cannot be loaded"),
-        ((tmp_path / "other.pt", "--data", images), 4, "is no checkpoint that is known: it holds some.weight"),
+        ((tmp_path / "other.pt", "--data", images), 4,
+         "is no checkpoint that is known: it holds some.weight"),
         ((tmp_path / "incomplete.pt", "--data", images), 4, "missing ['layer3.0.bn2.weight']"),
         ((backbone,), 2, "--data is needed"),
         ((backbone, "--data", tmp_path / "nothing"), 3, "nothing does not exist"),
@@ -154,23 +167,16 @@ def test_errors(tmp_path, images, backbone, capsys):
         assert error.startswith("error: ") and words in error and error.count("\n") == 1, error
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        {"state_dict": {}, "info": {"arch": "resnet10"}},
-        {"state_dict": {}, "info": {"arch": "vit", "width": 1, "stem": "small"}},
-        {"state_dict": {}, "info": "resnet10"},
-        {"state_dict": 5},
-        {"conv1.weight": torch.zeros(3), "layer4.0.conv1.weight": torch.zeros(3)},
-        {1: torch.zeros(3), "b": torch.zeros(3)},
-        [1, 2],
-    ],
-)
+@pytest.mark.parametrize("content", [{"state_dict": {}, "info": {"arch": "resnet10"}}, {
+    "state_dict": {}, "info": {"arch": "vit", "width": 1, "stem": "small"}}, {
+        "state_dict": {}, "info": "resnet10"}, {"state_dict": 5}, {"conv1.weight": torch.zeros(
+            3), "layer4.0.conv1.weight": torch.zeros(3)}, {1: torch.zeros(3), "b": torch.zeros(3)}, [1, 2]])
 def test_odd_files_are_refused_in_one_line(tmp_path, capsys, content):
     torch.save(content, tmp_path / "odd.pt")
     assert knn_here(tmp_path / "odd.pt", "--data", "shapes:50") == 4
     error = capsys.readouterr().err
-    assert re.match("error: .*odd.pt (is no checkpoint that is known|has conv1.weight of shape)", error), error
+    assert re.match("error: .*odd.pt (is no checkpoint that is known|has conv1.weight of shape)",
+                    error), error
     assert error.count("\n") == 1
 
 

@@ -1,4 +1,5 @@
-"""eval_linear.py: schedules and probes against tables and torch's own, then what a user types and what comes out."""
+"""eval_linear.py: schedules and probes against tables and torch's own, then what a user types and what comes
+out."""
 
 import json
 import math
@@ -25,7 +26,8 @@ from common.weights import load
 from eval_linear import PRESETS, Cached, Probe, judge, train_one_epoch
 
 COLOURS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}
-INFO = dict(width=0.125, stem="small", channels=3, mean=MEAN, std=STD, method="swav", resize=24, size=20, epoch=5)
+INFO = dict(width=0.125, stem="small", channels=3, mean=MEAN, std=STD, method="swav", resize=24, size=20,
+            epoch=5)
 
 
 def linear_here(*arguments, script=eval_linear):
@@ -70,13 +72,15 @@ def run(tmp_path_factory):
 def imagenet_stem(tmp_path_factory):
     torch.manual_seed(3)
     path = tmp_path_factory.mktemp("trunk")
-    export(path / "backbone.pt", resnet10(width=0.125), arch="resnet10", stem="imagenet", resize=256, size=224)
+    export(path / "backbone.pt", resnet10(width=0.125), arch="resnet10", stem="imagenet", resize=256,
+           size=224)
     return path
 
 
 # ---- the protocols
 
-# Name: epochs, batch, learning rate, weight decay, nesterov, and the rate in the first epoch of each stretch (0-based).
+# Name: epochs, batch, learning rate, weight decay, nesterov, and the rate in the first epoch of each stretch
+# (0-based).
 PUBLISHED = {
     "mhead_90e": (90, 256, 0.01, 1e-4, True, {0: 1e-2, 30: 1e-3, 60: 1e-4}),
     "avgpool_100e": (100, 256, 30.0, 0.0, False, {0: 30.0, 60: 3.0, 80: 0.3}),
@@ -94,7 +98,8 @@ PUBLISHED = {
 def test_the_whole_schedule_of_a_preset(name):
     epochs, batch, lr, weight_decay, nesterov, rates = PUBLISHED[name]
     p, steps = PRESETS[name], 7
-    assert (p.epochs, p.batch_size, p.lr, p.weight_decay, p.nesterov) == (epochs, batch, (lr,), (weight_decay,), nesterov)
+    assert (p.epochs, p.batch_size, p.lr, p.weight_decay, p.nesterov) == (epochs, batch, (lr,),
+                                                                          (weight_decay,), nesterov)
     found = [p.schedule(p, step // steps, step, lr, weight_decay) for step in range(epochs * steps)]
     if rates == "cosine":
         optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=lr)
@@ -114,15 +119,17 @@ def test_what_presets_look_at():
     goyal = [f"feature{i}+bn" for i in range(1, 6)]
     for name in ("mhead_90e", "places205_28e", "inat18_84e"):
         assert list(PRESETS[name].probes) == goyal
-    assert PRESETS["avgpool_100e"].probes == PRESETS["swav_100e"].probes == PRESETS["sela_resnet_146e"].probes == ("avgpool",)
+    assert PRESETS["avgpool_100e"].probes == PRESETS["swav_100e"].probes == PRESETS["sela_resnet_146e"].probes == (
+        "avgpool",)
     assert [p.partition("+")[2] for p in PRESETS["vissl_28e"].probes] == ["affine"] * 6 + [""]
-    assert {name: p.crop.__name__ for name, p in PRESETS.items() if p.crop is not eval_linear.resized_crop} == {
-        "places205_28e": "RandomCrop",
-        "dc_alexnet_90e": "RandomCrop",
-    }
-    assert {name for name, p in PRESETS.items() if p.view.views == 10} == {"sela_resnet_146e", "dc_alexnet_90e", "sela_alexnet_36e"}
+    assert {name: p.crop.__name__ for name, p in PRESETS.items()
+            if p.crop is not eval_linear.resized_crop} == {"places205_28e": "RandomCrop",
+                                                           "dc_alexnet_90e": "RandomCrop"}
+    assert {name for name, p in PRESETS.items()
+            if p.view.views == 10} == {"sela_resnet_146e", "dc_alexnet_90e", "sela_alexnet_36e"}
     assert {name for name, p in PRESETS.items() if p.probabilities} == {"dc_alexnet_90e"}
-    assert {name: (p.jitter, p.lighting) for name, p in PRESETS.items() if p.jitter or p.lighting} == {"mhead_90e": (0.4, 0.1)}
+    assert {name: (p.jitter, p.lighting) for name, p in PRESETS.items() if p.jitter
+            or p.lighting} == {"mhead_90e": (0.4, 0.1)}
     assert {(p.resize, p.size) for name, p in PRESETS.items() if name != "small"} == {(256, 224)}
 
 
@@ -143,11 +150,13 @@ SHAPE, CLASSES = (3, 2, 2), 4
 def toy(n=37, seed=0):
     g = torch.Generator().manual_seed(seed)
     labels = torch.randint(CLASSES, (n,), generator=g)
-    return torch.randn(n, *SHAPE, generator=g, dtype=torch.float64) + 0.3 * labels[:, None, None, None], labels
+    return torch.randn(n, *SHAPE, generator=g, dtype=torch.float64) + 0.3 * labels[:, None, None,
+                                                                                   None], labels
 
 
 def pieces(x, labels, batch_size=8):
-    return [({"l": x[i : i + batch_size]}, labels[i : i + batch_size], len(x[i : i + batch_size])) for i in range(0, len(x), batch_size)]
+    return [({"l": x[i : i + batch_size]}, labels[i : i + batch_size],
+             len(x[i : i + batch_size])) for i in range(0, len(x), batch_size)]
 
 
 def fit(name, settings, preset, epochs=3):
@@ -182,7 +191,8 @@ def test_a_probe_is_torchs_layers_under_torchs_sgd(name, nesterov):
         network[-1].weight.copy_(probe.weight[:, 0])
         network[-1].bias.copy_(probe.bias[:, 0])
     norm = [p for layer in layers for p in layer.parameters()]  # not decayed
-    groups = [{"params": network[-1].parameters(), "weight_decay": weight_decay}, *([{"params": norm}] if norm else [])]
+    groups = [{"params": network[-1].parameters(), "weight_decay": weight_decay},
+              *([{"params": norm}] if norm else [])]
     optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=nesterov)
     x, labels = toy()
     for epoch in range(3):
@@ -199,20 +209,25 @@ def test_a_probe_is_torchs_layers_under_torchs_sgd(name, nesterov):
 
 def test_a_setting_that_diverges_leaves_the_others_alone():
     preset = eval_linear.Preset("", epochs=3)
-    alone, together = fit("l", [(0.5, 0.0)], preset), fit("l", [(0.5, 0.0), (1e308, 0.0), (0.5, 1e305)], preset)
+    alone, together = fit("l", [(0.5, 0.0)], preset), fit("l", [(0.5, 0.0), (1e308, 0.0), (0.5, 1e305)],
+                                                          preset)
     torch.testing.assert_close(together.weight[:, 0], alone.weight[:, 0])
     best = judge([together], {"l": toy()[0]})
-    assert (best[:, 1:] == -1).all() and (best[:, 0] >= 0).all() and not together.weight[:, 1].isfinite().all()
+    assert (best[:, 1:] == -1).all() and (best[:, 0] >= 0).all() and not together.weight[:,
+                                                                                         1].isfinite().all()
 
 
 def test_layers_that_are_left_out_change_nothing_for_the_others():
-    a, b = (Probe(name, SHAPE, CLASSES, [(1, 0)], eval_linear.gaussian, seed=0).weight for name in ("feature1+bn", "feature5+bn"))
+    a, b = (Probe(name, SHAPE, CLASSES, [(1, 0)], eval_linear.gaussian,
+                  seed=0).weight for name in ("feature1+bn", "feature5+bn"))
     assert not torch.equal(a, b)
     assert torch.equal(a, Probe("feature1+bn", SHAPE, CLASSES, [(2, 0)], eval_linear.gaussian, seed=0).weight)
-    assert not torch.equal(a, Probe("feature1+bn", SHAPE, CLASSES, [(1, 0)], eval_linear.gaussian, seed=1).weight)
+    assert not torch.equal(a, Probe("feature1+bn", SHAPE, CLASSES, [(1, 0)], eval_linear.gaussian,
+                                    seed=1).weight)
 
 
-@pytest.mark.parametrize("start, bound, bias", [("uniform", 1 / math.sqrt(512), True), ("xavier", math.sqrt(6 / (512 + 16 * 50)), False)])
+@pytest.mark.parametrize("start, bound, bias", [("uniform", 1 / math.sqrt(512), True),
+                                                ("xavier", math.sqrt(6 / (512 + 16 * 50)), False)])
 def test_how_probes_start(start, bound, bias):
     probe = Probe("l", (32, 4, 4), 50, [(1, 0)], getattr(eval_linear, start), seed=0)
     assert bound * 0.99 < probe.weight.abs().max() <= bound and (probe.bias.abs().max() > 0) == bias
@@ -224,27 +239,28 @@ def test_several_views_are_averaged_as_logits_or_as_probabilities():
     probe = Probe("l", (2, 1, 1), 2, [(1, 0)], eval_linear.gaussian, seed=0)
     with torch.no_grad():
         probe.weight.copy_(torch.eye(2)[:, None])
-    # Views of one image: one sure of class 0, two that lean to class 1. The sum of logits is for 0, that of probabilities for 1.
+    # Views of one image: one sure of class 0, two that lean to class 1. The sum of logits is for 0, that of
+    # probabilities for 1.
     views = torch.tensor([[9.0, 0.0], [0.0, 2.0], [0.0, 2.0]])
-    x = torch.stack([views, views.flip(1), views], dim=1).flatten(0, 1)[:, :, None, None]  # three images, crop-major
+    # three images, crop-major
+    x = torch.stack([views, views.flip(1), views], dim=1).flatten(0, 1)[:, :, None, None]
     assert judge([probe], {"l": x}, views=3).tolist() == [[[0, 1]], [[1, 0]], [[0, 1]]]
     assert judge([probe], {"l": x}, views=3, probabilities=True).tolist() == [[[1, 0]], [[0, 1]], [[1, 0]]]
 
 
 def test_last_and_best_epoch_of_every_setting(capsys):
     probes = [Probe(name, SHAPE, CLASSES, GRID[:2], eval_linear.gaussian, 0) for name in ("a", "b")]
-    history = {
-        3: [(50, 90), (40, 80), (10, 60), (11, 60)],
-        4: [(52, 91), (60, 85), (9, 50), (12, 62)],
-        5: [(52, 89), (55, 84), (8, 40), (7, 30)],
-    }
+    history = {3: [(50, 90), (40, 80), (10, 60), (11, 60)], 4: [(52, 91), (60, 85), (9, 50), (12, 62)],
+               5: [(52, 89), (55, 84), (8, 40), (7, 30)]}
     found = eval_linear.results(probes, history)
-    rows = [(r["probe"], r["lr"], r["top1"], r["top5"], r["best_top1"], r["best_epoch"]) for r in found["results"]]
-    assert rows == [("a", 0.5, 52, 89, 52, 4), ("a", 0.05, 55, 84, 60, 4), ("b", 0.5, 8, 40, 10, 3), ("b", 0.05, 7, 30, 12, 4)]
-    assert {name: r["lr"] for name, r in found["chosen"].items()} == {"a": 0.05, "b": 0.5}  # by the last epoch
-    assert (
-        "after epoch 5" in found["selection"] and "the best epochs and the rates are chosen on the validation images" in found["selection"]
-    )
+    rows = [(r["probe"], r["lr"], r["top1"], r["top5"], r["best_top1"],
+             r["best_epoch"]) for r in found["results"]]
+    assert rows == [("a", 0.5, 52, 89, 52, 4), ("a", 0.05, 55, 84, 60, 4), ("b", 0.5, 8, 40, 10, 3),
+                    ("b", 0.05, 7, 30, 12, 4)]
+    # by the last epoch
+    assert {name: r["lr"] for name, r in found["chosen"].items()} == {"a": 0.05, "b": 0.5}
+    assert ("after epoch 5" in found["selection"] and "the best epochs and the rates are chosen on the "
+                                                      "validation images" in found["selection"])
     assert "a: 55.00 in the last epoch at lr 0.05, weight decay 0" in capsys.readouterr().out
 
 
@@ -256,8 +272,10 @@ def mine(*rows, counts):
     return tuple(x.split(counts)[distributed.rank()] for x in rows)
 
 
-# Rows to train on, and to judge by, on each rank. Batches have 4 images: a rank with few rows has none in many of them.
-SPLITS = {2: [((20, 21), (9, 10)), ((38, 3), (0, 19)), ((41, 0), (18, 1))], 3: [((13, 27, 1), (6, 6, 7))], 1: [((41,), (19,))]}
+# Rows to train on, and to judge by, on each rank. Batches have 4 images: a rank with few rows has none in
+# many of them.
+SPLITS = {2: [((20, 21), (9, 10)), ((38, 3), (0, 19)), ((41, 0), (18, 1))], 3: [((13, 27, 1), (6, 6, 7))],
+          1: [((41,), (19,))]}
 
 
 def cached_on_ranks(world_size):
@@ -265,20 +283,23 @@ def cached_on_ranks(world_size):
 
 
 def train_cached(counts, val_counts):
-    """Three probes on kept features, of which this rank holds some rows: number of rows, accuracies and weights."""
+    """Three probes on kept features, of which this rank holds some rows: number of rows, accuracies and
+    weights."""
     x, labels = toy(41)
     x = x.flatten(1).repeat(1, 3)
     labels[[3, 40]] = -1
     x[3] = math.nan
     val, val_labels = toy(19, seed=1)
     val = val.flatten(1).repeat(1, 3)
-    source = Cached(mine(x, labels, counts=counts), mine(val, val_labels, counts=val_counts), torch.device("cpu"))
+    source = Cached(mine(x, labels, counts=counts), mine(val, val_labels, counts=val_counts),
+                    torch.device("cpu"))
     names = ("avgpool", "avgpool+bn", "avgpool+affine")
     probes = [Probe(name, (36, 1, 1), CLASSES, GRID[:2], eval_linear.gaussian, 0).double() for name in names]
     preset = eval_linear.Preset("", batch_size=4)
     for epoch in range(3):
         train_one_epoch(probes, source.batches(epoch, 4, 0, source.n % 4 < 2), preset, epoch, 10)
-    return source.n, source.judge(probes), [p.detach() for probe in probes for p in probe.state_dict().values()]
+    return source.n, source.judge(probes), [p.detach() for probe in probes
+                                            for p in probe.state_dict().values()]
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -294,7 +315,8 @@ def test_ranks_train_as_one_process_on_kept_features(world_size):
 
 def drawn(root, path):
     """What feeds the probes in two epochs: maps, labels and the size of the batch of all ranks."""
-    args = eval_linear.arguments([str(path), "--preset", "mhead_90e", "--layers", "feature5", "--workers", "0", "--precision", "float32"])
+    args = eval_linear.arguments([str(path), "--preset", "mhead_90e", "--layers", "feature5", "--workers",
+                                  "0", "--precision", "float32"])
     trunk, info = weights.load_backbone(path)
     images = data.open_images(root)
     images.labels[4] = -1  # has no label: never shown
@@ -313,28 +335,32 @@ def test_crops_and_colour_noise_do_not_depend_on_the_number_of_ranks(images, ima
     for epoch, batches in enumerate(epochs):
         for step, (maps, labels, total) in enumerate(batches):
             found = [result[1][epoch][step] for result in results]
-            assert [len(part[1]) for part in found] == [total // 2, total - total // 2] and all(part[2] == total for part in found)
+            assert [len(part[1]) for part in found] == [total // 2, total - total // 2] and all(
+                part[2] == total for part in found)
             assert torch.equal(torch.cat([part[1] for part in found]), labels)
-            torch.testing.assert_close(torch.cat([part[0]["feature5"] for part in found]), maps["feature5"], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(torch.cat([part[0]["feature5"] for part in found]), maps["feature5"],
+                                       rtol=1e-4, atol=1e-5)
 
 
 def test_colour_noise(images, imagenet_stem, monkeypatch):
-    """What --preset mhead_90e adds to an image is the same in all pixels, and spread as ImageNet's colours are."""
+    """What --preset mhead_90e adds to an image is the same in all pixels, and spread as ImageNet's colours
+    are."""
     seen = []
     monkeypatch.setattr(eval_linear, "photometric", lambda crops, *a: torch.zeros(crops.shape))
     monkeypatch.setattr(eval_linear.Reading, "forward", lambda self, x: seen.append(x) or {})
     args = eval_linear.arguments([str(imagenet_stem), "--preset", "mhead_90e", "--workers", "0"])
     trunk, info = weights.load_backbone(imagenet_stem)
-    source = eval_linear.Drawn(trunk, info, data.open_images("shapes:1000"), None, eval_linear.choose(args), args, torch.device("cpu"))
-    source.loader.epoch = lambda epoch, batches: [
-        (torch.zeros(len(b), dtype=torch.int64), [torch.zeros(1, len(b), 3, 4, 4)], torch.zeros(1, len(b), 8)) for b in batches
-    ]
+    source = eval_linear.Drawn(trunk, info, data.open_images("shapes:1000"), None, eval_linear.choose(args),
+                               args, torch.device("cpu"))
+    source.loader.epoch = lambda epoch, batches: [(torch.zeros(len(b), dtype=torch.int64), [
+        torch.zeros(1, len(b), 3, 4, 4)], torch.zeros(1, len(b), 8)) for b in batches]
     for epoch in range(20):
         list(source.batches(epoch, 256, 0, False))
     x = torch.cat(seen)
     assert len(x) == 20_000 and (x == x[:, :, :1, :1]).all()
     noise = x[:, :, 0, 0].double() * torch.tensor(STD).double()
-    # 0.1 of the eigenvalues of ImageNet's colour covariance, as AlexNet's authors gave them for pixels in [0, 1].
+    # 0.1 of the eigenvalues of ImageNet's colour covariance, as AlexNet's authors gave them for pixels in [0,
+    # 1].
     values = torch.linalg.eigvalsh(noise.T @ noise / len(noise)).sqrt()
     torch.testing.assert_close(values, torch.tensor([0.00045, 0.00188, 0.02175]).double(), rtol=0.02, atol=0)
     assert noise.mean(0).abs().max() < 5e-4
@@ -347,21 +373,24 @@ def linear_main(*arguments):
 @pytest.mark.parametrize("batch_size", [8, 9])
 def test_two_processes_find_what_one_finds(images, imagenet_stem, batch_size):
     # 29 images in batches of 8 or 9, 7 to judge by; jitter and colour noise are drawn.
-    arguments = [imagenet_stem, "--data", images, "--preset", "mhead_90e", "--epochs", 2, "--batch-size", batch_size, "--lr", 0.01, 0.001]
+    arguments = [imagenet_stem, "--data", images, "--preset", "mhead_90e", "--epochs", 2, "--batch-size",
+                 batch_size, "--lr", 0.01, 0.001]
     arguments += ["--layers", "feature4", "feature5", "--workers", 0, "--precision", "float32"]
     saved = []
     for world_size in (1, 2):
         ranks(world_size, linear_main, *arguments)
         saved.append(json.loads((imagenet_stem / "eval_linear_mhead_90e.json").read_text()))
     assert saved[0] == saved[1] and saved[0]["batch_size"] == batch_size
-    assert [(r["probe"], r["lr"]) for r in saved[0]["results"]] == [(f"feature{i}+bn", lr) for i in (4, 5) for lr in (0.01, 0.001)]
+    assert [(r["probe"], r["lr"]) for r in saved[0]["results"]] == [(f"feature{i}+bn", lr) for i in (4, 5)
+                                                                    for lr in (0.01, 0.001)]
 
 
 # ---- what a user types
 
 
 def test_a_run_on_colours(images, run, capsys):
-    arguments = (run, "--data", images, "--workers", 0, "--epochs", 4, "--batch-size", 7, "--lr", 0.03, "1e38")
+    arguments = (run, "--data", images, "--workers", 0, "--epochs", 4, "--batch-size", 7, "--lr", 0.03,
+                 "1e38")
     assert linear_here(*arguments) == 0
     out = capsys.readouterr().out
     result = json.loads(out.splitlines()[-1])
@@ -369,8 +398,10 @@ def test_a_run_on_colours(images, run, capsys):
     assert good["top1"] > 80 and good["best_top1"] >= good["top1"] and diverged["top1"] == 0 and diverged["diverged"]
     assert "top5" not in good and "diverged" not in good
     assert result["chosen"]["avgpool+bn"] == good and "chosen on the validation images" in result["selection"]
-    assert (result["train"], result["classes"], result["epochs"], result["size"], result["cached"]) == (29, 3, 4, 20, False)
-    assert result["val"] == 7 and "1e+38" in next(line for line in out.splitlines() if line.endswith("diverged"))
+    assert (result["train"], result["classes"], result["epochs"], result["size"],
+            result["cached"]) == (29, 3, 4, 20, False)
+    assert result["val"] == 7 and "1e+38" in next(line for line in out.splitlines()
+                                                  if line.endswith("diverged"))
     assert "epoch 4/4: avgpool+bn" in out and "warning" not in out and f"{good['top1']:.2f}       -" in out
     assert json.loads((run / "eval_linear_small.json").read_text()) == result
     assert linear_here(*arguments) == 0 and record(capsys) == result  # nothing is left to chance
@@ -381,11 +412,13 @@ def test_the_trunk_keeps_every_bit(images, run, monkeypatch, capsys):
     real = weights.load_backbone
     monkeypatch.setattr(weights, "load_backbone", lambda path: trunks.append(real(path)) or trunks[-1])
     for options in ((), ("--cache",)):
-        assert linear_here(run, "--data", images, "--workers", 0, "--epochs", 2, "--batch-size", 8, *options) == 0
+        assert linear_here(run, "--data", images, "--workers", 0, "--epochs", 2, "--batch-size", 8,
+                           *options) == 0
     before = torch.load(run / "backbone.pt", weights_only=True)["state_dict"]
     for trunk, _ in trunks:
         after = trunk.state_dict()
-        assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+        assert after.keys() == before.keys() and all(torch.equal(after[name],
+                                                                 before[name]) for name in before)
         assert not trunk.training and all(p.grad is None for p in trunk.parameters())
     assert len(trunks) == 2
 
@@ -396,12 +429,14 @@ def test_kept_features(images, run, tmp_path, capsys):
     assert linear_here(run, "--data", images, "--save-features", path, *options) == 0
     direct = record(capsys)
     assert direct["cached"] and (run / "eval_linear_small_cached.json").is_file()
-    vissl = ("--preset", "vissl_28e", "--layers", "avgpool", "--epochs", 1, "--cache", "--size", 20, "--resize", 24, *options)
+    vissl = ("--preset", "vissl_28e", "--layers", "avgpool", "--epochs", 1, "--cache", "--size", 20,
+             "--resize", 24, *options)
     assert linear_here(run, "--data", images, *vissl) == 0
     assert [r["probe"] for r in record(capsys)["results"]] == ["avgpool+affine", "avgpool"]
     assert linear_here(path) == 0
     kept = record(capsys)
-    assert kept["results"] == direct["results"] and (kept["method"], kept["size"], kept["classes"]) == ("swav", 20, 3)
+    assert kept["results"] == direct["results"] and (kept["method"], kept["size"],
+                                                     kept["classes"]) == ("swav", 20, 3)
     with np.load(path, allow_pickle=False) as arrays:
         assert arrays["train_features"].shape == (29, 64) and arrays["train_features"].dtype == np.float32
         assert arrays["val_labels"].tolist() == [0, 0, 0, 1, 1, 2, 2]  # blue, green, red
@@ -415,20 +450,23 @@ def test_kept_features(images, run, tmp_path, capsys):
     from_file = record(capsys)
     assert linear_here(run, "--data", images, "--k", 1, 5, 29, 30, *options, script=eval_knn) == 0
     from_images = record(capsys)
-    assert from_file.pop("trunk") != from_images.pop("trunk") and from_file == from_images and list(from_file["top1"]) == ["1", "5", "29"]
+    assert from_file.pop("trunk") != from_images.pop("trunk") and from_file == from_images and list(
+        from_file["top1"]) == ["1", "5", "29"]
 
 
 def test_any_npz_of_features(tmp_path, capsys):
     generator = np.random.default_rng(0)
     labels, val_labels = np.arange(60) % 6, np.arange(13, dtype=np.int32) % 6
     centres = generator.normal(size=(6, 5))
-    arrays = {"train_features": centres[labels] + 0.1 * generator.normal(size=(60, 5)), "train_labels": labels}
+    arrays = {"train_features": centres[labels] + 0.1 * generator.normal(size=(60, 5)),
+              "train_labels": labels}
     arrays |= {"val_features": centres[val_labels].astype(np.float16), "val_labels": val_labels}
     np.savez_compressed(tmp_path / "f.npz", **arrays)
     assert linear_here(tmp_path / "f.npz", "--batch-size", 16, "--lr", 0.3, "--epochs", 20) == 0
     result = record(capsys)
     assert result["results"][0]["top1"] == result["results"][0]["top5"] == 100 and result["method"] is None
-    assert linear_here(tmp_path / "f.npz", "--k", 5, script=eval_knn) == 0 and record(capsys)["top1"] == {"5": 100}
+    assert linear_here(tmp_path / "f.npz", "--k", 5,
+                       script=eval_knn) == 0 and record(capsys)["top1"] == {"5": 100}
 
 
 KEPT = [((20, 21, 0), (0, 2, 0)), ((41, 0, 0), (1, 0, 1)), ((13, 27, 1), (0, 0, 2))]
@@ -481,7 +519,8 @@ def test_published_presets_on_a_resnet(images, imagenet_stem, capsys, preset):
     assert words in out
 
 
-@pytest.mark.parametrize("preset, arch", [("dc_alexnet_90e", "alexnet"), ("sela_alexnet_36e", "alexnet_sela")])
+@pytest.mark.parametrize("preset, arch",
+                         [("dc_alexnet_90e", "alexnet"), ("sela_alexnet_36e", "alexnet_sela")])
 def test_published_presets_on_an_alexnet(images, tmp_path, monkeypatch, capsys, preset, arch):
     def build(info):
         with torch.device("meta"):  # its fully connected layers have 200 MB that no probe looks at
@@ -497,7 +536,8 @@ def test_published_presets_on_an_alexnet(images, tmp_path, monkeypatch, capsys, 
     torch.manual_seed(0)
     info = dict(arch=arch, width=1, stem="imagenet", sobel=arch == "alexnet", resize=256, size=224)
     path = export(tmp_path / "backbone.pt", build(info), **info)
-    assert linear_here(path, "--data", images, "--preset", preset, "--epochs", 1, "--batch-size", 16, "--workers", 0) == 0
+    assert linear_here(path, "--data", images, "--preset", preset, "--epochs", 1, "--batch-size", 16,
+                       "--workers", 0) == 0
     result = record(capsys)
     assert [r["probe"] for r in result["results"]] == list(PRESETS[preset].probes) and result["arch"] == arch
 
@@ -505,7 +545,8 @@ def test_published_presets_on_an_alexnet(images, tmp_path, monkeypatch, capsys, 
 def test_a_sobel_resnet50_of_reduced_width(images, tmp_path, capsys):
     torch.manual_seed(0)
     trunk = resnet50(width=0.125, sobel=True)
-    path = export(tmp_path / "b.pt", trunk, arch="resnet50", stem="imagenet", sobel=True, resize=256, size=224, method="deepcluster")
+    path = export(tmp_path / "b.pt", trunk, arch="resnet50", stem="imagenet", sobel=True, resize=256,
+                  size=224, method="deepcluster")
     options = ("--preset", "mhead_90e", "--epochs", 1, "--workers", 0, "--layers", "feature1", "feature5")
     assert linear_here(path, "--data", images, *options, "--batch-size", 16, "--lr", 0.01) == 0
     assert record(capsys)["arch"] == "resnet50"
@@ -514,7 +555,8 @@ def test_a_sobel_resnet50_of_reduced_width(images, tmp_path, capsys):
 def test_drops_move_with_the_number_of_epochs():
     args = eval_linear.arguments(["x", "--preset", "avgpool_100e", "--epochs", "10"])
     p = eval_linear.choose(args)
-    assert [p.schedule(p, epoch, epoch * 3, 30, 0) for epoch in range(10)] == pytest.approx([30] * 6 + [3] * 2 + [0.3] * 2)
+    assert [p.schedule(p, epoch, epoch * 3, 30,
+                       0) for epoch in range(10)] == pytest.approx([30] * 6 + [3] * 2 + [0.3] * 2)
 
 
 def test_images_that_cannot_be_read(images, run, tmp_path, capsys):
@@ -526,9 +568,11 @@ def test_images_that_cannot_be_read(images, run, tmp_path, capsys):
     (tmp_path / "val" / "red" / "0.png").write_text("no image")
     assert linear_here(run, "--data", tmp_path, "--workers", 0, "--epochs", 1, "--batch-size", 7) == 0
     assert "warning: 1 images of --data cannot be read and are replaced by their neighbours" in capsys.readouterr().out
-    assert linear_here(run, "--data", tmp_path, "--workers", 0, "--epochs", 1, "--batch-size", 7, "--cache") == 0
+    assert linear_here(run, "--data", tmp_path, "--workers", 0, "--epochs", 1, "--batch-size", 7,
+                       "--cache") == 0
     out = capsys.readouterr().out
-    assert "1 images of --data cannot be read and are left out" in out and json.loads(out.splitlines()[-1])["train"] == 28
+    assert "1 images of --data cannot be read and are left out" in out and json.loads(
+        out.splitlines()[-1])["train"] == 28
 
 
 def test_errors(tmp_path, images, run, imagenet_stem, capsys):
@@ -554,27 +598,32 @@ def test_errors(tmp_path, images, run, imagenet_stem, capsys):
         ((tmp_path / "none.pt", "--data", images), 4, "none.pt does not exist"),
         ((run,), 2, "--data is needed"),
         ((*own, "--preset", "mhead_90e"), 2, "feature1 is defined on a map of 112x112"),
-        ((imagenet_stem, "--data", images, "--preset", "mhead_90e", "--size", 96), 2, "feature1 is defined on a map of 112x112"),
-        ((imagenet_stem, "--data", images, "--preset", "sela_alexnet_36e"), 2, "conv2_max needs a trunk with a map 'conv2'"),
+        ((imagenet_stem, "--data", images, "--preset", "mhead_90e", "--size", 96), 2, "feature1 is defined "
+                                                                                      "on a map of 112x112"),
+        ((imagenet_stem, "--data", images, "--preset", "sela_alexnet_36e"), 2, "conv2_max needs a trunk with "
+                                                                               "a map 'conv2'"),
         ((*own, "--preset", "mhead"), 2, "invalid choice: 'mhead'"),
         ((*own, "--batch-size", 1), 2, "--batch-size 1: at least 2"),
         ((*own, "--save-features", tmp_path / "no" / "f.npz"), 2, "a folder that can be written"),
         ((*own, "--save-features", tmp_path / "features"), 2, "an .npz file"),
         ((*own, "--epochs", 4, "--lr", "1e38"), 5, "every classifier"),
         ((*own, "--preset", "mhead_90e", "--cache"), 2, "cached features are those of avgpool"),
-        ((*own, "--layers", "feature5"), 2, "--layers feature5 is not in --preset small: choose from avgpool"),
+        ((*own, "--layers", "feature5"), 2,
+         "--layers feature5 is not in --preset small: choose from avgpool"),
         ((*own, "--size", 30), 2, "--resize 24 is smaller than --size 30"),
         ((*own, "--epochs", 0), 2, "--epochs 0: more than 0 is needed"),
         ((*own, "--batch-size", -1), 2, "--batch-size -1: more than 0 is needed"),
         ((*own, "--lr", 0.1, "nan"), 2, "--lr 0.1 nan: more than 0 is needed"),
-        ((*own, "--weight-decay", "-1"), 2, "--weight-decay -1.0: more than 0 is needed, of a weight decay 0 or more"),
+        ((*own, "--weight-decay", "-1"), 2, "--weight-decay -1.0: more than 0 is needed, of a weight decay 0 "
+                                            "or more"),
         ((*own, "--seed", -1), 2, "--seed -1"),
         ((run, "--data", lone), 3, "1 labelled images are too few to train on"),
         ((run, "--data", images / "train" / "red"), 3, "has no val/ folder"),
         ((tmp_path / "none.npz",), 3, "none.npz cannot be read: No such file"),
         ((tmp_path / "page.npz",), 3, "page.npz is no file of features"),
         ((tmp_path / "few.npz",), 3, "few.npz is no file of features: train_features (N, D)"),
-        ((tmp_path / "label.npz",), 3, "label 7 of the features to classify is not among the training labels"),
+        ((tmp_path / "label.npz",), 3,
+         "label 7 of the features to classify is not among the training labels"),
         ((tmp_path / "width.npz",), 3, "of one D for train and val: found (4, 3), (4, 2), (4,), (4,)"),
         ((tmp_path / "length.npz",), 3, "found (4, 3), (4, 3), (3,), (4,)"),
         ((tmp_path / "words.npz",), 3, "train_labels holds no rows of numbers"),

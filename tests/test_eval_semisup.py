@@ -18,7 +18,8 @@ from common.resnet import resnet10, resnet50
 from common.sources.shapes import Shapes
 from eval_semisup import PRESETS, Model, Part, Preset, draw, finetune
 
-INFO = dict(arch="resnet10", width=0.125, stem="small", channels=3, mean=MEAN, std=STD, method="swav", resize=16, size=16, epoch=5)
+INFO = dict(arch="resnet10", width=0.125, stem="small", channels=3, mean=MEAN, std=STD, method="swav",
+            resize=16, size=16, epoch=5)
 
 
 def semisup_here(*arguments):
@@ -47,7 +48,8 @@ def test_a_draw_is_a_share_of_each_class_and_a_function_of_the_seed():
     labels = torch.tensor([0] * 50 + [1] * 30 + [2] * 4 + [-1] * 20 + [4] * 11)[torch.randperm(115)]
     rows = draw(labels, 0.1, 7)
     assert sorted(rows) == list(rows) and len(set(rows)) == len(rows)
-    assert labels[torch.from_numpy(rows)].bincount().tolist() == [5, 3, 1, 0, 1]  # one at least; none without a label
+    # one at least; none without a label
+    assert labels[torch.from_numpy(rows)].bincount().tolist() == [5, 3, 1, 0, 1]
     assert list(rows) == list(draw(labels, 0.1, 7)) != list(draw(labels, 0.1, 8))
     assert sorted(draw(labels, 1, 0)) == (labels >= 0).nonzero()[:, 0].tolist()
     assert len(draw(torch.tensor([-1, -1]), 1, 0)) == 0
@@ -60,7 +62,8 @@ def test_a_draw_is_a_share_of_each_class_and_a_function_of_the_seed():
 
 
 def test_presets_are_the_published_protocols():
-    # lists, batch, epochs, drops, gamma, lrs, head multiples, weight decay, nesterov, head's deviation, linear rule
+    # lists, batch, epochs, drops, gamma, lrs, head multiples, weight decay, nesterov, head's deviation,
+    # linear rule
     grid, heads = (0.001, 0.01, 0.1), (1, 10, 100)
     published = {
         "openselfsup_1": (0.01, 256, 20, (12, 16), 0.2, grid, heads, 5e-4, False, 0.01, False),
@@ -91,9 +94,11 @@ def test_whole_schedules(monkeypatch, name, lr, head, expected):
     def epoch(net, optimizer, *arguments):
         seen.append(tuple(group["lr"] for group in optimizer.param_groups))
         for group in optimizer.param_groups:
-            assert (group["momentum"], group["weight_decay"], group["nesterov"]) == (0.9, p.weight_decay, p.nesterov)
+            assert (group["momentum"], group["weight_decay"], group["nesterov"]) == (0.9, p.weight_decay,
+                                                                                     p.nesterov)
         trunk, top = ([id(x) for x in group["params"]] for group in optimizer.param_groups)
-        assert trunk == [id(x) for x in net.backbone.parameters()] and top == [id(net.fc.weight), id(net.fc.bias)]
+        assert trunk == [id(x) for x in net.backbone.parameters()] and top == [id(net.fc.weight),
+                                                                               id(net.fc.bias)]
         return 1.0
 
     monkeypatch.setattr(eval_semisup, "train_one_epoch", epoch)
@@ -108,7 +113,8 @@ def test_whole_schedules(monkeypatch, name, lr, head, expected):
 def test_the_head_starts_as_the_protocol_says():
     torch.manual_seed(0)
     ours = Model(resnet10(), 100, 0.01).fc
-    assert ours.weight.std().item() == pytest.approx(0.01, rel=0.02) and ours.weight.shape == (100, 512) and not ours.bias.any()
+    assert ours.weight.std().item() == pytest.approx(0.01, rel=0.02) and ours.weight.shape == (
+        100, 512) and not ours.bias.any()
     default = Model(resnet10(), 100, 0.0).fc
     assert default.weight.abs().max().item() == pytest.approx(512**-0.5, rel=0.01) and default.bias.any()
 
@@ -120,14 +126,16 @@ def test_rates_follow_the_batch_where_the_protocol_says_so(capsys):
     p, warning = resolved("--preset", "vissl_1", "--batch-size", "2048")
     assert p.lrs == (0.4,) and warning is None
     p, warning = resolved("--preset", "openselfsup_10", "--batch-size", "2048", "--epochs", "5")
-    assert p.lrs == (0.001, 0.01, 0.1) and warning.endswith("for 2048 the linear rule asks for --lr 0.008 0.08 0.8")
+    assert p.lrs == (0.001, 0.01,
+                     0.1) and warning.endswith("for 2048 the linear rule asks for --lr 0.008 0.08 0.8")
     assert (p.epochs, p.drops) == (5, (3, 4))
     p, warning = resolved("--preset", "swav_1", "--batch-size", "64", "--lr", "0.3", "--head", "2", "3")
     assert (p.lrs, p.heads, p.batch_size, warning) == ((0.3,), (2.0, 3.0), 64, None)
 
 
 def test_settings_have_the_names_of_the_benchmark():
-    assert [eval_semisup.exponent(x) for x in (0.01, 0.001, 0.1, 0.02, 0.015, 1, 25)] == "1e-2 1e-3 1e-1 2e-2 1.5e-2 1e0 2.5e1".split()
+    assert [eval_semisup.exponent(x) for x in (0.01, 0.001, 0.1, 0.02, 0.015, 1,
+                                               25)] == "1e-2 1e-3 1e-1 2e-2 1.5e-2 1e0 2.5e1".split()
 
 
 def test_the_presets_are_listed_with_their_figures(capsys):
@@ -141,7 +149,8 @@ def test_the_presets_are_listed_with_their_figures(capsys):
 
 
 def test_accuracy_counts_rows_once_and_leaves_out_those_without_a_label():
-    scores = torch.tensor([[9.0, 5, 4, 3, 2, 1], [5, 9, 4, 3, 2, 1], [1, 5, 4, 3, 2, 9], [1, 2, 3, 4, 5, 6], [0, 0, 0, 0, 0, torch.nan]])
+    scores = torch.tensor([[9.0, 5, 4, 3, 2, 1], [5, 9, 4, 3, 2, 1], [1, 5, 4, 3, 2, 9], [1, 2, 3, 4, 5, 6],
+                           [0, 0, 0, 0, 0, torch.nan]])
     assert accuracy(scores, torch.tensor([0, 0, 0, -1, 5])) == (25.0, 50.0)
     assert accuracy(scores[:, :4], torch.tensor([0, 0, 0, -1, 3])) == (25.0, None)  # four classes: no top-5
 
@@ -156,7 +165,8 @@ def tune(p, dtype=torch.float64):
     everything.labels, queries.labels = everything.labels % 6, queries.labels % 6
     images = Part(everything, draw(everything.labels, 0.39, 1)[:23])
     loader = data.Loader(eval_semisup.training_crops(images, 16, 1))
-    options = dict(device=torch.device("cpu"), mean=MEAN, std=STD, batch_size=5, workers=0, precision=torch.float32)
+    options = dict(device=torch.device("cpu"), mean=MEAN, std=STD, batch_size=5, workers=0,
+                   precision=torch.float32)
     torch.manual_seed(1)
     model = Model(resnet10(width=0.125, stem="small"), 6, p.head_std).to(dtype)
     history = list(finetune(model, 0.05, 10, p, loader, images, queries, INFO, 1, options))
@@ -190,8 +200,10 @@ def test_an_epoch_is_what_a_few_plain_lines_compute():
     for epoch in range(5):
         losses, rate = [], 0.05 * (1 if epoch < 2 else 0.2 if epoch < 4 else 0.04)
         for batch in data.batches(23, 6, epoch, 1, 0, 1):
-            x = torch.stack([crops[epoch, position, int(rows[i])][1][0][0].double() / 255 for position, i in batch])
-            x = (x - torch.tensor(MEAN, dtype=torch.float64).view(3, 1, 1)) / torch.tensor(STD, dtype=torch.float64).view(3, 1, 1)
+            x = torch.stack([crops[epoch, position,
+                                   int(rows[i])][1][0][0].double() / 255 for position, i in batch])
+            x = (x - torch.tensor(MEAN, dtype=torch.float64).view(3, 1, 1)) / torch.tensor(
+                STD, dtype=torch.float64).view(3, 1, 1)
             labels = torch.tensor([int(rows[i]) % 10 % 6 for _, i in batch])
             loss = nn.functional.cross_entropy(head(trunk.train()(x)), labels)
             losses.append(loss.item())
@@ -199,21 +211,24 @@ def test_an_epoch_is_what_a_few_plain_lines_compute():
                 m.mul_(0.9).add_(g + 1e-4 * w.detach())
                 w.data -= rate * (10 if w is head.weight or w is head.bias else 1) * m
         assert history[epoch][0] == pytest.approx(sum(losses) / 3, rel=1e-9)
-    torch.testing.assert_close(
-        weights["backbone.layer4.0.bn2.running_var"], trunk.state_dict()["layer4.0.bn2.running_var"], rtol=1e-5, atol=0
-    )
+    torch.testing.assert_close(weights["backbone.layer4.0.bn2.running_var"],
+                               trunk.state_dict()["layer4.0.bn2.running_var"], rtol=1e-5, atol=0)
 
 
 def test_a_grid_on_embedded_images(backbone, capsys):
-    grid = ("--lr", 0.02, 0.02, "--head", 1, 5, "--epochs", 3, "--batch-size", 20, "--fraction", 0.25, "--seed", 4)
-    assert semisup_here(backbone, "--data", "shapes:400", *grid, "--workers", 0, "--precision", "float32") == 0
+    grid = ("--lr", 0.02, 0.02, "--head", 1, 5, "--epochs", 3, "--batch-size", 20, "--fraction", 0.25,
+            "--seed", 4)
+    assert semisup_here(backbone, "--data", "shapes:400", *grid, "--workers", 0, "--precision",
+                        "float32") == 0
     out = capsys.readouterr().out
     record = json.loads(out.splitlines()[-1])
-    assert (record["images"], record["of"], record["queries"], record["classes"], record["method"]) == (100, 400, 80, 10, "swav")
+    assert (record["images"], record["of"], record["queries"], record["classes"],
+            record["method"]) == (100, 400, 80, 10, "swav")
     assert "100 of 400 images, 0.25 of each class, drawn with seed 4: 10 to 10 of each of 10 classes" in out
     settings = record["settings"]
     assert [s["setting"] for s in settings] == ["head1, 2e-2", "head5, 2e-2"] * 2
-    assert settings[:2] == settings[2:] and settings[0]["top1"] != settings[1]["top1"]  # each starts from the same trunk
+    # each starts from the same trunk
+    assert settings[:2] == settings[2:] and settings[0]["top1"] != settings[1]["top1"]
     for s in settings:
         assert len(s["top1"]) == len(s["top5"]) == 3 and all(a <= b for a, b in zip(s["top1"], s["top5"]))
         best = max(s["top1"])
@@ -226,19 +241,23 @@ def test_a_grid_on_embedded_images(backbone, capsys):
 
 
 def test_random_init_leaves_the_weights_out(backbone, capsys):
-    arguments = ("--data", "shapes:100", "--epochs", 1, "--lr", 0.01, "--head", 1, "--fraction", 0.5, "--workers", 0)
+    arguments = ("--data", "shapes:100", "--epochs", 1, "--lr", 0.01, "--head", 1, "--fraction", 0.5,
+                 "--workers", 0)
     assert semisup_here(backbone, *arguments) == semisup_here(backbone, *arguments, "--random-init") == 0
     out = capsys.readouterr().out
-    assert [json.loads(line)["method"] for line in out.splitlines() if line.startswith("{")] == ["swav", "random weights"]
+    assert [json.loads(line)["method"] for line in out.splitlines()
+            if line.startswith("{")] == ["swav", "random weights"]
     assert len(set(re.findall(r"loss (\S+) top-1", out))) == 2
 
 
 def test_a_sobel_trunk_in_a_run_directory(tmp_path, capsys):
     torch.manual_seed(0)
     info = dict(INFO, arch="resnet50", sobel=True, method="deepcluster")
-    checkpoint.export_backbone(tmp_path / "backbone.pt", resnet50(width=0.125, stem="small", sobel=True), info)
+    checkpoint.export_backbone(tmp_path / "backbone.pt", resnet50(width=0.125, stem="small", sobel=True),
+                               info)
     (tmp_path / "config.json").write_text(json.dumps({"data": "shapes:100"}))
-    assert semisup_here(tmp_path, "--epochs", 1, "--lr", 0.01, "--head", 1, "--fraction", 0.2, "--batch-size", 10, "--workers", 0) == 0
+    assert semisup_here(tmp_path, "--epochs", 1, "--lr", 0.01, "--head", 1, "--fraction", 0.2, "--batch-size",
+                        10, "--workers", 0) == 0
     record = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (record["method"], record["arch"], record["images"]) == ("deepcluster", "resnet50", 20)
     assert json.loads((tmp_path / "eval_semisup_small.json").read_text()) == record
@@ -247,23 +266,27 @@ def test_a_sobel_trunk_in_a_run_directory(tmp_path, capsys):
 def test_a_list_is_taken_whole(tmp_path, backbone, capsys):
     root = image_tree(tmp_path, classes=3, images=5)
     (tmp_path / "some.txt").write_text("n01/0.JPEG n01\nn00/3.JPEG n00\nn02/1.JPEG n02\nn02/2.JPEG n02\n")
-    arguments = ("--data", tmp_path / "some.txt", "--root", root / "train", "--val", root / "val", "--workers", 0, "--lr", 0.01)
+    arguments = ("--data", tmp_path / "some.txt", "--root", root / "train", "--val", root / "val",
+                 "--workers", 0, "--lr", 0.01)
     arguments += ("--head", 1, "--epochs", 1, "--batch-size", 2)
     assert semisup_here(backbone, *arguments) == 0
     out = capsys.readouterr().out
     record = json.loads(out.splitlines()[-1])
-    assert (record["images"], record["of"], record["queries"]) == (4, 4, 15) and record["settings"][0]["top5"] == [None]
+    assert (record["images"], record["of"],
+            record["queries"]) == (4, 4, 15) and record["settings"][0]["top5"] == [None]
     assert "4 of 4 images, all that --data lists: 1 to 2 of each of 3 classes" in out
     assert semisup_here(backbone, *arguments, "--fraction", 0.5) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["images"] == 3
 
 
 def test_a_setting_that_diverges_is_said_and_the_others_go_on(backbone, capsys):
-    arguments = (backbone, "--data", "shapes:100", "--epochs", 2, "--head", 1, "--fraction", 0.5, "--workers", 0, "--batch-size", 10)
+    arguments = (backbone, "--data", "shapes:100", "--epochs", 2, "--head", 1, "--fraction", 0.5, "--workers",
+                 0, "--batch-size", 10)
     assert semisup_here(*arguments, "--lr", 1e30, 0.01) == 0
     out = capsys.readouterr().out
     record = json.loads(out.splitlines()[-1])
-    assert [len(s["top1"]) for s in record["settings"]] == [0, 2] and record["best_setting"]["last"] == "head1, 1e-2"
+    assert [len(s["top1"])
+            for s in record["settings"]] == [0, 2] and record["best_setting"]["last"] == "head1, 1e-2"
     assert "head1, 1e30       diverged in epoch 1" in out
     assert semisup_here(*arguments, "--lr", 1e30) == 5
     assert "the loss of every setting is not finite" in capsys.readouterr().err
@@ -273,7 +296,8 @@ def test_unreadable_images_are_replaced_and_said(tmp_path, backbone, capsys):
     root = image_tree(tmp_path, classes=2, images=6)
     (root / "train" / "n00" / "2.JPEG").write_text("no image")
     (root / "val" / "n01" / "3.JPEG").write_text("no image")
-    arguments = ("--data", root, "--fraction", 1, "--epochs", 1, "--lr", 0.01, "--head", 1, "--batch-size", 12, "--workers", 0)
+    arguments = ("--data", root, "--fraction", 1, "--epochs", 1, "--lr", 0.01, "--head", 1, "--batch-size",
+                 12, "--workers", 0)
     assert semisup_here(backbone, *arguments) == 0
     out = capsys.readouterr().out
     assert "warning: 1 images of --data cannot be read and were replaced by their neighbours" in out
@@ -281,21 +305,22 @@ def test_unreadable_images_are_replaced_and_said(tmp_path, backbone, capsys):
 
 
 def test_deterministic_is_on_by_itself(backbone, capsys, monkeypatch):
-    arguments = (backbone, "--data", "shapes:50", "--epochs", 1, "--lr", 0.01, "--head", 1, "--fraction", 1, "--workers", 0)
+    arguments = (backbone, "--data", "shapes:50", "--epochs", 1, "--lr", 0.01, "--head", 1, "--fraction", 1,
+                 "--workers", 0)
     seen = []
 
     def epoch(*arguments):
         seen.append(torch.are_deterministic_algorithms_enabled())
         if seen[-1]:
-            raise RuntimeError(
-                "some_backward_cuda does not have a deterministic implementation, but you set 'torch.use_deterministic_algorithms"
-            )
+            raise RuntimeError("some_backward_cuda does not have a deterministic implementation, but you set "
+                               "'torch.use_deterministic_algorithms")
         return 1.0
 
     monkeypatch.setattr(eval_semisup, "train_one_epoch", epoch)
     assert semisup_here(*arguments) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: --deterministic cannot be kept: some_backward_cuda") and "--no-deterministic" in error
+    assert error.startswith(
+        "error: --deterministic cannot be kept: some_backward_cuda") and "--no-deterministic" in error
     assert semisup_here(*arguments, "--no-deterministic") == 0 and seen == [True, False]
 
 

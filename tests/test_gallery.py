@@ -17,7 +17,8 @@ ATTACK = "<img src=x onerror='document.title=1;window.stolen=1'></script><script
 
 
 class Pictures:
-    """N images of one colour each: classes red, green and blue in turn; the first has a name that attacks the page."""
+    """N images of one colour each: classes red, green and blue in turn; the first has a name that attacks the
+    page."""
 
     classes = ("red", "green", "blue <i>")
 
@@ -35,7 +36,8 @@ class Pictures:
         return Image.new("RGB", (60, 40), tuple(200 if c == i % 3 else i % 100 for c in range(3)))
 
 
-ABOUT = {"title": "Clusters of <b>300</b> images", "notes": ["a note"], "figures": [["NMI", "31.0", "chance 2.0"]]}
+ABOUT = {"title": "Clusters of <b>300</b> images", "notes": ["a note"],
+         "figures": [["NMI", "31.0", "chance 2.0"]]}
 
 
 def content(path):
@@ -53,7 +55,8 @@ def test_what_the_page_holds(tmp_path):
     clusters[250:] = -1
     scores = np.arange(300.0)
     scores[::2] = np.nan
-    size, samples = gallery.write(tmp_path / "page.html", Pictures(300, broken={3, 249}), clusters, scores, 10, ABOUT, samples=4)
+    size, samples = gallery.write(tmp_path / "page.html", Pictures(300, broken={3, 249}), clusters, scores,
+                                  10, ABOUT, samples=4)
     page = content(tmp_path / "page.html")
     assert size == (tmp_path / "page.html").stat().st_size and samples == 4
     assert [c["id"] for c in page["clusters"]] == [0, 1, 2, 3, 4, 6, 9] and page["k"] == 10
@@ -62,15 +65,18 @@ def test_what_the_page_holds(tmp_path):
     for c in page["clusters"]:
         members = np.flatnonzero(clusters == c["id"])
         scored = [i for i in members[::-1] if i % 2]
-        names = [[0 if name == ATTACK else int(name[:4]) for _, name, *_ in c[kind]] for kind in ("typical", "random")]
+        names = [[0 if name == ATTACK else int(name[:4]) for _, name, *_ in c[kind]] for kind in ("typical",
+                                                                                                  "random")]
         assert names[0] == [i for i in scored[:4] if i not in (3, 249)]
         assert len(names[1]) >= 3 and set(names[1]) <= set(members) - set(names[0])
         unsorted += names[1] != sorted(names[1])
-        assert c["labels"] == sorted(([k, int((members % 3 == k).sum())] for k in range(3)), key=lambda x: -x[1])
+        assert c["labels"] == sorted(([k, int((members % 3 == k).sum())] for k in range(3)),
+                                     key=lambda x: -x[1])
         for kind in ("typical", "random"):
             for thumbnail, i in zip(c[kind], names[0] if kind == "typical" else names[1]):
                 image = picture(page, thumbnail)
-                assert image.size == (96, 96) and image.format == "JPEG" and thumbnail[2:] == [i % 3, i if i % 2 else None]
+                assert image.size == (96, 96) and image.format == "JPEG" and thumbnail[2:] == [i % 3, i if i
+                                                                                               % 2 else None]
                 assert max(range(3), key=lambda c: image.getpixel((48, 48))[c]) == i % 3
     assert unsorted > 3
 
@@ -98,7 +104,8 @@ def test_of_more_clusters_than_fit_the_largest_are_shown(tmp_path, monkeypatch):
     clusters = np.repeat(np.arange(30), np.arange(30) + 1)
     gallery.write(tmp_path / "page.html", Pictures(len(clusters)), clusters, None, 30, ABOUT)
     page = content(tmp_path / "page.html")
-    assert [c["id"] for c in page["clusters"]] == list(range(10, 30)) and "the largest 20 of 30 clusters" in page["notes"]
+    assert [c["id"] for c in page["clusters"]] == list(
+        range(10, 30)) and "the largest 20 of 30 clusters" in page["notes"]
     long = Pictures(40)
     long.paths = [f"{'日' * 400}/{i}.png" for i in range(40)]
     gallery.write(tmp_path / "page.html", long, np.arange(40) % 2, None, 2, ABOUT)
@@ -140,7 +147,8 @@ def page(tmp_path_factory):
 def press(browser, selector, value=None):
     """Presses a button, or sets a field as a user would."""
     change = f"e.value = {json.dumps(value)}; for (const kind of ['input', 'change']) e.dispatchEvent(new Event(kind))"
-    browser.run(f"(e => {{ {'e.click()' if value is None else change} }})(document.querySelector({json.dumps(selector)}))")
+    browser.run(f"(e => {{ {'e.click()' if value is None else change} "
+                f"}})(document.querySelector({json.dumps(selector)}))")
 
 
 def test_sort_and_filter(browser, page):
@@ -153,7 +161,8 @@ def test_sort_and_filter(browser, page):
     press(browser, "#sort", "purity")
     assert browser.run(SHOWN)[0] == 1
     press(browser, "#purity", "90")
-    assert browser.run(SHOWN) == [1] and browser.run("document.querySelector('#count').textContent") == "1 of 5 clusters"
+    assert browser.run(SHOWN) == [1] and browser.run(
+        "document.querySelector('#count').textContent") == "1 of 5 clusters"
     press(browser, "#purity", "0")
     press(browser, "#size", "100")
     assert browser.run(SHOWN) == [4]
@@ -170,7 +179,8 @@ def test_sort_and_filter(browser, page):
     green = browser.run(SHOWN)
     assert 1 in green and len(green) < 5
     press(browser, "#q", "no such name")
-    assert browser.run(SHOWN) == [] and "No cluster is like this" in browser.run("document.querySelector('main').textContent")
+    assert browser.run(SHOWN) == [] and "No cluster is like this" in browser.run(
+        "document.querySelector('main').textContent")
     # The address brings the same view back.
     press(browser, "#q", "")
     press(browser, ".legend button:nth-child(2)")
@@ -192,9 +202,12 @@ def test_names_are_text_and_nothing_is_fetched(browser, page):
     titles = browser.run("[...document.querySelectorAll('img')].map(e => e.title)")
     assert any(title.startswith(ATTACK) for title in titles)
     assert browser.run("window.stolen") is None and browser.run("document.title") == ABOUT["title"]
-    assert browser.run("document.querySelectorAll('h1 b, .legend i i, script').length") == 2  # the page's own two scripts
-    assert all(browser.run("[...document.querySelectorAll('img')].map(e => e.complete && e.naturalWidth === 96)"))
-    asked = {e["params"]["request"]["url"].partition(":")[0] for e in browser.events if e.get("method") == "Network.requestWillBeSent"}
+    # the page's own two scripts
+    assert browser.run("document.querySelectorAll('h1 b, .legend i i, script').length") == 2
+    assert all(browser.run("[...document.querySelectorAll('img')].map(e => e.complete && e.naturalWidth === "
+                           "96)"))
+    asked = {e["params"]["request"]["url"].partition(":")[0] for e in browser.events
+             if e.get("method") == "Network.requestWillBeSent"}
     assert asked <= {"file", "data", "about"}
     assert not [e for e in browser.events if e.get("method") in ("Runtime.exceptionThrown", "Log.entryAdded")]
 
@@ -213,7 +226,8 @@ def test_light_dark_and_narrow(browser, page):
 
 def test_three_thousand_clusters_wait_for_their_pictures(browser, tmp_path):
     n = 12_000
-    size, samples = gallery.write(tmp_path / "page.html", Pictures(n), np.arange(n) % 3000, np.arange(n) * 1.0, 3000, ABOUT, samples=2)
+    size, samples = gallery.write(tmp_path / "page.html", Pictures(n), np.arange(n) % 3000,
+                                  np.arange(n) * 1.0, 3000, ABOUT, samples=2)
     assert samples == 2 and content(tmp_path / "page.html")["side"] == 48 and size < 30e6
     browser.window(1280, 900)
     seconds = browser.open(tmp_path / "page.html", READY)

@@ -1,4 +1,5 @@
-"""k-means and PCA whitening: the official numbers, a numpy oracle, properties, limits, and several ranks against one."""
+"""k-means and PCA whitening: the official numbers, a numpy oracle, properties, limits, and several ranks
+against one."""
 
 from pathlib import Path
 
@@ -72,19 +73,22 @@ def test_centroids_and_assignments_of_deepclusterv2(name, dtype):
 
 
 @PRECISIONS
-@pytest.mark.parametrize("name", ["n120_d32_p12_relu", "n20_d40_p10_gauss", "n80_d16_p16_gauss", "n96_d24_p8_gauss"])
+@pytest.mark.parametrize("name",
+                         ["n120_d32_p12_relu", "n20_d40_p10_gauss", "n80_d16_p16_gauss", "n96_d24_p8_gauss"])
 def test_preprocessing_of_deepcluster(name, dtype):
     numbers = golden(f"dc_preprocess_{name}")
     suffix, atol, rtol = ("", 1e-5, 2e-5) if dtype == torch.float32 else ("_numpy64", 1e-10, 1e-9)
     y, whitening = pca_whiten(numbers["features"].to(dtype), int(numbers["pca_dim"]))
-    assert y.dtype == whitening.matrix.dtype == dtype and y.shape == (len(numbers["features"]), numbers["pca_dim"])
+    assert y.dtype == whitening.matrix.dtype == dtype and y.shape == (len(numbers["features"]),
+                                                                      numbers["pca_dim"])
     close(y @ y.T, numbers[f"gram{suffix}"], atol)
     eigenvalues = numbers[f"eigenvalues{suffix}"]
     close(whitening.eigenvalues[: len(eigenvalues)], eigenvalues, 0, rtol)
 
 
 def settling(spherical, W=1):
-    """Rows of which this rank holds a part: the result of up to 50 iterations, passes made, results of as many and of 60."""
+    """Rows of which this rank holds a part: the result of up to 50 iterations, passes made, results of as
+    many and of 60."""
     x = normal(300, 4) + normal(6, 4, 1)[torch.arange(300) % 6]
     init, mine, passes, assign = x[:6] + x[6:12], x.chunk(W)[rank()], [], module._assign
     module._assign = lambda *arguments: (passes.append(1), assign(*arguments))[1]
@@ -92,7 +96,8 @@ def settling(spherical, W=1):
         result = kmeans(mine, 6, 50, init=init, spherical=spherical)
     finally:
         module._assign = assign
-    return result, len(passes), [kmeans(mine, 6, t, init=init, spherical=spherical) for t in (len(passes) - 1, 60)]
+    return result, len(passes), [kmeans(mine, 6, t, init=init, spherical=spherical) for t in (len(passes) - 1,
+                                                                                              60)]
 
 
 @SPHERICAL
@@ -100,7 +105,8 @@ def test_it_ends_once_nothing_changes_with_the_same_result(spherical):
     (centroids, assignments, _, objective), calls, (just, long) = settling(spherical)
     assert 3 < calls < 40  # of 51
     for other in (just, long):
-        assert torch.equal(other[0], centroids) and torch.equal(other[1], assignments) and other[3] == objective
+        assert torch.equal(other[0], centroids) and torch.equal(other[1],
+                                                                assignments) and other[3] == objective
     both = ranks(2, settling, spherical, 2)
     assert [c for _, c, _ in both] == [calls, calls]  # not while any rank's assignments change
     assert torch.equal(torch.cat([result[1] for result, _, _ in both]), assignments)
@@ -110,7 +116,8 @@ def test_it_ends_once_nothing_changes_with_the_same_result(spherical):
 
 
 def lloyd(x, centroids, iterations, spherical):
-    """Centroids, assignments and objective after each of 0..iterations steps; None from the step on where a cluster is empty."""
+    """Centroids, assignments and objective after each of 0..iterations steps; None from the step on where a
+    cluster is empty."""
     steps = []
     for _ in range(iterations + 1):
         if spherical:
@@ -211,13 +218,13 @@ def test_an_empty_cluster_gets_half_of_a_donor():
     before = normal(4, 5)
     centroids, counts = before.clone(), torch.tensor([1, 0, 9, 0])
     module._reseed(centroids, counts, seeded(0))
-    assert counts.tolist() == [1, 0, 9, 0] and torch.equal(centroids[0], before[0])  # a single row is no donor
+    # a single row is no donor
+    assert counts.tolist() == [1, 0, 9, 0] and torch.equal(centroids[0], before[0])
     signs = torch.tensor([1, -1, 1, -1, 1]) / 1024
     lower = before[2] * (1 - signs)  # after the first split; then one of the two halves is split again
-    assert any(
-        torch.allclose(centroids[donor], half * (1 - signs), rtol=1e-12) and torch.allclose(centroids[3], half * (1 + signs), rtol=1e-12)
-        for donor, half in ((2, lower), (1, before[2] * (1 + signs)))
-    )
+    assert any(torch.allclose(centroids[donor], half * (1 - signs),
+                              rtol=1e-12) and torch.allclose(centroids[3], half * (1 + signs), rtol=1e-12)
+               for donor, half in ((2, lower), (1, before[2] * (1 + signs))))
 
 
 def test_every_iteration_fills_empty_clusters():
@@ -318,7 +325,8 @@ def test_precision(spherical, dtype):
         y, _ = pca_whiten(x, 4)
     expected = kmeans(x.double(), 7, spherical=spherical)
     wanted = torch.float64 if dtype == torch.float64 else torch.float32
-    assert {t.dtype for t in (centroids, objective, values, y)} == {wanted} and assignments.dtype == counts.dtype == torch.int64
+    assert {t.dtype for t in (centroids, objective, values,
+                              y)} == {wanted} and assignments.dtype == counts.dtype == torch.int64
     assert not any(t.requires_grad for t in (centroids, objective, values, y))
     close(centroids, expected[0], 1e-6)
     assert torch.equal(assignments, expected[1])
@@ -357,7 +365,8 @@ def peak(N, D, K, spherical):
     return resident() - before
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the size of a process from Linux")
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(),
+                    reason="reads the size of a process from Linux")
 @SPHERICAL
 def test_memory(spherical):
     N, D, K = 150_000, 8, 1000

@@ -19,7 +19,8 @@ def draw(seed=0, bank=40, queries=7, classes=3, dim=6):
 
 
 def brute_force(bank, labels, queries, k, temperature, classes):
-    bank, queries = (x.double().numpy() / np.linalg.norm(x.double().numpy(), axis=1, keepdims=True) for x in (bank, queries))
+    bank, queries = (x.double().numpy() / np.linalg.norm(x.double().numpy(), axis=1,
+                                                         keepdims=True) for x in (bank, queries))
     votes = np.zeros((len(queries), classes))
     for query, row in zip(queries, votes):
         similarity = (bank * query).sum(axis=1)  # row by row alike, so copies are equally near
@@ -54,7 +55,8 @@ def test_accuracy_counts_the_queries_whose_class_has_most_votes():
 def test_more_neighbours_than_the_bank_has_are_left_out():
     bank, labels, queries, truth = draw(bank=40)
     assert list(classify(bank, labels, queries, [41, 40, 200, 5], 0.07, 3)) == [40, 5]
-    assert classify(bank, labels, queries, 41, 0.07, 3) == {} == knn_accuracy(bank, labels, queries, truth, [41, 100])
+    assert classify(bank, labels, queries, 41, 0.07, 3) == {} == knn_accuracy(bank, labels, queries, truth,
+                                                                              [41, 100])
 
 
 def test_a_bank_of_one_image_is_everybodys_neighbour():
@@ -64,14 +66,16 @@ def test_a_bank_of_one_image_is_everybodys_neighbour():
     expected = torch.zeros(3, 4, dtype=torch.float64)
     expected[:, 2] = torch.tensor([1.0, np.exp(-4), np.exp(-2)])
     torch.testing.assert_close(votes[1], expected)
-    accuracy = knn_accuracy(torch.tensor([[5.0, 0.0]]), torch.tensor([2]), queries, torch.tensor([2, 0, 2]), [1], 0.5)
+    accuracy = knn_accuracy(torch.tensor([[5.0, 0.0]]), torch.tensor([2]), queries, torch.tensor([2, 0, 2]),
+                            [1], 0.5)
     assert accuracy == {1: (pytest.approx(200 / 3), None)}
 
 
 @pytest.mark.parametrize("temperature", [0.07, 0.01, 0.003])
 def test_a_small_temperature_only_makes_the_nearest_count_more(temperature):
     centres = torch.eye(8)[:4]
-    rows = centres.repeat_interleave(20, 0) + 0.15 * torch.randn(80, 8, generator=torch.Generator().manual_seed(0))
+    rows = centres.repeat_interleave(20, 0) + 0.15 * torch.randn(80, 8,
+                                                                 generator=torch.Generator().manual_seed(0))
     labels = torch.arange(4).repeat_interleave(20)
     assert knn_accuracy(rows[::2], labels[::2], rows[1::2], labels[1::2], 10, temperature)[10][0] == 100
 
@@ -85,7 +89,8 @@ def test_the_size_of_a_chunk_changes_nothing(chunk):
 
 
 def copies():
-    """53 rows of the bank, in any order, are copies of five: at the border of almost every k are some that differ in their label."""
+    """53 rows of the bank, in any order, are copies of five: at the border of almost every k are some that
+    differ in their label."""
     bank, labels, queries, truth = draw(bank=53, queries=50, classes=6, dim=20)
     return bank[torch.randint(5, (53,), generator=torch.Generator().manual_seed(1))], labels, queries, truth
 
@@ -96,7 +101,8 @@ def test_of_equally_near_rows_the_first_vote(chunk):
     ks = [1, 4, 9, 20, 52, 53]
     votes = classify(bank, labels, queries, ks, 0.07, 6, chunk=chunk)
     for k in ks:
-        np.testing.assert_allclose(votes[k], brute_force(bank, labels, queries, k, 0.07, 6), rtol=2e-5, atol=0)
+        np.testing.assert_allclose(votes[k], brute_force(bank, labels, queries, k, 0.07, 6), rtol=2e-5,
+                                   atol=0)
         assert torch.equal(classify(bank, labels, queries, k, 0.07, 6, chunk=chunk)[k], votes[k])
 
 
@@ -105,7 +111,8 @@ def test_among_rows_all_alike_the_first_vote():
     votes = classify(torch.ones(3000, 33), labels, torch.randn(40, 33), [3, 500], 0.07, 7)
     for k in votes:
         expected = labels[:k].bincount(minlength=7) / k
-        torch.testing.assert_close(votes[k] / votes[k].sum(dim=1, keepdim=True), expected.double().expand(40, 7), rtol=1e-6, atol=0)
+        torch.testing.assert_close(votes[k] / votes[k].sum(dim=1, keepdim=True),
+                                   expected.double().expand(40, 7), rtol=1e-6, atol=0)
 
 
 def test_a_row_that_is_no_number_does_not_stop_the_others():
@@ -131,7 +138,8 @@ def test_unreadable_images_neither_vote_nor_count():
 
     def spoil(x, y):
         zero, unknown = torch.zeros(1, x.shape[1]), torch.tensor([-1])
-        return torch.cat([zero, x[:4], zero, x[4:], zero]), torch.cat([unknown, y[:4], unknown, y[4:], unknown])
+        return torch.cat([zero, x[:4], zero, x[4:], zero]), torch.cat([unknown, y[:4], unknown, y[4:],
+                                                                       unknown])
 
     assert knn_accuracy(*spoil(bank, labels), *spoil(queries, truth), [5, 40, 41], 0.1) == expected
     assert set(expected) == {5, 40} and 0 < expected[5][0] < 100
@@ -162,7 +170,8 @@ SPLITS = {  # world size: rows of the bank and of the queries on each rank
 def shards(world_size):
     results = []
     for banks, queries in SPLITS[world_size]:
-        x, y, q, truth = (part.split(sizes)[rank()] for part, sizes in zip(draw(classes=6), (banks, banks, queries, queries)))
+        x, y, q, truth = (part.split(sizes)[rank()] for part, sizes in zip(draw(classes=6),
+                                                                           (banks, banks, queries, queries)))
         votes = classify(x, y, q, [9, 1, 40, 41], 0.07, 6, chunk=80)
         results.append((votes, knn_accuracy(x, y, q, truth, [9, 1, 40, 41])))
     return results
@@ -183,7 +192,8 @@ def test_ranks_with_unequal_or_no_rows_equal_one_process(world_size):
             torch.testing.assert_close(torch.cat(blocks), votes[k], rtol=1e-5, atol=0)
 
 
-COPIES = {2: [(25, 28), (53, 0), (2, 51)], 3: [(17, 18, 18), (0, 7, 46), (31, 21, 1)]}  # rows of the bank on each rank
+# rows of the bank on each rank
+COPIES = {2: [(25, 28), (53, 0), (2, 51)], 3: [(17, 18, 18), (0, 7, 46), (31, 21, 1)]}
 
 
 def shards_of_copies(world_size):

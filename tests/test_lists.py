@@ -11,7 +11,8 @@ from common.data import match_classes, open_images, open_queries
 from common.engine.errors import DataError
 
 # Class folder: its images. Names sort as bytes (n1 after n02), and train has them in another order than val.
-TRAIN = {"n02": ["n02_7.JPEG", "n02_30.JPEG"], "n01": ["n01_10026.JPEG"], "n1": ["n1_5.JPEG", "n1_6.JPEG", "n1_9.JPEG"]}
+TRAIN = {"n02": ["n02_7.JPEG", "n02_30.JPEG"], "n01": ["n01_10026.JPEG"],
+         "n1": ["n1_5.JPEG", "n1_6.JPEG", "n1_9.JPEG"]}
 VAL = {"n1": ["val_3.JPEG"], "n02": ["val_1.JPEG", "val_4.JPEG"], "n01": ["val_2.JPEG"]}
 NAMES = ["n01", "n02", "n1"]
 
@@ -27,7 +28,8 @@ def folders(root, split, classes):
 
 def table(images):
     """{file name: class name} of a set, whatever folder it starts from."""
-    return {path.rpartition("/")[2]: images.classes[label] for path, label in zip(images.paths, images.labels.tolist())}
+    return {path.rpartition("/")[2]: images.classes[label] for path, label in zip(images.paths,
+                                                                                  images.labels.tolist())}
 
 
 @pytest.fixture
@@ -42,7 +44,8 @@ def test_places205(imagenet):
         (imagenet / "places.csv").write_text(text)
         images = open_images(imagenet / "places.csv")  # its paths start at train/
         assert list(images.paths) == list(folder.paths) and images.labels.tolist() == folder.labels.tolist()
-        assert images.read(2).getpixel((0, 0)) == folder.read(2).getpixel((0, 0)) and images.classes == ["0", "1", "2"]
+        assert images.read(2).getpixel((0, 0)) == folder.read(2).getpixel((0, 0)) and images.classes == [
+            "0", "1", "2"]
 
 
 @pytest.mark.parametrize("below", ["", "train"])
@@ -76,38 +79,44 @@ def test_flat_val_with_a_list(imagenet, tmp_path, labels, root):
     expected = table(open_images(imagenet, "val"))
     for name in expected:  # ImageNet's own val/: all images in one folder
         next(imagenet.glob(f"val/*/{name}")).rename(imagenet / "val" / name)
-    lines = "".join(f"{name} {NAMES.index(label) if labels == 'numbers' else label}\n" for name, label in sorted(expected.items()))
+    lines = "".join(f"{name} {NAMES.index(label) if labels == 'numbers' else label}\n"
+                    for name, label in sorted(expected.items()))
     path = (tmp_path if root else imagenet / "val") / "val.txt"
     path.write_text(lines)
-    bank, queries = open_images(imagenet), open_queries(str(imagenet), str(path), str(tmp_path / root) if root else "")
+    bank, queries = open_images(imagenet), open_queries(str(imagenet), str(path),
+                                                        str(tmp_path / root) if root else "")
     match_classes(queries, bank)
-    assert table(queries) == expected and queries.classes == bank.classes == NAMES and len(queries.read(0).size) == 2
+    assert table(queries) == expected and queries.classes == bank.classes == NAMES and len(
+        queries.read(0).size) == 2
 
 
 def annotations(images, classes, extra=()):
     ids = {f"{name}": number for number, name in enumerate([*classes, *extra])}
     paths = {path: i for i, path in enumerate(images, 1000)}
-    return {
-        "info": {"year": 2018},
-        "images": [{"id": i, "file_name": path, "width": 4, "height": 4} for path, i in paths.items()],
-        "categories": [{"id": number, "name": name, "supercategory": "Aves"} for name, number in ids.items()],
-        "annotations": [{"id": i, "image_id": i, "category_id": ids[path.split("/")[1]]} for path, i in reversed(paths.items())],
-    }
+    return {"info": {"year": 2018}, "images": [
+        {"id": i, "file_name": path, "width": 4, "height": 4} for path, i in paths.items()], "categories": [
+            {"id": number, "name": name, "supercategory": "Aves"} for name, number in ids.items()],
+            "annotations": [{"id": i, "image_id": i,
+                             "category_id": ids[path.split("/")[1]]} for path, i in reversed(paths.items())]}
 
 
 def test_inaturalist(tmp_path):
     names = [str(i) for i in range(12)]  # in the order of bytes 10 comes before 2
-    train, val = ({name: [f"{split}{name}_{i}.jpg" for i in range(2)] for name in names} for split in ("t", "v"))
+    train, val = ({name: [f"{split}{name}_{i}.jpg" for i in range(2)] for name in names} for split in ("t",
+                                                                                                       "v"))
     folders(folders(tmp_path, "train", train), "val", val)
-    (tmp_path / "train.json").write_text(json.dumps(annotations([f"train/{n}/{f}" for n in names for f in train[n]], names)))
-    (tmp_path / "val.json").write_text(json.dumps(annotations([f"val/{n}/{val[n][0]}" for n in ("10", "2", "7")], names)))
+    (tmp_path / "train.json").write_text(
+        json.dumps(annotations([f"train/{n}/{f}" for n in names for f in train[n]], names)))
+    (tmp_path / "val.json").write_text(
+        json.dumps(annotations([f"val/{n}/{val[n][0]}" for n in ("10", "2", "7")], names)))
     images, queries = open_images(tmp_path / "train.json"), open_queries("", tmp_path / "val.json", tmp_path)
     assert images.classes == names and table(images) == table(open_images(tmp_path))
     assert images.read(1).size == (4, 4) and images.labels.tolist() == [i // 2 for i in range(24)]
     match_classes(queries, images)
     folder = table(open_images(tmp_path, "val"))
     assert table(queries) == {file: folder[file] for file in ("v10_0.jpg", "v2_0.jpg", "v7_0.jpg")}
-    match_classes(folder_val := open_images(tmp_path, "val"), images)  # folders judged by a list, other way round
+    # folders judged by a list, other way round
+    match_classes(folder_val := open_images(tmp_path, "val"), images)
     assert folder_val.classes == names and table(folder_val) == folder
     (tmp_path / "test.json").write_text(json.dumps({"images": [{"id": 1, "file_name": "val/0/v0_0.jpg"}]}))
     assert open_images(tmp_path / "test.json").labels is None
@@ -161,16 +170,19 @@ def lists(tmp_path, **lines):
 def test_a_number_that_train_lacks(tmp_path):
     bank, queries, more = lists(tmp_path, train=[0, 1, 3], val=[3, 2], more=[4, 0])
     for images, name in ((queries, "2"), (more, "4")):
-        with pytest.raises(DataError, match=f"class '{name}' of the images to classify is not among the 3 classes of the training images"):
+        with pytest.raises(DataError, match=f"class '{name}' of the images to classify is not among the 3 "
+                                            f"classes of the training images"):
             match_classes(images, bank)
 
 
 def test_numbers_for_names_need_names_for_all(tmp_path, imagenet):
     bank = open_images(imagenet)
     (queries,) = lists(tmp_path, val=[1, 2, 3])  # counted from 1
-    with pytest.raises(DataError, match=r"class '3' .* not among the 3 classes of the training images \(n01, n02, ...\)"):
+    with pytest.raises(DataError, match=r"class '3' .* not among the 3 classes of the training images \(n01, "
+                                        r"n02, ...\)"):
         match_classes(queries, bank)
-    with pytest.raises(DataError, match=r"class 'n01' .* not among the 4 classes"):  # three folders, four numbers: which is which?
+    # three folders, four numbers: which is which?
+    with pytest.raises(DataError, match=r"class 'n01' .* not among the 4 classes"):
         match_classes(open_images(imagenet, "val"), lists(tmp_path, train=[0, 1, 2, 3])[0])
     (train,) = lists(tmp_path, train=[0, 1, 2])
     match_classes(images := open_images(imagenet, "val"), train)
@@ -204,11 +216,13 @@ def test_a_long_list_holds_its_bytes_and_no_objects(tmp_path, monkeypatch):
     assert images.paths[20_000] == f"data/images256/a/abbey/gsun_{20_000:032x}.jpg"
     assert len(looked) <= 10_005  # not every file of the list
     held = sum(value.nbytes for value in vars(images).values() if isinstance(value, torch.Tensor))
-    assert held < len(lines) + 16 * count and not any(isinstance(v, list) and len(v) > 205 for v in vars(images).values())
+    assert held < len(lines) + 16 * count and not any(isinstance(v, list) and len(v) > 205
+                                                      for v in vars(images).values())
 
 
 def test_names_are_never_matched_by_their_place(tmp_path):
     folders(tmp_path, "train", {"cat": ["1.png"], "dog": ["2.png"]})
     folders(tmp_path, "val", {"cow": ["3.png"], "hen": ["4.png"]})
-    with pytest.raises(DataError, match=r"class 'cow' .* not among the 2 classes of the training images \(cat, dog, ...\)"):
+    with pytest.raises(DataError, match=r"class 'cow' .* not among the 2 classes of the training images "
+                                        r"\(cat, dog, ...\)"):
         match_classes(open_images(tmp_path, "val"), open_images(tmp_path))

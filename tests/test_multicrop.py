@@ -31,14 +31,17 @@ from common.multicrop import (
 )
 
 OFF = [1.0, 1.0, 1.0, 0.0, -1, 0, 0.0, 0.0]
-ORDERS = list(itertools.permutations(range(4)))  # number 0..23: which of brightness, contrast, saturation, hue come when
+# number 0..23: which of brightness, contrast, saturation, hue come when
+ORDERS = list(itertools.permutations(range(4)))
 
 
 def photo(height=48, width=64, seed=0):
     """Soft colours, edges and grain: as close to a photograph as a test without files can come."""
     g = torch.Generator().manual_seed(seed)
-    soft = torch.nn.functional.interpolate(torch.rand(1, 3, 6, 8, generator=g), (height, width), mode="bicubic")[0]
-    edges = torch.nn.functional.interpolate(torch.rand(1, 3, 4, 5, generator=g), (height, width), mode="nearest")[0]
+    soft = torch.nn.functional.interpolate(torch.rand(1, 3, 6, 8, generator=g), (height, width),
+                                           mode="bicubic")[0]
+    edges = torch.nn.functional.interpolate(torch.rand(1, 3, 4, 5, generator=g), (height, width),
+                                            mode="nearest")[0]
     image = 0.6 * soft + 0.4 * edges + 0.03 * torch.randn(3, height, width, generator=g)
     return Image.fromarray((image.clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy())
 
@@ -98,9 +101,11 @@ def test_agrees_with_torchvision_on_tensors(rows, dtype):
     rows = torch.tensor(rows).float()
     crops = crops_of(len(rows))
     wanted = [with_torchvision(crop.to(dtype) / 255, row) for crop, row in zip(crops, rows.double().tolist())]
-    exact = dtype == torch.float64 and not rows[:, 3].any()  # torchvision shifts the hue in float32 whatever it is given
+    # torchvision shifts the hue in float32 whatever it is given
+    exact = dtype == torch.float64 and not rows[:, 3].any()
     got = changed(crops, rows, dtype)
-    torch.testing.assert_close(got, torch.stack(wanted), rtol=0, atol=1e-10 if exact else 1e-4, check_stride=False)
+    torch.testing.assert_close(got, torch.stack(wanted), rtol=0, atol=1e-10 if exact else 1e-4,
+                               check_stride=False)
 
 
 @pytest.mark.parametrize("rows", [*ALONE.values(), *COMBINED.values()], ids=[*ALONE, *COMBINED])
@@ -116,7 +121,8 @@ def test_hue_agrees_with_colorsys_to_the_last_digit():
     crops, shift = crops_of(1, size=16), np.float32(0.3)
     got = changed(crops, [[1, 1, 1, shift, 0, 0, 0, 0]], torch.float64)[0].flatten(1).T
     hsv = [colorsys.rgb_to_hsv(*pixel) for pixel in (crops[0].flatten(1).T.double() / 255).tolist()]
-    wanted = torch.tensor([colorsys.hsv_to_rgb((h + float(shift)) % 1, s, v) for h, s, v in hsv], dtype=torch.float64)
+    wanted = torch.tensor([colorsys.hsv_to_rgb((h + float(shift)) % 1, s, v) for h, s, v in hsv],
+                          dtype=torch.float64)
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12, check_stride=False)
 
 
@@ -133,7 +139,8 @@ def test_order_of_grey_and_jitter_matters():
     """Grey before the jitter leaves a hue shift without effect; grey after it does not."""
     crops = crops_of(1)
     shift = [1, 1, 1, 0.3, 0]
-    first, last, plain = (changed(crops, [row]) for row in ([*shift, 2, 0, 0], [*shift, 1, 0, 0], [*OFF[:5], 1, 0, 0]))
+    first, last, plain = (changed(crops, [row]) for row in ([*shift, 2, 0, 0], [*shift, 1, 0, 0],
+                                                            [*OFF[:5], 1, 0, 0]))
     for grey in (first, last):
         assert torch.equal(grey[:, 0], grey[:, 1]) and torch.equal(grey[:, 0], grey[:, 2])
     torch.testing.assert_close(first, plain)
@@ -146,7 +153,8 @@ def test_off_leaves_the_normalised_image(dtype):
     got = photometric(crops, torch.tensor([OFF] * 3), dtype=dtype)
     mean, std = (torch.tensor(v, dtype=dtype).view(3, 1, 1) for v in (MEAN, STD))
     assert torch.equal(got, (crops.to(dtype) / 255 - mean) / std)
-    assert got.dtype == dtype and got.is_contiguous(memory_format=torch.channels_last) and not got.is_contiguous()
+    assert got.dtype == dtype and got.is_contiguous(
+        memory_format=torch.channels_last) and not got.is_contiguous()
     wanted = transforms.Normalize(MEAN, STD)(crops.to(dtype) / 255)
     torch.testing.assert_close(got, wanted, check_stride=False)
 
@@ -173,7 +181,8 @@ def test_to_device_pairs_each_crop_with_its_own_parameters():
     for v, b in itertools.product(range(2), range(3)):
         wanted = photometric(crops[0][v, b][None], params[v, b][None], dtype=torch.float64)[0]
         torch.testing.assert_close(large[v * 3 + b], wanted, rtol=0, atol=1e-10)
-    torch.testing.assert_close(small, photometric(crops[1][0], params[2], dtype=torch.float64), rtol=0, atol=1e-10)
+    torch.testing.assert_close(small, photometric(crops[1][0], params[2], dtype=torch.float64), rtol=0,
+                               atol=1e-10)
 
 
 # ---------------------------------------------------------------------------------------------- what is drawn
@@ -186,14 +195,15 @@ def within_3_sigma(hits, p):
     return abs(hits.double().mean() - p) < 3 * math.sqrt(p * (1 - p) / len(hits))
 
 
-@pytest.mark.parametrize(
-    "options", [{}, dict(jitter=(0.4, 0.2, 1.5, 0.1), jitter_p=0.3, grey_p=0.6, grey_first=True, blur_p=0.1, rotate=15)]
-)
+@pytest.mark.parametrize("options", [{}, dict(jitter=(0.4, 0.2, 1.5, 0.1), jitter_p=0.3, grey_p=0.6,
+                                              grey_first=True, blur_p=0.1, rotate=15)])
 def test_draws_have_their_probabilities_and_ranges(options):
     a, draws = Augmentation(**options), torch.tensor(drawn(DRAWS, **options), dtype=torch.float64)
     jittered, grey, blurred = draws[:, 4] >= 0, draws[:, 5] > 0, draws[:, 6] > 0
-    assert within_3_sigma(jittered, a.jitter_p) and within_3_sigma(grey, a.grey_p) and within_3_sigma(blurred, a.blur_p)
-    assert within_3_sigma(jittered & grey, a.jitter_p * a.grey_p) and within_3_sigma(jittered & blurred, a.jitter_p * a.blur_p)
+    assert within_3_sigma(jittered,
+                          a.jitter_p) and within_3_sigma(grey, a.grey_p) and within_3_sigma(blurred, a.blur_p)
+    assert within_3_sigma(jittered & grey, a.jitter_p * a.grey_p) and within_3_sigma(jittered & blurred,
+                                                                                     a.jitter_p * a.blur_p)
     assert (draws[~jittered, :5] == torch.tensor(OFF[:5])).all()
     assert set(draws[:, 5].tolist()) == {0, 2 if a.grey_first else 1}
 
@@ -214,7 +224,8 @@ def test_draws_have_their_probabilities_and_ranges(options):
 
 def test_the_outcome_does_not_change_how_much_is_drawn():
     """So the places of crops stay what they are when a probability changes."""
-    settings = [{}, dict(jitter_p=0, grey_p=0, blur_p=0), dict(jitter_p=1, grey_p=1, blur_p=1, grey_first=True, rotate=9)]
+    settings = [{}, dict(jitter_p=0, grey_p=0, blur_p=0),
+                dict(jitter_p=1, grey_p=1, blur_p=1, grey_first=True, rotate=9)]
     for seed in range(200):
         rngs = [random.Random(seed) for _ in settings]
         for rng, options in zip(rngs, settings):
@@ -230,7 +241,8 @@ def test_box_lies_inside_the_image(height, width, low, share, seed):
     assert all(isinstance(v, int) for v in (top, left, h, w))
 
 
-@pytest.mark.parametrize("height, width, box", [(100, 400, (0, 133, 100, 133)), (400, 100, (133, 0, 133, 100)), (1, 9, (0, 4, 1, 1))])
+@pytest.mark.parametrize("height, width, box", [(100, 400, (0, 133, 100, 133)),
+                                                (400, 100, (133, 0, 133, 100)), (1, 9, (0, 4, 1, 1))])
 def test_box_of_a_thin_image_is_central(height, width, box):
     assert random_box(height, width, (1, 1), random.Random(0)) == box
 
@@ -242,13 +254,15 @@ def test_boxes_are_distributed_as_random_resized_crops(height, width, scale):
         top, left, h, w = torch.tensor(boxes, dtype=torch.float64).T
         area, ratio = h * w / (height * width), (w / h).log()
         middle = torch.stack([(top + h / 2) / height, (left + w / 2) / width])
-        return torch.stack([area.mean(), area.std(), ratio.exp().mean(), ratio.std(), *middle.mean(1), *middle.std(1)]), ratio.mean()
+        return torch.stack([area.mean(), area.std(), ratio.exp().mean(), ratio.std(), *middle.mean(1),
+                            *middle.std(1)]), ratio.mean()
 
     rng = random.Random(0)
     torch.manual_seed(0)
     image = torch.empty(3, 1, 1).expand(3, height, width)
     ours, our_ratio = statistics([random_box(height, width, scale, rng) for _ in range(DRAWS)])
-    theirs, their_ratio = statistics([transforms.RandomResizedCrop.get_params(image, scale, (3 / 4, 4 / 3)) for _ in range(DRAWS)])
+    theirs, their_ratio = statistics([transforms.RandomResizedCrop.get_params(image, scale, (3 / 4, 4 / 3))
+                                      for _ in range(DRAWS)])
     torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0)
     assert abs(our_ratio - their_ratio) < 0.02 * math.log(4 / 3)
 
@@ -274,7 +288,8 @@ class Images:
 PHOTOS = Images(*(photo(60, 80, seed) for seed in range(4)))
 
 
-def multicrop(images=PHOTOS, seed=0, crops=(2, 3), sizes=(32, 16), scales=((0.14, 1.0), (0.05, 0.14)), **options):
+def multicrop(images=PHOTOS, seed=0, crops=(2, 3), sizes=(32, 16), scales=((0.14, 1.0), (0.05, 0.14)),
+              **options):
     return MultiCrop(images, crops, sizes, scales, Augmentation(**options), seed)
 
 
@@ -282,7 +297,8 @@ def test_a_sample_has_the_crops_asked_for():
     index, crops, params = multicrop()[3, 11, 2]
     assert index == 2 and len(multicrop()) == 4
     assert [group.shape for group in crops] == [(2, 3, 32, 32), (3, 3, 16, 16)]
-    assert {group.dtype for group in crops} == {torch.uint8} and params.shape == (5, 8) and params.dtype == torch.float32
+    assert {group.dtype
+            for group in crops} == {torch.uint8} and params.shape == (5, 8) and params.dtype == torch.float32
     flat = torch.cat([group.flatten(1).float().std(dim=1) for group in crops])
     assert (flat > 1).all() and len({tuple(row) for row in params.tolist()}) == 5
     assert not torch.equal(crops[0][0], crops[0][1])
@@ -298,10 +314,13 @@ def test_a_sample_is_a_function_of_seed_epoch_and_position():
     np.random.seed(1)
     torch.manual_seed(1)
     assert torch.equal(sample(), first)
-    others = [sample(seed=6), sample(epoch=2), sample(position=3), sample(1, 5, 2), sample(2, 1, 5), sample(5, 2, 1)]
+    others = [sample(seed=6), sample(epoch=2), sample(position=3), sample(1, 5, 2), sample(2, 1, 5),
+              sample(5, 2, 1)]
     everyone = [first, *others]
-    assert not any(torch.equal(a[-40:], b[-40:]) or torch.equal(a[:-40], b[:-40]) for a, b in itertools.combinations(everyone, 2))
-    assert torch.equal(sample(index=1)[-40:], first[-40:]) and not torch.equal(sample(index=1), first)  # not of the index
+    assert not any(torch.equal(a[-40:], b[-40:]) or torch.equal(a[:-40], b[:-40])
+                   for a, b in itertools.combinations(everyone, 2))
+    # not of the index
+    assert torch.equal(sample(index=1)[-40:], first[-40:]) and not torch.equal(sample(index=1), first)
 
 
 def test_places_do_not_depend_on_probabilities():
@@ -321,8 +340,10 @@ def test_crops_are_flipped_half_of_the_time():
 
 
 def test_params_are_those_of_the_augmentation():
-    params = torch.stack([multicrop(blur_p=1, grey_p=1, grey_first=True, jitter_p=0)[0, position, 0][2] for position in range(20)])
-    assert (params[..., :6] == torch.tensor([*OFF[:5], 2])).all() and (params[..., 6] > 0).all() and not params[..., 7].any()
+    params = torch.stack([multicrop(blur_p=1, grey_p=1, grey_first=True,
+                                    jitter_p=0)[0, position, 0][2] for position in range(20)])
+    assert (params[..., :6] == torch.tensor([*OFF[:5], 2])).all() and (params[..., 6]
+                                                                       > 0).all() and not params[..., 7].any()
 
 
 def test_resolutions_must_match():
@@ -335,7 +356,8 @@ def test_resize_is_pillows(size):
     image = photo(150, 200)
     pixels = to_tensor(image)
     assert torch.equal(pixels, TF.pil_to_tensor(image))
-    for top, left, h, w in ((0, 0, 150, 200), (3, 5, 97, 101), (20, 100, 40, 30), (140, 190, 9, 7), (1, 1, 1, 1), (0, 0, size, size)):
+    for top, left, h, w in ((0, 0, 150, 200), (3, 5, 97, 101), (20, 100, 40, 30), (140, 190, 9, 7),
+                            (1, 1, 1, 1), (0, 0, size, size)):
         got = resize(pixels[:, top : top + h, left : left + w], size)
         wanted = image.crop((left, top, left + w, top + h)).resize((size, size), Image.Resampling.BILINEAR)
         assert got.dtype == torch.uint8 and got.shape == (3, size, size)
@@ -346,7 +368,8 @@ def test_center_is_torchvisions():
     for height, width in ((60, 80), (80, 60), (33, 32), (20, 200)):
         image = photo(height, width)
         for short, size in ((36, 32), (32, 32), (16, 24)):
-            wanted = transforms.Compose([transforms.Resize(short), transforms.CenterCrop(size), transforms.PILToTensor()])(image)
+            wanted = transforms.Compose([transforms.Resize(short), transforms.CenterCrop(size),
+                                         transforms.PILToTensor()])(image)
             assert torch.equal(center(image, short, size), wanted)
 
 
@@ -367,17 +390,15 @@ class OnePhoto:
 
 def test_random_crops_are_windows_of_the_central_square():
     square = center(photo(60, 90), 40, 40)
-    windows = {
-        (t, l, f): (square[:, t : t + 32, l : l + 32].flip(-1) if f else square[:, t : t + 32, l : l + 32])
-        for t in range(9)
-        for l in range(9)
-        for f in (0, 1)
-    }
-    crops = RandomCrop(OnePhoto(), 40, 32, Augmentation(jitter=(0.4, 0.4, 0.4, 0.0), jitter_p=1.0, grey_p=0.0, blur_p=0.0), seed=3)
+    windows = {(t, l, f): (square[:, t : t + 32, l : l + 32].flip(
+        -1) if f else square[:, t : t + 32, l : l + 32]) for t in range(9) for l in range(9) for f in (0, 1)}
+    crops = RandomCrop(OnePhoto(), 40, 32, Augmentation(jitter=(0.4, 0.4, 0.4, 0.0), jitter_p=1.0, grey_p=0.0,
+                                                        blur_p=0.0), seed=3)
     found = []
     for position in range(200):
         index, (crop,), params = crops[2, position, position % 70]
-        assert index % 7 != 6 and crop.shape == (1, 3, 32, 32) and params.shape == (1, 8) and params[0, 4] >= 0
+        assert index % 7 != 6 and crop.shape == (1, 3, 32, 32) and params.shape == (1, 8) and params[0,
+                                                                                                     4] >= 0
         found.append(next(key for key, window in windows.items() if torch.equal(window, crop[0])))
     tops, lefts, flips = zip(*found)
     assert set(tops) == set(lefts) == set(range(9)) and 60 < sum(flips) < 140
@@ -389,10 +410,12 @@ def test_random_crops_are_windows_of_the_central_square():
 def test_ten_crops_are_torchvisions():
     index, (crops,), params = TenCrop(OnePhoto(), 48, 32)[0, 0, 6]
     expected = torch.stack([to_tensor(crop) for crop in TF.ten_crop(TF.resize(photo(60, 90), 48), 32)])
-    assert index == 7 and torch.equal(crops, expected) and params.tolist() == [OFF] * 10 and len({c.numpy().tobytes() for c in crops}) == 10
+    assert index == 7 and torch.equal(crops, expected) and params.tolist() == [OFF] * 10 and len(
+        {c.numpy().tobytes() for c in crops}) == 10
 
 
-@pytest.mark.parametrize("make", [lambda images: TenCrop(images, 48, 32), lambda images: RandomCrop(images, 48, 32, Augmentation(), 0)])
+@pytest.mark.parametrize("make", [lambda images: TenCrop(images, 48, 32),
+                                  lambda images: RandomCrop(images, 48, 32, Augmentation(), 0)])
 def test_crops_of_a_set_without_a_readable_image(make, monkeypatch):
     monkeypatch.setattr(OnePhoto, "read", lambda self, i: 1 / 0)
     index, (crops,), params = make(OnePhoto())[0, 0, 3]

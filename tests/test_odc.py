@@ -1,4 +1,5 @@
-"""odc.py: the memory against the reference's numbers, one process or many, and what becomes of a run that is killed."""
+"""odc.py: the memory against the reference's numbers, one process or many, and what becomes of a run that is
+killed."""
 
 import re
 import signal
@@ -7,7 +8,20 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ROOT, command, finish, golden, kill_tree, losses, metrics, ranks, run_here, same, saved, start
+from helpers import (
+    ROOT,
+    command,
+    finish,
+    golden,
+    kill_tree,
+    losses,
+    metrics,
+    ranks,
+    run_here,
+    same,
+    saved,
+    start,
+)
 
 import odc
 from common import distributed
@@ -51,12 +65,14 @@ def replay(name, ranks_of_the_file):
             changed = memory.update(index, z).item()
         else:
             memory.refresh()
-        states.append({**memory.state_dict(), "changed": changed, "weight": memory.loss_weight(), "counts": memory.counts.clone()})
+        states.append({**memory.state_dict(), "changed": changed, "weight": memory.loss_weight(),
+                       "counts": memory.counts.clone()})
         states[-1]["centroids"], states[-1]["targets"] = memory.centroids.clone(), memory.targets.clone()
     return states
 
 
-@pytest.mark.parametrize(("name", "world_size"), [("odc_sequence_ws1", 1), ("odc_sequence_ws2", 1), ("odc_sequence_ws2", 2)])
+@pytest.mark.parametrize(("name", "world_size"),
+                         [("odc_sequence_ws1", 1), ("odc_sequence_ws2", 1), ("odc_sequence_ws2", 2)])
 def test_the_memory_does_what_the_reference_does(name, world_size):
     numbers, W = golden(name), int(name[-1])
     results = ranks(2, replay, name, W) if world_size == 2 else [replay(name, W)]
@@ -67,17 +83,20 @@ def test_the_memory_does_what_the_reference_does(name, world_size):
             torch.testing.assert_close(state["centroids"], numbers["centroids"][t], rtol=0, atol=1e-6)
             assert torch.equal(state["targets"], numbers["labels"][t])
             assert torch.equal(state["counts"], numbers["labels"][t].bincount(minlength=len(state["counts"])))
-            torch.testing.assert_close(state["weight"], numbers["loss_weight_eps1e-5"][t].float(), rtol=0, atol=1e-6)
+            torch.testing.assert_close(state["weight"], numbers["loss_weight_eps1e-5"][t].float(), rtol=0,
+                                       atol=1e-6)
             expected = numbers["change_ratio"][t].item()
             assert state["changed"] == pytest.approx(expected, abs=1e-6, nan_ok=True)
 
 
 def repaired(case):
-    """The memory after the repair of one of the reference's cases; where the other half of a split moves, ours is turned round."""
+    """The memory after the repair of one of the reference's cases; where the other half of a split moves,
+    ours is turned round."""
     numbers = golden(f"odc_small_clusters_{case}")
     bank, K = numbers["feature_bank"], len(numbers["centroids"])
     memory = odc.Memory(len(bank), bank.shape[1], K, min_cluster=int(numbers["min_cluster"]))
-    memory.bank[:-1], memory.targets[:], memory.centroids[:] = mine(bank), numbers["labels"], numbers["centroids"]
+    memory.bank[:-1], memory.targets[:], memory.centroids[:] = mine(
+        bank), numbers["labels"], numbers["centroids"]
     memory.recount()
     splits, second_half, moved = [], memory._second_half, []
 
@@ -126,7 +145,8 @@ def test_loss_weights_of_the_reference():
 
 
 def history(steps=60, n=203, D=5, K=7):
-    """A memory that has seen batches in which images repeat, one of them not readable at first, drifting so that clusters empty."""
+    """A memory that has seen batches in which images repeat, one of them not readable at first, drifting so
+    that clusters empty."""
     generator = torch.Generator().manual_seed(1)
     memory = odc.Memory(n, D, K, min_cluster=10)
     targets = torch.randint(K, (n,), generator=generator)
@@ -140,7 +160,8 @@ def history(steps=60, n=203, D=5, K=7):
         index[4:6] = index[7]  # an image three times in a batch
         index[index == 150] = 3  # 150 is never seen
         z = torch.randn(12, D, generator=generator) + torch.arange(D) * step / steps
-        part = slice(12 * distributed.rank() // distributed.world_size(), 12 * (distributed.rank() + 1) // distributed.world_size())
+        part = slice(12 * distributed.rank() // distributed.world_size(),
+                     12 * (distributed.rank() + 1) // distributed.world_size())
         memory.update(index[part], z[part])
         if step % 3 == 2:
             memory.refresh()
@@ -157,7 +178,8 @@ def test_sums_and_counts_are_exact_and_no_cluster_stays_small():
     state, smallest, splits, exact = one
     assert exact and splits >= 3 and min(smallest) >= 10
     assert (state["targets"] < 0).nonzero().flatten().tolist() == [150]
-    torch.testing.assert_close(state["bank"].norm(dim=1), (torch.arange(203) != 150).float(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(state["bank"].norm(dim=1), (torch.arange(203) != 150).float(), rtol=0,
+                               atol=1e-6)
     for other in ranks(2, history) + ranks(3, history):
         assert same(other[0], state) and other[1:] == one[1:]
 
@@ -174,8 +196,10 @@ def test_the_memory_starts_without_images_that_cannot_be_read():
     state, counts = started(z.masked_fill(unread[:, None], torch.nan))
     without, without_counts = started(z[~unread])
     assert (state["targets"][unread] == -100).all() and (state["bank"][unread] == 0).all()
-    assert torch.equal(state["targets"][~unread], without["targets"]) and torch.equal(state["bank"][~unread], F.normalize(z[~unread]))
-    assert torch.equal(state["centroids"], without["centroids"]) and torch.equal(counts, without_counts) and counts.sum() == 58
+    assert torch.equal(state["targets"][~unread], without["targets"]) and torch.equal(state["bank"][~unread],
+                                                                                      F.normalize(z[~unread]))
+    assert torch.equal(state["centroids"],
+                       without["centroids"]) and torch.equal(counts, without_counts) and counts.sum() == 58
     for other, other_counts in ranks(2, started, z.masked_fill(unread[:, None], torch.nan)):
         assert same(other, state) and torch.equal(other_counts, counts)
 
@@ -202,7 +226,8 @@ def test_equal_images_are_split_too():
 def loss_of_a_rank():
     generator = torch.Generator().manual_seed(0)
     scores = torch.randn(2, 6, 5, generator=generator, dtype=torch.float64)
-    targets, weight = torch.tensor([0, -100, -100, 4, 1, 2]), torch.tensor([0.1, 0.2, 0.05, 0.25, 0.4], dtype=torch.float64)
+    targets, weight = torch.tensor([0, -100, -100, 4, 1, 2]), torch.tensor([0.1, 0.2, 0.05, 0.25, 0.4],
+                                                                           dtype=torch.float64)
     part = slice(3 * distributed.rank(), 3 * distributed.rank() + 3)
     one = F.cross_entropy(scores.flatten(0, 1) / 0.5, targets.repeat(2), weight)
     return odc.prediction_loss(scores[:, part], targets[part], weight, 0.5).item(), one.item()
@@ -281,7 +306,8 @@ def test_the_log_says_how_many_images_changed_and_assignments_are_the_memorys(tm
 def test_a_run_starts_from_another_methods_trunk(tmp_path):
     assert here(*SHARED, "--max-steps", 1, "--seed", 1, "--out", tmp_path / "first") == 0
     trunk = torch.load(tmp_path / "first" / "backbone.pt", weights_only=True)["state_dict"]
-    assert here(*SHARED, "--init-from", tmp_path / "first", "--lr", 1e-9, "--max-steps", 1, "--out", tmp_path / "second") == 0
+    assert here(*SHARED, "--init-from", tmp_path / "first", "--lr", 1e-9, "--max-steps", 1, "--out",
+                tmp_path / "second") == 0
     weights = saved(tmp_path / "second")["model"]
     torch.testing.assert_close(weights["backbone.conv1.weight"], trunk["conv1.weight"], rtol=0, atol=1e-6)
 
@@ -301,33 +327,16 @@ def test_options_that_cannot_work(tmp_path, capsys):
 
 def test_published_recipe():
     c = recipe(odc.Config, odc.RECIPES, "odc_440ep")
-    assert (c.epochs, c.batch_size, c.lr, c.drop_epochs, c.drop_factor, c.momentum, c.weight_decay) == (
-        440,
-        512,
-        0.06,
-        (400,),
-        0.4,
-        0.9,
-        1e-5,
-    )
-    assert (c.prototypes, c.memory_momentum, c.centroid_iters, c.min_cluster, c.reweight, c.kmeans_iterations) == (
-        10_000,
-        0.5,
-        10,
-        20,
-        0.5,
-        20,
-    )
+    assert (c.epochs, c.batch_size, c.lr, c.drop_epochs, c.drop_factor, c.momentum,
+            c.weight_decay) == (440, 512, 0.06, (400,), 0.4, 0.9, 1e-5,)
+    assert (c.prototypes, c.memory_momentum, c.centroid_iters, c.min_cluster, c.reweight,
+            c.kmeans_iterations) == (10_000, 0.5, 10, 20, 0.5, 20)
     assert (c.hidden, c.dim, c.crops, c.sizes, c.temperature) == (512, 256, (1,), (224,), 1)
     assert (c.jitter, c.jitter_p, c.grey_p, c.rotate, c.blur_p) == ((0.4, 0.4, 1.0, 0.5), 1, 0.2, 2, 0)
     assert odc.RECIPES["odc_440ep"][0].startswith("53.4")
     with torch.device("meta"):
         head = odc.Model(c).projection_head
-    assert [type(layer).__name__ for layer in head] == ["Linear", "BatchNorm1d", "ReLU", "Dropout", "Linear", "ReLU"]
-    assert (head[0].in_features, head[0].out_features, head[4].out_features, head[1].momentum, head[1].affine) == (
-        2048,
-        512,
-        256,
-        0.001,
-        False,
-    )
+    assert [type(layer).__name__ for layer in head] == ["Linear", "BatchNorm1d", "ReLU", "Dropout", "Linear",
+                                                        "ReLU"]
+    assert (head[0].in_features, head[0].out_features, head[4].out_features, head[1].momentum,
+            head[1].affine) == (2048, 512, 256, 0.001, False)

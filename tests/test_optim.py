@@ -113,7 +113,8 @@ def test_closure_is_run_with_gradients():
     assert LARC([p], lr=1.0).step(closure).item() == 25 and p.tolist() != [3, 4]
 
 
-@pytest.mark.parametrize("wrong", [{"lr": -1}, {"momentum": 1.0}, {"momentum": -0.1}, {"weight_decay": -1e-6}])
+@pytest.mark.parametrize("wrong",
+                         [{"lr": -1}, {"momentum": 1.0}, {"momentum": -0.1}, {"weight_decay": -1e-6}])
 def test_impossible_settings_are_refused(wrong):
     with pytest.raises(ValueError, match="LARC needs"):
         LARC([parameter(1)], **{"lr": 0.1, **wrong})
@@ -127,7 +128,8 @@ def test_worked_learning_rates():
         return warmup_cosine(step, 312, 100, 4.8, 0.0048, 10, 0.3)
 
     worked = {0: 0.3, 1: 0.3014428, 3119: 4.8, 3120: 4.8, 15600: 2.8187389, 31199: 0.00480002}
-    assert {step: rate(step) for step in worked} == {step: pytest.approx(value, abs=5e-8) for step, value in worked.items()}
+    assert {step: rate(step) for step in worked} == {step: pytest.approx(value, abs=5e-8)
+                                                     for step, value in worked.items()}
 
 
 def test_without_warmup_the_cosine_starts_at_once():
@@ -142,7 +144,8 @@ def test_warmup_may_last_the_whole_run():
 
 
 def test_a_warmup_of_one_step_is_its_start():
-    assert [warmup_cosine(step, 1, 3, 2.0, 0.0, 1, 0.2) for step in range(3)] == pytest.approx([0.2, 2.0, 1.0])
+    assert [warmup_cosine(step, 1, 3, 2.0, 0.0, 1, 0.2) for step in range(3)] == pytest.approx([0.2, 2.0,
+                                                                                                1.0])
 
 
 # ---- trunks
@@ -157,15 +160,18 @@ def test_wide_resnet50_has_the_published_number_of_parameters(width, millions):
     assert trunk.feature_dim == 2048 * width
 
 
-@pytest.mark.parametrize("arch, expansion", [("resnet10", 1), ("resnet18", 1), ("resnet34", 1), ("resnet50", 4)])
+@pytest.mark.parametrize("arch, expansion",
+                         [("resnet10", 1), ("resnet18", 1), ("resnet34", 1), ("resnet50", 4)])
 @pytest.mark.parametrize("stem, sides", [("imagenet", (32, 16, 8, 4, 2)), ("small", (64, 64, 32, 16, 8))])
 @pytest.mark.parametrize("width", [0.5, 1])
 def test_stages_at_64_pixels(arch, expansion, stem, sides, width):
     with torch.device("meta"):
         trunk, x = ARCHITECTURES[arch](width=width, stem=stem), torch.zeros(2, 3, 64, 64)
-    channels = [int(c * width) for c in (64, 64 * expansion, 128 * expansion, 256 * expansion, 512 * expansion)]
+    channels = [int(c * width) for c in (64, 64 * expansion, 128 * expansion, 256 * expansion,
+                                         512 * expansion)]
     shapes = {name: tuple(stage.shape) for name, stage in trunk.stages(x).items()}
-    assert shapes == {name: (2, c, side, side) for name, c, side in zip(("conv1", "layer1", "layer2", "layer3", "layer4"), channels, sides)}
+    assert shapes == {name: (2, c, side, side) for name, c,
+                      side in zip(("conv1", "layer1", "layer2", "layer3", "layer4"), channels, sides)}
     assert trunk(x).shape == (2, trunk.feature_dim) == (2, channels[-1])
 
 

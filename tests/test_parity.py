@@ -142,7 +142,8 @@ def test_swav_gradients(name, dtype):
     z = F.normalize(z_raw, dim=-1)
     z.retain_grad()
     scores = model.prototypes(z)
-    loss = swav.prediction_loss(scores, swav.assign(scores[:2], memory, model.prototypes.weight, 0.05, 3), 0.1)
+    loss = swav.prediction_loss(scores, swav.assign(scores[:2], memory, model.prototypes.weight, 0.05, 3),
+                                0.1)
     loss.backward()
     close(loss, of(numbers, "loss", dtype), dtype, 5e-6, 1e-11)
     close(z_raw.grad, of(numbers, "grad_z", dtype), dtype, 3e-6, 1e-11)
@@ -157,7 +158,8 @@ def test_swav_gradients(name, dtype):
 @pytest.mark.parametrize("decay", ["0.0001", "1e-06"])
 def test_larc(decay, dtype):
     numbers = golden(f"larc_wd{decay}")
-    tensors = {key.removesuffix("__init"): value.to(dtype) for key, value in numbers.items() if key.endswith("__init")}
+    tensors = {key.removesuffix("__init"): value.to(dtype) for key, value in numbers.items()
+               if key.endswith("__init")}
     assert len(tensors) == 10
     params = {name: torch.nn.Parameter(value.clone()) for name, value in tensors.items()}
     momentum, trust = numbers["momentum"].item(), numbers["trust"].item()
@@ -181,7 +183,8 @@ def test_learning_rates():
         expected = numbers[f"lr_{i}"].tolist()
         assert len(expected) == epochs * iterations
         steps = range(int(epochs * iterations))
-        rates = [warmup_cosine(step, int(iterations), int(epochs), base, final, int(warmup), start) for step in steps]
+        rates = [warmup_cosine(step, int(iterations), int(epochs), base, final, int(warmup),
+                               start) for step in steps]
         np.testing.assert_allclose(rates, expected, rtol=0, atol=1e-12)
 
 
@@ -211,7 +214,8 @@ def weight_by_rule(salt, name, shape):
 def model_by_rule(salt, prototypes):
     with torch.device("meta"):
         model = swav.Model(swav.Config(hidden=2048, dim=128, prototypes=prototypes))
-    state = {name: weight_by_rule(salt, name.removeprefix("backbone."), tensor.shape) for name, tensor in model.state_dict().items()}
+    state = {name: weight_by_rule(salt, name.removeprefix("backbone."),
+                                  tensor.shape) for name, tensor in model.state_dict().items()}
     model.load_state_dict(state, assign=True)
     return model
 
@@ -219,17 +223,23 @@ def model_by_rule(salt, prototypes):
 def embed(name, mode, dtype):
     numbers = golden(f"resnet50_{name}")
     salt = "".join(map(chr, numbers["salt_codes"].tolist()))
-    model = model_by_rule(salt, int(numbers["nmb_prototypes"][0] if name == "multihead" else numbers["nmb_prototypes"]))
+    model = model_by_rule(salt, int(numbers["nmb_prototypes"][0] if name == "multihead"
+                                    else numbers["nmb_prototypes"]))
     sizes, B = numbers["crop_sizes"].tolist(), int(numbers["batch_size"])
-    crops = [torch.from_numpy(drawn(salt, f"input:crop{i}", (B, 3, s, s))).float() for i, s in enumerate(sizes)]
+    crops = [torch.from_numpy(drawn(salt, f"input:crop{i}", (B, 3, s, s))).float()
+             for i, s in enumerate(sizes)]
     if "input_head" in numbers:
         assert torch.equal(crops[0].flatten()[:16], numbers["input_head"])
-        probed = ["bn1.running_var", "conv1.weight", "layer1.0.conv2.weight", "layer3.0.downsample.0.weight", "layer4.2.bn3.bias"]
+        probed = ["bn1.running_var", "conv1.weight", "layer1.0.conv2.weight", "layer3.0.downsample.0.weight",
+                  "layer4.2.bn3.bias"]
         probed = [f"backbone.{name}" for name in probed]
-        probed += ["projection_head.0.weight", "projection_head.1.weight", "projection_head.3.bias", "prototypes.weight"]
+        probed += ["projection_head.0.weight", "projection_head.1.weight", "projection_head.3.bias",
+                   "prototypes.weight"]
         state = model.state_dict()
-        assert torch.equal(torch.stack([state[name].flatten()[:4] for name in probed]), numbers["param_probe"])
-    groups = [torch.cat([c for c, s in zip(crops, sizes) if s == size]).to(dtype) for size in dict.fromkeys(sizes)]
+        assert torch.equal(torch.stack([state[name].flatten()[:4] for name in probed]),
+                           numbers["param_probe"])
+    groups = [torch.cat([c for c, s in zip(crops, sizes) if s == size]).to(dtype)
+              for size in dict.fromkeys(sizes)]
     model.to(dtype).train(mode == "train")
     pooled = []
     model.projection_head.register_forward_pre_hook(lambda module, inputs: pooled.append(inputs[0]))
@@ -277,15 +287,14 @@ def test_weights_pass_to_torchvision_and_back(arch):
     def randomised(model):
         for name, tensor in model.state_dict().items():
             if tensor.dim() == 1:  # batch norms: weight, bias and running statistics
-                tensor.copy_(torch.rand_like(tensor) + 0.5 if name.endswith(("weight", "var")) else torch.randn_like(tensor) / 10)
+                tensor.copy_(torch.rand_like(tensor) + 0.5 if name.endswith(("weight", "var"))
+                             else torch.randn_like(tensor) / 10)
         return model.eval()
 
     theirs = torchvision.models.get_model(arch, weights=None)
     fc, theirs.fc = theirs.fc, torch.nn.Identity()
-    for source, target in (
-        (randomised(theirs), resnet.ARCHITECTURES[arch]().eval()),
-        (randomised(resnet.ARCHITECTURES[arch]()), theirs),
-    ):
+    for source, target in ((randomised(theirs), resnet.ARCHITECTURES[arch]().eval()),
+                           (randomised(resnet.ARCHITECTURES[arch]()), theirs)):
         assert list(source.state_dict()) == list(target.state_dict())
         with torch.no_grad():
             before = target(x)
@@ -300,17 +309,20 @@ def test_weights_pass_to_torchvision_and_back(arch):
 @pytest.mark.parametrize("name", ["normalized", "unnormalized"])
 def test_knn(name):
     numbers = golden(f"knn_{name}")
-    bank, labels, queries, truth = (numbers[key] for key in ("train_features", "train_labels", "test_features", "test_labels"))
+    bank, labels, queries, truth = (numbers[key] for key in ("train_features", "train_labels",
+                                                             "test_features", "test_labels"))
     T, ks = numbers["T"].item(), numbers["k"].tolist()
     votes = features.knn_classify(bank, labels, queries, ks, T, int(numbers["num_classes"]))
     accuracy = features.knn_accuracy(bank, labels, queries, truth, ks, T)
     assert list(votes) == list(accuracy) == ks == [10, 20, 100, 200]
     for k in ks:
         expected = numbers[f"votes_k{k}"].double()
-        ours = votes[k].double() * np.exp(1 / T)  # votes are exp((similarity - 1) / T), theirs exp(similarity / T)
+        # votes are exp((similarity - 1) / T), theirs exp(similarity / T)
+        ours = votes[k].double() * np.exp(1 / T)
         largest = expected.max(dim=1, keepdim=True).values
         torch.testing.assert_close(ours / largest, expected / largest, rtol=0, atol=2e-5)
         assert torch.equal(votes[k] > 0, expected > 0)
         assert torch.equal(votes[k].argmax(dim=1), numbers[f"pred_k{k}"])
         counts = [float(share) * len(truth) / 100 for share in accuracy[k]]
-        assert counts == pytest.approx([int(numbers[f"top1_count_k{k}"]), int(numbers[f"top5_count_only_voted_k{k}"])], abs=1e-6)
+        assert counts == pytest.approx([int(numbers[f"top1_count_k{k}"]),
+                                        int(numbers[f"top5_count_only_voted_k{k}"])], abs=1e-6)

@@ -165,7 +165,8 @@ def test_world_size_2_1_4_in_mid_epoch(tmp_path):
     np.testing.assert_allclose(losses(tmp_path / "all"), losses(tmp_path / "one"), rtol=1e-9)
     a, b = saved(tmp_path / "one"), saved(tmp_path / "all")
     torch.testing.assert_close(b["memory"]["queue"], a["memory"]["queue"], rtol=0, atol=1e-9)
-    assert torch.equal(a["meter"]["assignments"], b["meter"]["assignments"])  # the same images at the same steps
+    # the same images at the same steps
+    assert torch.equal(a["meter"]["assignments"], b["meter"]["assignments"])
 
 
 def test_other_workers_go_on_with_the_same_bits(tmp_path, monkeypatch):
@@ -195,10 +196,13 @@ def test_a_stop_signal_saves_and_the_same_command_goes_on(tmp_path):
     assert stopped.wait(timeout=30) == 0 and "stopped by a signal" in rest
     step = saved(tmp_path / "run")["step"]
     assert swav_here(*shared[:-1], 0, "--max-steps", step + 2) == 0
-    assert [record["step"] for record in metrics(tmp_path / "run") if "loss" in record] == list(range(1, step + 3))
+    assert [record["step"] for record in metrics(tmp_path / "run")
+            if "loss" in record] == list(range(1, step + 3))
 
 
-STOPS = {  # name: processes, signal, how often, to whom, exit code (torchrun ends with 1 when it was the one to be asked)
+# name: processes, signal, how often, to whom, exit code (torchrun ends with 1 when it was the one to be
+# asked)
+STOPS = {
     "one process": (0, signal.SIGTERM, 1, lambda pid: [pid], 0),
     "one process and its workers": (0, signal.SIGTERM, 1, tree, 0),
     "torchrun": (2, signal.SIGTERM, 1, lambda pid: [pid], 1),
@@ -232,7 +236,8 @@ def test_polite_stops(tmp_path, who):
     print(f"{who}: {time.monotonic() - asked:.1f} s from signal to exit")
     assert run.returncode == expected, err
     assert out.count("stopped by a signal, after step") == 1, out + err
-    assert saved(tmp_path)["step"] == metrics(tmp_path)[-1]["step"] == int(re.search(r"after step (\d+)", out)[1])
+    assert saved(tmp_path)["step"] == metrics(tmp_path)[-1]["step"] == int(re.search(r"after step (\d+)",
+                                                                                     out)[1])
     time.sleep(0.2)
     assert not [pid for pid in started if Path(f"/proc/{pid}").exists()]
     code, out, _ = finish(start(*command(*shared, "--max-steps", 1, ranks=processes)))
@@ -264,9 +269,8 @@ def test_a_damaged_checkpoint_is_seen_and_the_previous_one_taken(tmp_path, damag
     flipped = bytearray(content)
     flipped[len(content) // 2] ^= 1
     page = b"<html>not found</html>"
-    path.write_bytes(
-        {"half": content[: len(content) // 2], "tail": content[:-10], "empty": b"", "html": page, "bit": bytes(flipped)}[damage]
-    )
+    path.write_bytes({"half": content[: len(content) // 2], "tail": content[:-10], "empty": b"", "html": page,
+                      "bit": bytes(flipped)}[damage])
     capsys.readouterr()
     assert swav_here(*shared, 4) == 0
     out = capsys.readouterr().out
@@ -302,12 +306,9 @@ def test_two_ranks_save_as_often_as_they_should(tmp_path):
 def test_what_does_not_fit_the_checkpoint_is_named(tmp_path, capsys):
     shared = ["--data", "shapes:64", *TINY, "--out", tmp_path]
     assert swav_here(*shared, "--max-steps", 1) == 0
-    for change, words in {
-        ("--prototypes", 13): "--prototypes 13 (saved 12)",
-        ("--lr", 0.5): "--lr 0.5 (saved 2)",
-        ("--arch", "resnet18"): "--arch resnet18 (saved resnet10)",
-        ("--data", "shapes:80"): "has data 'shapes train 64', here it is 'shapes train 80'",
-    }.items():
+    for change, words in {("--prototypes", 13): "--prototypes 13 (saved 12)", (
+        "--lr", 0.5): "--lr 0.5 (saved 2)", ("--arch", "resnet18"): "--arch resnet18 (saved resnet10)", (
+            "--data", "shapes:80"): "has data 'shapes train 64', here it is 'shapes train 80'"}.items():
         assert swav_here(*shared, *change) == 4
         error = capsys.readouterr().err
         assert words in error and error.count("\n") == 1
@@ -351,7 +352,8 @@ def test_a_pickle_that_would_run_code_does_not(tmp_path, kind, capsys):
         if kind == "pickle":
             writer.write(pickle.dumps(Malicious(marker)))
         else:
-            torch.save({"state_dict": Malicious(marker)}, writer, _use_new_zipfile_serialization=kind == "torch")
+            torch.save({"state_dict": Malicious(marker)}, writer,
+                       _use_new_zipfile_serialization=kind == "torch")
         file.write(checkpoint.MARK + writer.digest.digest())  # with a checksum that agrees
     assert swav_here(*shared, 2, "--out", tmp_path / "run") == 4
     assert swav_here(*shared, 1, "--out", tmp_path / "other", "--init-from", path) == 4
@@ -368,7 +370,8 @@ def test_no_source_asks_for_unsafe_loading():
             reader = text[text.index("def _read(path, trust_pickle):") :].split("\n\n\n")[0]
             assert re.findall(rf".*(?:{unsafe}).*", reader) == [
                 "            return pickle.loads(path.read_bytes())",
-                '            return torch.load(path, map_location="cpu", weights_only=not trust_pickle, **encoding)',
+                '            return torch.load(path, map_location="cpu", weights_only=not trust_pickle, '
+                '**encoding)',
             ]
             assert '        if trust_pickle and path.suffix == ".pkl":\n            return pickle.loads' in reader
             text = text.replace(reader, "")
@@ -380,7 +383,8 @@ def test_changed_data_are_named(tmp_path, capsys):
     shared = ["--data", images, "--recipe", "shapes", *TINY, "--out", tmp_path / "run", "--max-steps"]
     assert swav_here(*shared, 1) == 0
     for change, undo in (
-        (lambda: (images / "n00" / "0.JPEG").rename(images / "aside"), lambda: (images / "aside").rename(images / "n00" / "0.JPEG")),
+        (lambda: (images / "n00" / "0.JPEG").rename(images / "aside"),
+         lambda: (images / "aside").rename(images / "n00" / "0.JPEG")),
         (lambda: (images / "n00" / "new.JPEG").touch(), lambda: (images / "n00" / "new.JPEG").unlink()),
         (lambda: (images / "n01").rename(images / "n02"), lambda: (images / "n02").rename(images / "n01")),
     ):
@@ -397,7 +401,8 @@ def test_a_full_disk_is_said_and_survived(tmp_path, capsys):
     assert swav_here(*run, "--max-steps", 2) == 0
     before = [(tmp_path / name).read_bytes() for name in ("checkpoint.pt", "backbone.pt")]
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # a file that grows further fails like a full disk
+    # a file that grows further fails like a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
         capsys.readouterr()
         assert swav_here(*run, "--max-steps", 6, "--save-every", 0) == 4
@@ -461,12 +466,15 @@ def test_log_lines_wait_for_room_on_the_disk(tmp_path, monkeypatch):
 def test_a_small_disk_fills_up_and_is_freed(tmp_path):
     out = tmp_path / "disk"
     out.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", out], capture_output=True).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", out],
+                      capture_output=True).returncode:
         pytest.skip("mounting a small disk needs root")
     try:
-        shared = ["--data", "shapes:64", *TINY, "--epochs", 50000, "--out", out, "--save-every", 0, "--max-steps"]
+        shared = ["--data", "shapes:64", *TINY, "--epochs", 50000, "--out", out, "--save-every", 0,
+                  "--max-steps"]
         assert swav_here(*shared, 3) == 0
-        (out / "ballast").write_bytes(bytes(_free(out) - 2**16))  # room for what a start writes, but for no checkpoint
+        # room for what a start writes, but for no checkpoint
+        (out / "ballast").write_bytes(bytes(_free(out) - 2**16))
         before = (out / "checkpoint.pt").read_bytes()
         run = start(*command(*shared, 50000))
         for line in run.stdout:
@@ -514,7 +522,8 @@ def test_a_second_run_on_one_directory_is_refused(tmp_path):
 
 
 def test_a_loader_worker_that_is_killed_is_said_by_its_own_rank(tmp_path):
-    shared = ["--data", "shapes:64", *TINY, "--epochs", 5000, "--out", tmp_path, "--save-every", 0, "--workers", 1]
+    shared = ["--data", "shapes:64", *TINY, "--epochs", 5000, "--out", tmp_path, "--save-every", 0,
+              "--workers", 1]
     run = start(*command(*shared, ranks=2))
     for line in run.stdout:
         if "step 20/" in line:
@@ -522,7 +531,8 @@ def test_a_loader_worker_that_is_killed_is_said_by_its_own_rank(tmp_path):
     ranks = children(run.pid)
     os.kill(children(max(ranks))[-1], signal.SIGKILL)
     _, err = run.communicate(timeout=120)
-    assert run.returncode == 1 and err.count("error: a loader worker died, out of memory? lower --workers") == 1, err
+    assert run.returncode == 1 and err.count(
+        "error: a loader worker died, out of memory? lower --workers") == 1, err
     assert "[rank" not in err  # no traceback
     assert saved(tmp_path)["step"] >= 19
 
@@ -537,7 +547,8 @@ def test_a_file_that_vanishes_after_the_scan_is_named(tmp_path, monkeypatch, cap
         step(run, *arguments, **figures)
 
     monkeypatch.setattr(Run, "log", vanish)
-    assert swav_here("--data", images, "--recipe", "shapes", *TINY, "--epochs", 4, "--out", tmp_path / "run") == 0
+    assert swav_here("--data", images, "--recipe", "shapes", *TINY, "--epochs", 4, "--out",
+                     tmp_path / "run") == 0
     assert "warning: 1 images cannot be read and are replaced by their neighbours" in capsys.readouterr().out
     assert (tmp_path / "run" / "bad_images.txt").read_text() == os.path.join("n01", "3.JPEG") + "\n"
 
@@ -548,16 +559,20 @@ def test_a_file_that_vanishes_after_the_scan_is_named(tmp_path, monkeypatch, cap
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, capsys, monkeypatch):
     run = ["--data", "shapes:64", *TINY, "--out", tmp_path]
     assert swav_here(*run, "--max-steps", 2) == 0
-    monkeypatch.setattr(swav, "prediction_loss", lambda scores, codes, temperature: scores.sum() * float("nan"))
+    monkeypatch.setattr(swav, "prediction_loss", lambda scores, codes,
+                        temperature: scores.sum() * float("nan"))
     assert swav_here(*run, "--save-every", 0) == 5
     error = capsys.readouterr().err
     assert "not finite at step 3" in error and "the last good checkpoint is" in error and "checkpoint.pt" in error
     assert saved(tmp_path)["step"] == 2 and all(w.isfinite().all() for w in saved(tmp_path)["model"].values())
 
 
-@pytest.mark.parametrize("script, options", [("deepcluster", []), ("odc", []), ("sela", []), ("sela", ["--labelling", "train"])])
-def test_a_readable_image_whose_features_are_not_finite_ends_the_run(tmp_path, capsys, monkeypatch, script, options):
-    """Weights that are finite can give features that are not, and these must not pass for an image that cannot be read."""
+@pytest.mark.parametrize("script, options",
+                         [("deepcluster", []), ("odc", []), ("sela", []), ("sela", ["--labelling", "train"])])
+def test_a_readable_image_whose_features_are_not_finite_ends_the_run(tmp_path, capsys, monkeypatch, script,
+                                                                     options):
+    """Weights that are finite can give features that are not, and these must not pass for an image that
+    cannot be read."""
     method, forward = importlib.import_module(script), resnet.ResNet.forward
 
     def overflowing(network, x):
@@ -611,7 +626,8 @@ def test_a_constant_encoder_is_called_collapsed_once(tmp_path, capsys, monkeypat
         return z + 0 * self.projection_head[3].bias.sum(), self.prototypes(z)
 
     monkeypatch.setattr(swav.Model, "forward", constant)
-    assert swav_here("--data", "shapes:64", *TINY, "--max-steps", meter.COLLAPSED_STEPS + 20, "--out", tmp_path, "--epochs", 100) == 0
+    assert swav_here("--data", "shapes:64", *TINY, "--max-steps", meter.COLLAPSED_STEPS + 20, "--out",
+                     tmp_path, "--epochs", 100) == 0
     out = capsys.readouterr().out
     assert out.count("collapsed:") == 1 and "--epsilon 0.03" in out
 
@@ -634,10 +650,12 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all(tmp_path):
 
 def test_a_loss_stuck_at_ln_k_is_said_once_with_the_remedy(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(meter, "STUCK_STEPS", 30)
-    monkeypatch.setattr(swav, "prediction_loss", lambda scores, codes, temperature: scores.sum() * 0 + math.log(12))
+    monkeypatch.setattr(swav, "prediction_loss", lambda scores, codes,
+                        temperature: scores.sum() * 0 + math.log(12))
     run = ["--data", "shapes:64", *TINY, "--epochs", 100, "--out", tmp_path, "--max-steps"]
     assert swav_here(*run, 29) == 0 and "warning: stuck" not in capsys.readouterr().out
     assert swav_here(*run, 80) == 0
     out = capsys.readouterr().out
-    assert out.count("warning: stuck: the loss has been ln K for 30 steps") == 1 == out.count("fewer --prototypes")
+    assert out.count("warning: stuck: the loss has been ln K for 30 steps") == 1 == out.count("fewer "
+                                                                                              "--prototypes")
     assert out.index("step 30/") < out.index("warning: stuck") < out.index("step 31/")

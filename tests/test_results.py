@@ -1,4 +1,5 @@
-"""What the README and the walk through the methods say and show is what their files say, and what is computed from the files."""
+"""What the README and the walk through the methods say and show is what their files say, and what is computed
+from the files."""
 
 import itertools
 import json
@@ -25,17 +26,17 @@ from common.engine.options import parse, recipe
 
 def method(title, *finals, first_epoch_s=60.0, epoch_s=50.0):
     """A method whose runs go from 20 % in a straight line to their ends after 4 epochs."""
-    runs = [
-        {"seed": i, "linear": 70.0, "nmi": 10.0, "ami": 9.0, "hungarian": 25.0, "knn": end, "knn_at_32_px": end - 1}
-        | {"curve": [[e, 20 + (end - 20) * e / 4] for e in (0, 2, 4)]}
-        for i, end in enumerate(finals)
-    ]
-    return {"title": title, "crops": 4, "batch_size": 32, "first_epoch_s": first_epoch_s, "epoch_s": epoch_s, "runs": runs}
+    runs = [{"seed": i, "linear": 70.0, "nmi": 10.0, "ami": 9.0, "hungarian": 25.0, "knn": end,
+             "knn_at_32_px": end - 1} | {"curve": [[e, 20 + (end - 20) * e / 4] for e in (0, 2, 4)]}
+            for i, end in enumerate(finals)]
+    return {"title": title, "crops": 4, "batch_size": 32, "first_epoch_s": first_epoch_s, "epoch_s": epoch_s,
+            "runs": runs}
 
 
 @pytest.fixture
 def results():
-    floors = {name: dict(knn=20.0, linear=30.0, nmi=1.0, ami=0.5, hungarian=11.0) for name in ("random weights", "pixels")}
+    floors = {name: dict(knn=20.0, linear=30.0, nmi=1.0, ami=0.5,
+                         hungarian=11.0) for name in ("random weights", "pixels")}
     found = {
         "swav": method("SwAV", 58.0, 60.0, 62.0),
         "odc": method("ODC", 40.0, first_epoch_s=25.0, epoch_s=25.0),
@@ -43,8 +44,10 @@ def results():
         | {"bfloat16": {"first_epoch_s": 10.0, "epoch_s": 10.0}},
         "supervised": method("with labels", 80.0, first_epoch_s=10.0, epoch_s=10.0),
     }
-    settings = dict(data="list.txt", images=1000, held_out=500, classes=10, epochs=4, trunk="resnet10 x0.5", px=48)
-    return {"machine": "a machine", "command": "a command", "settings": settings, "methods": found, "floors": floors}
+    settings = dict(data="list.txt", images=1000, held_out=500, classes=10, epochs=4, trunk="resnet10 x0.5",
+                    px=48)
+    return {"machine": "a machine", "command": "a command", "settings": settings, "methods": found,
+            "floors": floors}
 
 
 def row(table, title):
@@ -78,7 +81,8 @@ def test_the_table_compares_at_equal_images_and_at_the_time_of_the_quickest_meth
     table = report.table(results)
     assert report.shortest(results) == 100  # ODC's: neither the peer nor the ceiling is a method of ours
     assert "20-NN at 2 minutes" in table and "4,000 images seen" in table and "`a command`" in table
-    assert row(table, "SwAV").endswith("| 60.0 ± 2.0 | 70.0 ± 0.0 | 10.0 ± 0.0 | 9.0 ± 0.0 | 25.0 ± 0.0 | 4 | 38.0 |")
+    assert row(table, "SwAV").endswith("| 60.0 ± 2.0 | 70.0 ± 0.0 | 10.0 ± 0.0 | 9.0 ± 0.0 | 25.0 ± 0.0 | 4 "
+                                       "| 38.0 |")
     assert row(table, "ODC").endswith("| 40.0 | 70.0 | 10.0 | 9.0 | 25.0 | 2 | 40.0 |")
     assert row(table, "pixels, at 32 px").count("|") == row(table, "SwAV").count("|")
     order = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| ")][1:]
@@ -107,10 +111,12 @@ def test_without_times_the_table_has_no_times(results):
 def test_the_figure_names_every_curve_once_and_apart(results):
     svg = report.figure(results)
     labels = [line for line in svg.splitlines() if line.startswith('<text x="613"')]
-    assert [label.split(">")[1].rpartition(" ")[0] for label in labels] == ["pixels", "SwAV of lightly", "ODC", "SwAV", "with labels"]
+    assert [label.split(">")[1].rpartition(" ")[0] for label in labels] == ["pixels", "SwAV of lightly",
+                                                                            "ODC", "SwAV", "with labels"]
     heights = [float(label.split('y="')[1].split('"')[0]) for label in labels]
     assert all(lower - upper >= 17 for lower, upper in itertools.pairwise(heights))
-    assert svg.count("fill-opacity") == 1 and "prefers-color-scheme: dark" in svg  # one method has several seeds
+    # one method has several seeds
+    assert svg.count("fill-opacity") == 1 and "prefers-color-scheme: dark" in svg
 
 
 def test_recipes_and_readme_report_what_the_files_hold():
@@ -119,13 +125,15 @@ def test_recipes_and_readme_report_what_the_files_hold():
     said, page = {}, report.README.read_text()
     for name in ("swav", "deepclusterv2", "deepcluster", "odc", "sela", "selav2"):
         recipes = methods.module_of(name).RECIPES
-        said[name] = {images: re.match(r"20-NN ([\d.]+) ", recipes[images][0])[1] for images in ("shapes", "cifar")}
+        said[name] = {images: re.match(r"20-NN ([\d.]+) ", recipes[images][0])[1] for images in ("shapes",
+                                                                                                 "cifar")}
         assert float(said[name]["cifar"]) == pytest.approx(compared[name]["runs"][0]["knn"], abs=0.051)
         if name not in ("swav", "selav2"):  # the first's is `make demo`, the second is not among these
             assert float(said[name]["shapes"]) == pytest.approx(shapes[f"{name}: 20-NN %"], abs=0.051)
     for images in ("shapes", "cifar"):
         rows = re.findall(rf"^\| `{images}`.* \| ([\d.]+) 20-NN", page, re.MULTILINE)
-        both = re.search(rf"^\| `sela.py --recipe {images}`, `selav2.py --recipe {images}` \| ([\d.]+), ([\d.]+) 20-NN", page, re.MULTILINE)
+        both = re.search(rf"^\| `sela.py --recipe {images}`, `selav2.py --recipe {images}` \| ([\d.]+), "
+                         rf"([\d.]+) 20-NN", page, re.MULTILINE)
         assert [*rows, *both.groups()] == [said[name][images] for name in said]
 
 
@@ -136,15 +144,18 @@ def test_the_walk_shows_what_its_files_say():
     pictures, page = figures.drawn()
     assert page == figures.PAGE.read_text()
     for name, picture in pictures.items():
-        assert picture == (figures.PAGE.parent / name).read_text(), f"docs/{name}: python -m benchmarks.figures"
+        assert picture == (figures.PAGE.parent
+                           / name).read_text(), f"docs/{name}: python -m benchmarks.figures"
 
 
 def saved_run(folder, counts):
-    """What a finished run of two epochs leaves of clusters with so many images each. Its second head has all in one."""
+    """What a finished run of two epochs leaves of clusters with so many images each. Its second head has all
+    in one."""
     folder.mkdir(parents=True)
     (folder / "done.json").write_text("{}")
     logged = [{"step": 0, "epoch": 0, "knn_k": 20, "knn_top1": 30.25}]
-    logged += [{"step": step, "epoch": step / 100, "loss_per_ln_k": loss} for step, loss in ((80, 0.9), (100, 0.8), (180, 0.6), (200, 0.1))]
+    logged += [{"step": step, "epoch": step / 100,
+                "loss_per_ln_k": loss} for step, loss in ((80, 0.9), (100, 0.8), (180, 0.6), (200, 0.1))]
     logged += [{"step": 200, "epoch": 2, "knn_k": 20, "knn_top1": 40.5}]
     (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in logged))
     clusters = np.repeat(np.arange(len(counts)), counts)
@@ -155,44 +166,50 @@ def saved_run(folder, counts):
 def numbers(tmp_path, monkeypatch):
     """Gathered of runs with known clusters and losses."""
     monkeypatch.setattr("sys.argv", ["figures", "--runs", str(tmp_path)])
-    for name, counts in {"deepcluster": (100, 700, 0, 200), "sela": (250,) * 4, "sela, the likeliest label": (0, 900, 100)}.items():
+    for name, counts in {"deepcluster": (100, 700, 0, 200), "sela": (250,) * 4,
+                         "sela, the likeliest label": (0, 900, 100)}.items():
         saved_run(ablations.folder(tmp_path / "ablations", name), counts)
     saved_run(tmp_path / "ablations/deepclusterv2", (500, 500))
     (tmp_path / "stability").mkdir()
     for name, jump in {"odc": 0.0, "deepcluster": 0.5}.items():
         epoch = np.concatenate([np.full(12, 0.5 + jump), np.full(300, 0.5)])
-        np.savez(tmp_path / f"stability/{name}_cifar_10_50_0.npz", losses=np.tile(epoch, 10) * math.log(50), clusters=np.zeros((10, 7)))
+        np.savez(tmp_path / f"stability/{name}_cifar_10_50_0.npz", losses=np.tile(epoch, 10) * math.log(50),
+                 clusters=np.zeros((10, 7)))
     return figures.gather(tmp_path)
 
 
 @pytest.fixture
 def found(numbers):
-    """The three files. In those of benchmarks.ablations and .multicrop everything is alike, but accuracies, which count up."""
+    """The three files. In those of benchmarks.ablations and .multicrop everything is alike, but accuracies,
+    which count up."""
     values = {name: (0.5, 7, 25.0, 30.0 + i) for i, name in enumerate(ablations.EXPERIMENTS)}
-    values = {f"{name}: {what}": value for name, row in values.items() for what, value in zip(ablations.COLUMNS, row)}
-    broken = {"machine": "a machine", "settings": {"recipe": "shapes", "epochs": 0, "seed": 0}, "figures": values}
+    values = {f"{name}: {what}": value for name, row in values.items()
+              for what, value in zip(ablations.COLUMNS, row)}
+    broken = {"machine": "a machine", "settings": {"recipe": "shapes", "epochs": 0, "seed": 0},
+              "figures": values}
     costs = {"untrained: 20-NN %": 30.25}
     for i, name in enumerate(multicrop.CROPS, 1):
-        figures_of = {"FLOPs / one full image": 2 * i, "ms a step": 1000 * i, "step time / 2 crops": i, "peak GiB": i, "peak / 2 crops": i}
-        figures_of |= {
-            "epochs at equal images": 5,
-            "epochs at equal time": 10 - i,
-            "20-NN % at equal images": 40 + i,
-            "20-NN % at equal time": 50 + i,
-        }
+        figures_of = {"FLOPs / one full image": 2 * i, "ms a step": 1000 * i, "step time / 2 crops": i,
+                      "peak GiB": i, "peak / 2 crops": i}
+        figures_of |= {"epochs at equal images": 5, "epochs at equal time": 10 - i,
+                       "20-NN % at equal images": 40 + i, "20-NN % at equal time": 50 + i}
         costs |= {f"{name} crops: {what}": value for what, value in figures_of.items()}
     for batch in multicrop.BATCHES:
-        costs |= {f"batch {batch}: steps": batch, **{f"batch {batch}, queue {queue}: 20-NN %": batch + queue for queue in multicrop.QUEUES}}
+        costs |= {f"batch {batch}: steps": batch,
+                  **{f"batch {batch}, queue {queue}: 20-NN %": batch + queue for queue in multicrop.QUEUES}}
     for i, name in enumerate(multicrop.METHODS):
-        costs |= {f"{name}: bytes an image": 1000 * i, **{f"{name}: GiB at {size}": i for size in multicrop.SIZES}}
+        costs |= {f"{name}: bytes an image": 1000 * i,
+                  **{f"{name}: GiB at {size}": i for size in multicrop.SIZES}}
     return {"figures": numbers, "ablations": broken, "multicrop": {"figures": costs}}
 
 
 def test_the_numbers_of_the_walk_are_those_of_the_runs(numbers, tmp_path):
     assert numbers["deepcluster"]["images"] == [700, 200, 100, 0]
-    assert all(abs(draws - 1000 / 3) < 20 for draws in numbers["deepcluster"]["draws"][:3]) and numbers["deepcluster"]["draws"][3] == 0
+    assert all(abs(draws - 1000 / 3) < 20
+               for draws in numbers["deepcluster"]["draws"][:3]) and numbers["deepcluster"]["draws"][3] == 0
     assert sum(numbers["deepcluster"]["draws"]) == 1000
-    assert numbers["odc"]["ODC"] == [[0.5] * 26] * 10 and numbers["odc"]["DeepCluster"] == [[1.0] + [0.5] * 25] * 10
+    assert numbers["odc"]["ODC"] == [[0.5] * 26] * 10 and numbers["odc"]["DeepCluster"] == [[1.0] + [0.5]
+                                                                                            * 25] * 10
     assert numbers["sela"] == {"sela": [250] * 4, "sela, the likeliest label": [900, 100, 0]}
     assert numbers["untrained"] == 30.25 and str(tmp_path) not in json.dumps(numbers)
     scores = torch.tensor(numbers["swav"])
@@ -201,16 +218,20 @@ def test_the_numbers_of_the_walk_are_those_of_the_runs(numbers, tmp_path):
 
 def test_figures_of_a_run_are_those_of_its_last_epoch_and_all_its_heads(tmp_path):
     saved_run(tmp_path / "run", (100, 700, 0, 200))
-    # 80 of the last 100 steps at 0.6, 20 at 0.1; three clusters in use and one, the largest with 70 % and with all
+    # 80 of the last 100 steps at 0.6, 20 at 0.1; three clusters in use and one, the largest with 70 % and
+    # with all
     assert ablations.figures_of(tmp_path / "run") == (pytest.approx(0.5), 2, pytest.approx(85), 40.5)
 
 
 def test_what_is_taken_away_is_gone(monkeypatch):
-    """The functions that stand in for a script's own do what their names say, and are in its place while it runs only."""
+    """The functions that stand in for a script's own do what their names say, and are in its place while it
+    runs only."""
     targets = torch.tensor([0, 0, 0, 0, 1])
-    assert ablations.drawn_from_all_images(targets, 5, torch.Generator()).sort().values.tolist() == list(range(5))
+    assert ablations.drawn_from_all_images(targets, 5,
+                                           torch.Generator()).sort().values.tolist() == list(range(5))
 
-    heads, rows = torch.nn.ModuleList(torch.nn.Linear(3, 3, bias=False) for _ in range(2)), torch.eye(3)[[2, 2, 2, 1]]
+    heads, rows = torch.nn.ModuleList(torch.nn.Linear(3, 3, bias=False)
+                                      for _ in range(2)), torch.eye(3)[[2, 2, 2, 1]]
     heads[1].weight.data = torch.eye(3)
     memory = sela.Memory(4, 2, 3, 0)
     before = memory.targets[0].tolist()
@@ -223,27 +244,34 @@ def test_what_is_taken_away_is_gone(monkeypatch):
         ablations.clustered_once(memory, heads, 5, torch.Generator())
         memory.epoch = epoch
         found.append((memory.targets.clone(), heads[0].weight.clone()))
-    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1]) and (found[0][0] >= 0).all()
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1],
+                                                                 found[1][1]) and (found[0][0] >= 0).all()
 
     inside, linear = [], "deepclusterv2, linear head"
     monkeypatch.setattr(deepclusterv2, "main", lambda config: inside.append(deepclusterv2.Model(config)))
-    own, args = deepclusterv2.Model, SimpleNamespace(data="", root="", val="", recipe="shapes", epochs=0, seed=0, workers=0)
+    own, args = deepclusterv2.Model, SimpleNamespace(data="", root="", val="", recipe="shapes", epochs=0,
+                                                     seed=0, workers=0)
     ablations.train(linear, ablations.config_of(linear, args, "out"))
     assert isinstance(inside[0].projection_head, torch.nn.Linear) and deepclusterv2.Model is own
 
 
 def test_runs_that_cost_is_measured_with_follow_its_rules(tmp_path, monkeypatch):
     configs, shapes = {}, recipe(swav.Config, swav.RECIPES, "shapes")
-    monkeypatch.setattr(multicrop, "train", lambda config, out: configs.setdefault(out.name, config) and [30.0, 50.0])
+    monkeypatch.setattr(multicrop, "train", lambda config,
+                        out: configs.setdefault(out.name, config) and [30.0, 50.0])
     monkeypatch.setattr(multicrop, "last_loss", lambda folder: 0.5)
     (tmp_path / "seconds.json").write_text(json.dumps({"2": 1.0, "4": 2.0, "2 + 4": 1.5, "2 + 6": 1.8}))
-    args = SimpleNamespace(data="", root="", val="", recipe="shapes", seed=0, workers=0, out=tmp_path, rounds=1)
+    args = SimpleNamespace(data="", root="", val="", recipe="shapes", seed=0, workers=0, out=tmp_path,
+                           rounds=1)
     found = multicrop.accuracies(args, torch.device("cpu"))
-    assert [c.epochs for name, c in configs.items() if "crops" in name] == [5, 9, 5, 4, 5, 6, 5]  # the last is both
+    # the last is both
+    assert [c.epochs for name, c in configs.items() if "crops" in name] == [5, 9, 5, 4, 5, 6, 5]
     assert configs["4_crops_4_epochs"].crops == (4,) and found["4 crops: epochs at equal time"] == 4
     batch = configs["batch_256_queue_1024"]
-    assert (batch.batch_size, batch.queue_length, batch.queue_start_epoch, batch.prototypes) == (256, 1024, 1, 256)
-    assert batch.lr == pytest.approx(8**0.5 * shapes.lr) and batch.final_lr == pytest.approx(8**0.5 * shapes.final_lr)
+    assert (batch.batch_size, batch.queue_length, batch.queue_start_epoch, batch.prototypes) == (256, 1024, 1,
+                                                                                                 256)
+    assert batch.lr == pytest.approx(8**0.5 * shapes.lr) and batch.final_lr == pytest.approx(
+        8**0.5 * shapes.final_lr)
     assert found["batch 64: steps"] == 5 * 156 and found["batch 1024: steps"] == 45
 
 
@@ -252,7 +280,8 @@ def test_every_picture_is_small_readable_and_shown_by_the_page(found):
     for name, picture in figures.PICTURES.items():
         svg = picture(found)
         ElementTree.fromstring(svg)
-        assert len(svg) < 40_000 and "font: 16px" in svg and 'width="560"' in svg and "prefers-color-scheme: dark" in svg
+        assert len(
+            svg) < 40_000 and "font: 16px" in svg and 'width="560"' in svg and "prefers-color-scheme: dark" in svg
         assert f"]({name})" in page
 
 
@@ -265,9 +294,13 @@ def test_the_codes_shown_are_balanced_by_the_iterations(found):
 def test_tables_of_the_walk_set_every_method_beside_its_broken_self(found):
     table = figures.break_it(found)
     names = [line.split(" | ")[0].removeprefix("| ") for line in table.splitlines() if " of " in line]
-    assert [name.split(",")[0] for name in names[::2]] == names[::2] == [name.split(",")[0] for name in names[1::2]]
-    assert row(table, "swav, 0 Sinkhorn iterations") == "| swav, 0 Sinkhorn iterations | 0.50 | 7 of 32 | 25.0 % | 31 % |"
-    assert all(name in ablations.EXPERIMENTS for name in re.findall('--only "(.*)"', table)) and table.count("--only") == 5
+    assert [name.split(",")[0] for name in names[::2]] == names[::2] == [name.split(",")[0]
+                                                                         for name in names[1::2]]
+    assert row(
+        table,
+        "swav, 0 Sinkhorn iterations") == "| swav, 0 Sinkhorn iterations | 0.50 | 7 of 32 | 25.0 % | 31 % |"
+    assert all(name in ablations.EXPERIMENTS for name in re.findall('--only "(.*)"',
+                                                                    table)) and table.count("--only") == 5
     table = figures.leave_one_out(found)
     assert row(table, "all of it").endswith("| 38 % |") and row(table, "two crops").endswith("| 45 % |")
     assert row(table, "untrained trunk").endswith("| 30.25 % |") and "clustered once" not in table
@@ -275,13 +308,15 @@ def test_tables_of_the_walk_set_every_method_beside_its_broken_self(found):
 
 def test_tables_of_cost_show_every_figure_in_its_place(found):
     table = figures.crops(found)
-    assert row(table, "2 + 4") == "| 2 + 4 | 6.00 | 3.00 (3.00 s) | 3.00 (3.00 GiB) | 43 % (5 epochs) | 53 % (7 epochs) |"
+    assert row(
+        table,
+        "2 + 4") == "| 2 + 4 | 6.00 | 3.00 (3.00 s) | 3.00 (3.00 GiB) | 43 % (5 epochs) | 53 % (7 epochs) |"
     table = figures.batches(found)
-    assert (
-        row(table, "1,024") == "| 1,024 | 1024 | 1024 % | 2048 % |" and row(table, "untrained trunk") == "| untrained trunk | | 30.25 % | |"
-    )
+    assert (row(table, "1,024") == "| 1,024 | 1024 | 1024 % | 2048 % |"
+            and row(table, "untrained trunk") == "| untrained trunk | | 30.25 % | |")
     table = figures.state(found)
-    assert row(table, "`sela.py`") == "| `sela.py` | 3,000 B | 3 GiB | 3 GiB | 3 GiB |" and len(table.splitlines()) == 8
+    assert row(table, "`sela.py`") == "| `sela.py` | 3,000 B | 3 GiB | 3 GiB | 3 GiB |" and len(
+        table.splitlines()) == 8
 
 
 def test_a_run_that_is_missing_is_named_and_nothing_is_drawn(found, tmp_path, monkeypatch):
@@ -326,13 +361,13 @@ def test_a_subset_has_the_first_images_of_every_class(tmp_path, monkeypatch, cap
 
 @pytest.fixture
 def args(tmp_path):
-    return SimpleNamespace(data="shapes:64", root="", val="", arch="resnet10", width=0.5, epochs=3, workers=0, out=tmp_path)
+    return SimpleNamespace(data="shapes:64", root="", val="", arch="resnet10", width=0.5, epochs=3, workers=0,
+                           out=tmp_path)
 
 
-@pytest.mark.parametrize(
-    "name, words, line",
-    [("ablations", ["--only", "sella*"], "--only sella*: no experiment"), ("methods", ["--data", "nowhere"], "nowhere does not exist")],
-)
+@pytest.mark.parametrize("name, words, line",
+                         [("ablations", ["--only", "sella*"], "--only sella*: no experiment"),
+                          ("methods", ["--data", "nowhere"], "nowhere does not exist")])
 def test_a_mistyped_name_or_folder_is_one_line(name, words, line, monkeypatch, capsys):
     module = {"ablations": ablations, "methods": methods}[name]
     monkeypatch.setattr("sys.argv", [name, *words])
@@ -347,7 +382,8 @@ def test_the_command_line_of_a_run_means_its_recipe(name, args):
     config = parse(methods.module_of(name).Config, methods.module_of(name).RECIPES, "", words)
     free = dict(data="shapes:64", workers=0, eval_every=1, out=str(args.out / "x"))
     assert config == replace(methods.config_of(name, args, 5), **free)
-    assert module == methods.module_of(name).__name__ and (config.epochs, config.seed, config.recipe) == (3, 5, "cifar")
+    assert module == methods.module_of(name).__name__ and (config.epochs, config.seed,
+                                                           config.recipe) == (3, 5, "cifar")
 
 
 def test_a_finished_run_is_not_made_again_and_one_of_other_options_is_refused(args):
@@ -368,7 +404,8 @@ def test_a_finished_run_is_not_made_again_and_one_of_other_options_is_refused(ar
 
 
 def test_the_ceiling_learns_the_labels(tmp_path):
-    options = [*TINY, "--width", 0.25, "--crops", 2, "--lr", 0.05, "--jitter", 0, 0, 0, 0, "--scales", 0.6, 1, "--epochs", 10]
+    options = [*TINY, "--width", 0.25, "--crops", 2, "--lr", 0.05, "--jitter", 0, 0, 0, 0, "--scales", 0.6, 1,
+               "--epochs", 10]
     assert run_here(supervised, "--recipe", "cifar", "--data", "shapes:64", *options, "--out", tmp_path) == 0
     found = losses(tmp_path)
     assert sum(found[-4:]) < 0.6 * sum(found[:4])
@@ -378,26 +415,33 @@ def test_the_peer_draws_by_position_and_learns(tmp_path):
     pytest.importorskip("lightly")
     from benchmarks import lightly_swav
 
-    config = methods.config_of("lightly_swav", SimpleNamespace(data="", root="", val="", arch="resnet10", width=0.5, epochs=1), 0)
+    config = methods.config_of("lightly_swav", SimpleNamespace(data="", root="", val="", arch="resnet10",
+                                                               width=0.5, epochs=1), 0)
     views = lightly_swav.Views(data.open_images("shapes:8"), config)
     draws = [views[key][1][0] for key in ((0, 3, 5), (0, 3, 5), (0, 4, 5), (1, 3, 5))]  # (2, 3, 32, 32)
-    assert draws[0].shape == (2, 3, 32, 32) and torch.equal(draws[0], draws[1]) and not torch.equal(draws[0][0], draws[0][1])
+    assert draws[0].shape == (2, 3, 32, 32) and torch.equal(draws[0], draws[1]) and not torch.equal(
+        draws[0][0], draws[0][1])
     assert not any(torch.equal(draws[0], other) for other in draws[2:])
     options = [*TINY, "--width", 0.25, "--prototypes", 10, "--lr", 0.01, "--epochs", 6]
-    assert run_here(lightly_swav, "--recipe", "cifar", "--data", "shapes:64", *options, "--out", tmp_path) == 0
+    assert run_here(lightly_swav, "--recipe", "cifar", "--data", "shapes:64", *options, "--out",
+                    tmp_path) == 0
     found = losses(tmp_path)
     assert sum(found[-4:]) < sum(found[:4]) and [m["lr"] for m in metrics(tmp_path) if "lr" in m][4] < 0.01
 
 
 @pytest.mark.slow
 def test_the_whole_comparison_is_made_once(tmp_path, monkeypatch, capsys):
-    """Minutes: a method and the ceiling are trained, judged, timed and written; a second time only what is missing is done."""
-    words = ["--data", "shapes:320", "--epochs", 1, "--workers", 0, "--rounds", 1, "--methods", "sela", "supervised", "--out", tmp_path]
-    monkeypatch.setattr("sys.argv", ["methods", *map(str, words), "--results", str(tmp_path / "results.json")])
+    """Minutes: a method and the ceiling are trained, judged, timed and written; a second time only what is
+    missing is done."""
+    words = ["--data", "shapes:320", "--epochs", 1, "--workers", 0, "--rounds", 1, "--methods", "sela",
+             "supervised", "--out", tmp_path]
+    monkeypatch.setattr("sys.argv",
+                        ["methods", *map(str, words), "--results", str(tmp_path / "results.json")])
     readme = report.README.read_text()
     methods.main(methods.arguments())
     results = json.loads((tmp_path / "results.json").read_text())
-    assert list(results["methods"]) == ["sela", "supervised"] and list(results["floors"]) == ["random weights", "pixels"]
+    assert list(results["methods"]) == ["sela", "supervised"] and list(results["floors"]) == [
+        "random weights", "pixels"]
     for found in [*results["floors"].values(), *(m["runs"][0] for m in results["methods"].values())]:
         assert all(-10 < found[key] <= 100 for key in report.COLUMNS)  # by chance AMI is 0 on average
     run = results["methods"]["sela"]["runs"][0]

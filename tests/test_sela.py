@@ -1,4 +1,5 @@
-"""sela.py: times and labels against the reference's numbers, one process or many, and what becomes of a run that is killed."""
+"""sela.py: times and labels against the reference's numbers, one process or many, and what becomes of a run
+that is killed."""
 
 import csv
 import re
@@ -9,7 +10,21 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ROOT, command, finish, golden, image_tree, kill_tree, losses, metrics, ranks, run_here, same, saved, start
+from helpers import (
+    ROOT,
+    command,
+    finish,
+    golden,
+    image_tree,
+    kill_tree,
+    losses,
+    metrics,
+    ranks,
+    run_here,
+    same,
+    saved,
+    start,
+)
 from test_parity import PRECISIONS, close, drawn, of, weight_by_rule
 from torch import nn
 
@@ -41,8 +56,10 @@ def test_labels_are_found_at_the_published_times():
     numbers = golden("sela_schedule")
     for i, (epochs, count, n, batch) in enumerate(numbers["tuples"].tolist()):
         times = sela.label_times(epochs, count, n, 2)
-        np.testing.assert_allclose(times, numbers[f"times_{i}"].flip(0)[:-1], rtol=0, atol=1e-9)  # theirs end with one that never comes
-        np.testing.assert_allclose(sela.label_times(epochs, count, n, 1), numbers[f"cifar_times_{i}"].flip(0)[:-1], rtol=0, atol=1e-9)
+        # theirs end with one that never comes
+        np.testing.assert_allclose(times, numbers[f"times_{i}"].flip(0)[:-1], rtol=0, atol=1e-9)
+        np.testing.assert_allclose(sela.label_times(epochs, count, n, 1),
+                                   numbers[f"cifar_times_{i}"].flip(0)[:-1], rtol=0, atol=1e-9)
         fired, per_epoch = [], int(numbers[f"iters_per_epoch_{i}"])
         for step in range((epochs + 1) * per_epoch):
             if len(fired) < len(times) and step * batch >= times[len(fired)]:
@@ -54,7 +71,8 @@ def test_the_learning_rate_is_the_published_one():
     numbers = golden("sela_schedule")
     for j in range(2):
         lr, lrdrop, epochs = numbers[f"lr_args_{j}"].tolist()
-        ends = [e for e in range(int(lrdrop), 350, int(lrdrop))] + [350] * (3 - len(range(int(lrdrop), 350, int(lrdrop))))
+        ends = [e for e in range(int(lrdrop), 350,
+                                 int(lrdrop))] + [350] * (3 - len(range(int(lrdrop), 350, int(lrdrop))))
         if len(ends) == 3:  # the recipe's own case: three drops in all
             ours = [drops(e, 1, lr, ends, 0.1) for e in range(int(epochs))]
             np.testing.assert_allclose(ours, numbers[f"lr_{j}"], rtol=1e-12)
@@ -68,7 +86,8 @@ def test_alexnet_of_the_official_code(dtype):
     salt = "".join(map(chr, numbers["salt_codes"].tolist()))
     with torch.device("meta"):
         trunk = alexnet("sela")
-    trunk.load_state_dict({name: weight_by_rule(salt, name, t.shape) for name, t in trunk.state_dict().items()}, assign=True)
+    trunk.load_state_dict({name: weight_by_rule(salt, name, t.shape)
+                           for name, t in trunk.state_dict().items()}, assign=True)
     x = torch.from_numpy(drawn(salt, "input:alexnet", tuple(numbers["input_shape"].tolist()))).float()
     assert torch.equal(x.flatten()[:16], numbers["input_head"])
     trunk, x = trunk.to(dtype).eval(), x.to(dtype)
@@ -81,9 +100,8 @@ def test_alexnet_of_the_official_code(dtype):
         features = trunk(x)
         compare(features, "fc7")
         for h, K in enumerate(numbers["outs"].tolist()):
-            weight, bias = (
-                weight_by_rule(salt, f"top_layer{h}.{name}", s).to(dtype) for name, s in (("weight", (K, 4096)), ("bias", (K,)))
-            )
+            weight, bias = (weight_by_rule(salt, f"top_layer{h}.{name}", s).to(dtype)
+                            for name, s in (("weight", (K, 4096)), ("bias", (K,))))
             compare(F.linear(features, weight, bias), f"logits_head{h}")
         compare(trunk.features(x).flatten(1), "features", torch.float32)
         trunk.features.train()
@@ -109,10 +127,12 @@ def assign_on_a_rank(heads):
 
 def test_labels_are_balanced_on_any_number_of_ranks():
     before = sela.Memory(90, 3, 6, seed=0).targets
-    assert all(sorted(torch.bincount(row).tolist()) == [15] * 6 for row in before) and not torch.equal(before[0], before[1])
+    assert all(sorted(torch.bincount(row).tolist()) == [15] * 6
+               for row in before) and not torch.equal(before[0], before[1])
     state = assign_on_a_rank([0, 2])
     targets = state["targets"]
-    assert torch.equal(targets[1], before[1]) and (targets[[0, 2]] == -100).sum() == 4 and not torch.equal(targets[0], before[0])
+    assert torch.equal(targets[1], before[1]) and (targets[[0, 2]] == -100).sum() == 4 and not torch.equal(
+        targets[0], before[0])
     for row in targets[[0, 2]]:
         counts = torch.bincount(row[row >= 0], minlength=6)
         assert counts.min() >= 11 and counts.max() <= 19  # 88 / 6 = 14.7 before rounding
@@ -127,16 +147,8 @@ def test_labels_are_balanced_on_any_number_of_ranks():
 
 @pytest.mark.parametrize("labelling", ["train", "clean"])
 def test_two_ranks_follow_the_trajectory_of_one(tmp_path, labelling):
-    shared = [
-        *SHARED,
-        "--precision",
-        "float64",
-        "--drop-epochs",
-        2,
-        "--labelling",
-        labelling,
-        *(["--one-head"] if labelling == "clean" else []),
-    ]
+    shared = [*SHARED, "--precision", "float64", "--drop-epochs", 2, "--labelling", labelling,
+              *(["--one-head"] if labelling == "clean" else [])]
     assert here(*shared, "--out", tmp_path / "one") == 0
     code, _, err = finish(start(*command(*shared, "--out", tmp_path / "two", ranks=2, script=SCRIPT)))
     assert code == 0, err
@@ -146,21 +158,24 @@ def test_two_ranks_follow_the_trajectory_of_one(tmp_path, labelling):
     a, b = saved(tmp_path / "one"), saved(tmp_path / "two")
     for name, weight in a["model"].items():
         torch.testing.assert_close(b["model"][name], weight, rtol=0, atol=1e-8, msg=name)
-    assert torch.equal(a["memory"]["targets"], b["memory"]["targets"]) and a["memory"]["done"] == b["memory"]["done"] == 4
+    assert torch.equal(a["memory"]["targets"],
+                       b["memory"]["targets"]) and a["memory"]["done"] == b["memory"]["done"] == 4
     assert torch.equal(a["meter"]["assignments"], b["meter"]["assignments"])
 
 
 @pytest.mark.slow
 def test_two_ranks_train_alexnet_as_one(tmp_path):
     image_tree(tmp_path / "images", images=5, splits=("train",))
-    shared = ["--data", tmp_path / "images", "--recipe", "alexnet_1x1k", "--prototypes", 4, "--batch-size", 4, "--relabellings", 300]
+    shared = ["--data", tmp_path / "images", "--recipe", "alexnet_1x1k", "--prototypes", 4, "--batch-size", 4,
+              "--relabellings", 300]
     shared += ["--lr", 0.05, "--workers", 0, "--log-every", 1, "--precision", "float64", "--max-steps", 4]
     assert here(*shared, "--out", tmp_path / "one") == 0
     code, _, err = finish(start(*command(*shared, "--out", tmp_path / "two", ranks=2, script=SCRIPT)))
     assert code == 0, err
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-9)
     trunk, info = load_backbone(tmp_path / "two")
-    assert (info["arch"], info["size"], trunk.feature_dim) == ("alexnet_sela", 224, 4096) and isinstance(trunk.classifier[-1], nn.ReLU)
+    assert (info["arch"], info["size"],
+            trunk.feature_dim) == ("alexnet_sela", 224, 4096) and isinstance(trunk.classifier[-1], nn.ReLU)
 
 
 @pytest.mark.parametrize("labelling", ["train", "clean"])
@@ -191,36 +206,39 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path, when, labelling):
 
 
 def test_heads_take_turns_and_the_log_says_what_a_relabelling_did(tmp_path):
-    assert here(*SHARED, "--one-head", "--relabellings", 6, "--relabel-power", 1, "--max-steps", 7, "--out", tmp_path) == 0
+    assert here(*SHARED, "--one-head", "--relabellings", 6, "--relabel-power", 1, "--max-steps", 7, "--out",
+                tmp_path) == 0
     state, first = saved(tmp_path)["memory"], sela.Memory(80, 2, 5, 0).targets
     assert state["done"] == 2 and state["scalings"].any(1).all() and not torch.equal(state["targets"], first)
     records = [r for r in metrics(tmp_path) if "loss" in r]
-    assert [r["relabellings"] for r in records] == [1] * 6 + [2] and all(0 <= r["changed"] <= 1 for r in records)
+    assert [r["relabellings"] for r in records] == [1] * 6 + [2] and all(0 <= r["changed"] <= 1
+                                                                         for r in records)
 
 
 def test_assignments_are_the_labels_of_all_images(tmp_path):
     assert here(*SHARED, "--epochs", 1, "--out", tmp_path) == 0
     assignments = np.load(tmp_path / "assignments.npz")["assignments"]
-    assert assignments.shape == (2, 80) and (assignments == saved(tmp_path)["memory"]["targets"].numpy()).all()
+    assert assignments.shape == (2,
+                                 80) and (assignments == saved(tmp_path)["memory"]["targets"].numpy()).all()
 
 
 def test_labels_are_read_back_by_path(tmp_path):
     folder = image_tree(tmp_path / "images", images=8)
-    assert here(*SHARED, "--data", folder, "--prototypes", 2, "--epochs", 1, "--batch-size", 8, "--out", tmp_path / "run") == 0
+    assert here(*SHARED, "--data", folder, "--prototypes", 2, "--epochs", 1, "--batch-size", 8, "--out",
+                tmp_path / "run") == 0
     images, file = data.open_images(str(folder)), tmp_path / "run" / "assignments.npz"
     wanted = {path: column for path, *column in csv_rows(tmp_path / "run" / "assignments.csv")}
     assert len(wanted) == len(images)
     backwards = Files(str(folder), list(images.paths)[::-1])
     for some in (images, backwards):
         found = data.read_assignments(file, some)
-        assert [[str(c) for c in column] for column in found.T.tolist()] == [wanted[path] for path in some.paths]
+        assert [[str(c) for c in column] for column in found.T.tolist()] == [wanted[path]
+                                                                             for path in some.paths]
     others = data.open_images("shapes:20")
-    for path, message in {
-        file: "is of other images: it lacks 20 of 20, such as 'shapes/train/000000', and holds '",
-        tmp_path / "none.npz": "none.npz does not exist",
-        tmp_path / "run" / "assignments.csv": "is not an assignments.npz",
-        tmp_path / "run": "is not an assignments.npz",
-    }.items():
+    for path, message in {file: "is of other images: it lacks 20 of 20, such as 'shapes/train/000000', and "
+                                "holds '", tmp_path / "none.npz": "none.npz does not exist",
+                          tmp_path / "run" / "assignments.csv": "is not an assignments.npz",
+                          tmp_path / "run": "is not an assignments.npz"}.items():
         with pytest.raises(DataError, match=re.escape(message)):
             data.read_assignments(path, others)
 
@@ -264,7 +282,8 @@ def test_scores_are_gone_before_those_of_the_next_head_are_made(monkeypatch, met
         assert all(scores() is None for scores in held)
         return gather(x, **options)
 
-    heads, rows = nn.ModuleList(nn.Linear(4, 3, bias=False) for _ in range(2)), F.normalize(torch.randn(30, 4))
+    heads, rows = nn.ModuleList(nn.Linear(4, 3, bias=False) for _ in range(2)), F.normalize(torch.randn(30,
+                                                                                                        4))
     monkeypatch.setattr(method, "balanced_assignments", balanced)
     monkeypatch.setattr(distributed, "gather_rows", gathered)
     if method is sela:
@@ -290,10 +309,12 @@ def test_levels_of_augmentation(tmp_path):
         patch.setattr(sela.data, "Loader", loader)
         for level in range(4):
             with pytest.raises(Found):
-                here(*SHARED, "--data", folder, "--prototypes", 2, "--batch-size", 2, "--augs", level, "--out", tmp_path / "run")
+                here(*SHARED, "--data", folder, "--prototypes", 2, "--batch-size", 2, "--augs", level,
+                     "--out", tmp_path / "run")
     images = data.open_images(str(folder))
     centre = center(images.read(0), 16, 16)
-    kinds = {level: {tuple(pixels[0][0].flatten().tolist()) for _, pixels, _ in drawn} for level, drawn in crops.items()}
+    kinds = {level: {tuple(pixels[0][0].flatten().tolist()) for _, pixels,
+                     _ in drawn} for level, drawn in crops.items()}
     assert kinds[0] == {tuple(centre.flatten().tolist())}
     assert kinds[1] == {tuple(c.flatten().tolist()) for c in (centre, centre.flip(-1))}
     assert len(kinds[2]) == len(kinds[3]) == 8
@@ -322,21 +343,24 @@ def test_published_recipes():
     def get(name):
         return recipe(sela.Config, sela.RECIPES, name)
 
-    for name, (arch, H, K) in {
-        "resnet50_10x3k": ("resnet50", 10, 3000),
-        "alexnet_1x1k": ("alexnet", 1, 1000),
-        "alexnet_1x10k": ("alexnet", 1, 10_000),
-        "alexnet_10x3k": ("alexnet", 10, 3000),
-    }.items():
+    for name, (arch, H, K) in {"resnet50_10x3k": ("resnet50", 10, 3000), "alexnet_1x1k": ("alexnet", 1, 1000),
+                               "alexnet_1x10k": ("alexnet", 1, 10_000),
+                               "alexnet_10x3k": ("alexnet", 10, 3000)}.items():
         c = get(name)
-        assert (c.arch, c.heads, c.prototypes, c.epochs, c.batch_size, c.lr, c.weight_decay) == (arch, H, K, 400, 256, 0.08, 1e-5)
-        assert (c.drop_epochs, c.drop_factor, c.lam, c.relabellings, c.relabel_power) == ((150, 300, 350), 0.1, 25, 100, 2)
-        assert (c.scales, c.jitter, c.jitter_p, c.grey_p, c.grey_first, c.blur_p) == ((0.08, 1.0), (0.4,) * 4, 1, 0.2, True, 0)
+        assert (c.arch, c.heads, c.prototypes, c.epochs, c.batch_size, c.lr,
+                c.weight_decay) == (arch, H, K, 400, 256, 0.08, 1e-5)
+        assert (c.drop_epochs, c.drop_factor, c.lam, c.relabellings, c.relabel_power) == ((150, 300, 350),
+                                                                                          0.1, 25, 100, 2)
+        assert (c.scales, c.jitter, c.jitter_p, c.grey_p, c.grey_first, c.blur_p) == ((0.08, 1.0), (0.4,) * 4,
+                                                                                      1, 0.2, True, 0)
         assert (c.labelling, c.one_head, c.temperature) == ("train", False, 1)
     for name in ("cifar10_10x128", "cifar100_10x128"):
         c = get(name)
-        assert (c.arch, c.heads, c.prototypes, c.epochs, c.batch_size, c.lr, c.weight_decay) == ("alexnet", 10, 128, 400, 128, 0.03, 5e-4)
-        assert (c.drop_epochs, c.lam, c.relabellings, c.relabel_power, c.one_head, c.scales) == ((240, 320), 10, 400, 1, True, (0.2, 1.0))
+        assert (c.arch, c.heads, c.prototypes, c.epochs, c.batch_size, c.lr,
+                c.weight_decay) == ("alexnet", 10, 128, 400, 128, 0.03, 5e-4)
+        assert (c.drop_epochs, c.lam, c.relabellings, c.relabel_power, c.one_head,
+                c.scales) == ((240, 320), 10, 400, 1, True, (0.2, 1.0))
         assert (c.jitter, c.jitter_p, c.grey_p, c.grey_first) == ((0.4,) * 4, 1, 0.2, False)
-    for name, value in {"resnet50_10x3k": 61.5, "alexnet_1x1k": 42.1, "alexnet_1x10k": 43.8, "resnet50_10x3k_strong": 68.8}.items():
+    for name, value in {"resnet50_10x3k": 61.5, "alexnet_1x1k": 42.1, "alexnet_1x10k": 43.8,
+                        "resnet50_10x3k_strong": 68.8}.items():
         assert sela.RECIPES[name][0].startswith(str(value))

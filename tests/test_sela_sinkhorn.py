@@ -1,4 +1,5 @@
-"""Balanced assignment of a data set: the official numbers, a float64 oracle, properties, extremes, and several ranks against one."""
+"""Balanced assignment of a data set: the official numbers, a float64 oracle, properties, extremes, and
+several ranks against one."""
 
 import math
 import warnings
@@ -56,13 +57,15 @@ def close(actual, expected, rtol):
 
 
 @HOLD
-@pytest.mark.parametrize("name", ["n150_k16_l10", "n200_k10_l25", "n300_k24_l25", "n96_k7_l25", "cifar_variant"])
+@pytest.mark.parametrize("name",
+                         ["n150_k16_l10", "n200_k10_l25", "n300_k24_l25", "n96_k7_l25", "cifar_variant"])
 def test_the_published_iteration(name, hold):
     numbers = golden(f"sela_sinkhorn_{name}")
     tolerance = 0.01 if name == "cifar_variant" else None
     for dtype, rtol in ((torch.float64, 1e-9), (torch.float32, 5e-5)):
         log_probs = numbers["softmax"].log().to(dtype)
-        y, log_r, log_c, count = balanced_assignments(log_probs, int(numbers["lamb"]), tolerance, rule="reference", hold=hold)
+        y, log_r, log_c, count = balanced_assignments(log_probs, int(numbers["lamb"]), tolerance,
+                                                      rule="reference", hold=hold)
         assert torch.equal(y, numbers["labels"]) and y.dtype == torch.int64
         assert count == numbers["iterations"]
         assert log_r.dtype == log_c.dtype == dtype
@@ -77,7 +80,8 @@ def test_the_published_iteration_for_several_heads_from_their_features(hold):
     for head, labels in enumerate(numbers["labels"]):
         weight, bias = numbers[f"weight_{head}"].double(), numbers[f"bias_{head}"].double()
         scores = lambda w=weight, b=bias: ((x @ w.T + b).log_softmax(1) for x in features.split(50))  # noqa: E731
-        y, log_r, log_c, count = balanced_assignments(scores, int(numbers["lamb"]), rule="reference", hold=hold)
+        y, log_r, log_c, count = balanced_assignments(scores, int(numbers["lamb"]), rule="reference",
+                                                      hold=hold)
         assert torch.equal(y, labels) and count == numbers[f"iterations_{head}"]
         close(log_r, numbers[f"r_{head}"], 1e-9)
         close(log_c, numbers[f"c_{head}"], 1e-9)
@@ -106,11 +110,13 @@ def test_float32_agrees_with_the_oracle(scale, bias):
     difference = log_r.double() - f
     assert (difference - difference.mean()).abs().max() < 1e-3
     if (scale, bias) == (1, 0):
-        assert agreement(y, oracle(scores, 25, 1e-9)[0]) >= 0.999  # the default tolerance is close to the limit
+        # the default tolerance is close to the limit
+        assert agreement(y, oracle(scores, 25, 1e-9)[0]) >= 0.999
 
 
 @quick
-@given(st.integers(1, 9), st.integers(0, 30), st.sampled_from([1.0, 10.0, 25.0]), st.sampled_from([0.1, 2.0, 40.0]), st.integers(0, 2**31))
+@given(st.integers(1, 9), st.integers(0, 30), st.sampled_from([1.0, 10.0, 25.0]),
+       st.sampled_from([0.1, 2.0, 40.0]), st.integers(0, 2**31))
 def test_rows_are_exact_and_columns_within_the_tolerance(K, more, lam, scale, seed):
     scores = logits(K + more, K, scale, scale, seed).double()
     for rule in RULES:
@@ -205,7 +211,8 @@ def test_low_precision_is_computed_in_float32_and_without_gradient():
 
 def test_scores_whose_powers_underflow():
     scores = logits(3200, 3000, 1, 2).log_softmax(1)
-    assert ((scores.exp() ** 25).amax(0) == 0).any()  # a column of zeros in float32: the reference in float32 ends with NaN
+    # a column of zeros in float32: the reference in float32 ends with NaN
+    assert ((scores.exp() ** 25).amax(0) == 0).any()
     expected, f, _ = oracle(scores, 25, 0, 8)
     with pytest.warns(UserWarning, match="not balanced after 8 iterations"):
         y, log_r, log_c, _ = balanced_assignments(scores, max_iterations=8)
@@ -234,12 +241,14 @@ def test_logarithms_of_all_sizes_are_held_without_loss():
     for dtype in (torch.float32, torch.float64):
         scores = torch.zeros(1, 1, dtype=dtype)
         kernel = module._Kernel(scores, 25.0, scores, True, False, torch.zeros(1))
-        x = torch.cat([-torch.logspace(-6, 5, 1000, dtype=dtype), kernel.floor + torch.linspace(-1, 1, 1001).to(dtype)])
+        x = torch.cat([-torch.logspace(-6, 5, 1000, dtype=dtype),
+                       kernel.floor + torch.linspace(-1, 1, 1001).to(dtype)])
         held = kernel.encode(x.clone())
         assert held.min() >= torch.finfo(dtype).tiny  # no denormal number
         torch.testing.assert_close(held[x >= kernel.floor], x[x >= kernel.floor].exp(), rtol=1e-5, atol=0)
         assert held[x < kernel.floor].max() <= math.exp(kernel.floor) * 1.00001
-        torch.testing.assert_close(kernel.decode(held), x, rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
+        torch.testing.assert_close(kernel.decode(held), x, rtol=4 * torch.finfo(dtype).eps,
+                                   atol=4 * torch.finfo(dtype).eps)
 
 
 def test_it_starts_where_it_ended():
@@ -249,7 +258,8 @@ def test_it_starts_where_it_ended():
     assert again[3] == 0 and torch.equal(again[0], y)
     torch.testing.assert_close(again[2], log_c, rtol=0, atol=1e-3)
     near = scores + 0.001 * logits(2000, 20, seed=1)
-    cold, warm = balanced_assignments(near, tolerance=1e-5), balanced_assignments(near, tolerance=1e-5, init=log_r)
+    cold, warm = balanced_assignments(near, tolerance=1e-5), balanced_assignments(near, tolerance=1e-5,
+                                                                                  init=log_r)
     assert warm[3] < cold[3] and agreement(warm[0], cold[0]) >= 0.999
     published = balanced_assignments(near.double(), init=log_r, rule="reference")
     assert published[3] % 10 == 1 and agreement(published[0], cold[0]) >= 0.999
@@ -262,7 +272,8 @@ def test_the_limit_of_iterations():
         y, log_r, _, count = balanced_assignments(scores, max_iterations=0)
     assert found[0].filename == __file__  # it points at the caller
     assert count == 0 and log_r.eq(0).all() and torch.equal(y, scores.argmax(1))
-    with pytest.warns(UserWarning, match="not balanced after 12 iterations: the relative changes of c add up to"):
+    with pytest.warns(UserWarning,
+                      match="not balanced after 12 iterations: the relative changes of c add up to"):
         assert balanced_assignments(scores, max_iterations=12, rule="reference")[3] == 12
 
 
@@ -275,14 +286,14 @@ def test_one_class_and_as_many_classes_as_samples(rule):
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("row", [torch.zeros(7), 100 * torch.randn(7, generator=torch.Generator().manual_seed(0))], ids=["zero", "any"])
+@pytest.mark.parametrize("row", [
+    torch.zeros(7), 100 * torch.randn(7, generator=torch.Generator().manual_seed(0))], ids=["zero", "any"])
 def test_a_head_that_collapsed_has_one_class(row, rule):
     scores = row.expand(1000, 7).log_softmax(1)
     y, log_r, log_c, iterations = balanced_assignments(scores, rule=rule)
     assert len(y.unique()) == 1 and iterations <= 11
-    torch.testing.assert_close(
-        1000 * log_plan(scores, 25, log_r, log_c).exp(), torch.full((1000, 7), 1 / 7, dtype=torch.float64), rtol=1e-3, atol=0
-    )
+    torch.testing.assert_close(1000 * log_plan(scores, 25, log_r, log_c).exp(),
+                               torch.full((1000, 7), 1 / 7, dtype=torch.float64), rtol=1e-3, atol=0)
 
 
 # ---- errors
@@ -332,7 +343,8 @@ SPLITS = {2: [(60, 60), (0, 120), (119, 1)], 3: [(50, 30, 40), (0, 117, 3), (120
 def solutions(x):
     """Of all ranks' rows; x are this rank's."""
     x = x.log_softmax(1)
-    found = {f"{rule}, {hold}": balanced_assignments(in_chunks(x), 4, rule=rule, hold=hold) for rule in RULES for hold in (True, False)}
+    found = {f"{rule}, {hold}": balanced_assignments(in_chunks(x), 4, rule=rule,
+                                                     hold=hold) for rule in RULES for hold in (True, False)}
     found["matrix"] = balanced_assignments(x, 4)
     found["warm"] = balanced_assignments(x, 4, 1e-6, init=found["matrix"][1])
     found["float32"] = balanced_assignments(x.float(), 4)

@@ -47,7 +47,8 @@ def test_labels_are_balanced_on_any_number_of_ranks():
 
 
 def test_two_ranks_follow_the_trajectory_of_one(tmp_path):
-    shared = [*SHARED, "--crops", 2, 2, "--sizes", 16, 12, "--scales", 0.3, 1, 0.1, 0.4, "--precision", "float64", "--blur-p", 0.5]
+    shared = [*SHARED, "--crops", 2, 2, "--sizes", 16, 12, "--scales", 0.3, 1, 0.1, 0.4, "--precision",
+              "float64", "--blur-p", 0.5]
     assert here(*shared, "--out", tmp_path / "one") == 0
     code, _, err = finish(start(*command(*shared, "--out", tmp_path / "two", ranks=2, script=SCRIPT)))
     assert code == 0, err
@@ -93,7 +94,8 @@ def test_more_prototypes_than_images_are_refused(tmp_path, capsys):
     assert "--prototypes 81: more than the 80 images" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("name", "value", "crops"), [("selav2_400ep", 71.8, (2, 4)), ("selav2_400ep_2x224", 67.2, (2,))])
+@pytest.mark.parametrize(("name", "value", "crops"),
+                         [("selav2_400ep", 71.8, (2, 4)), ("selav2_400ep_2x224", 67.2, (2,))])
 def test_published_recipes(name, value, crops):
     c = recipe(selav2.Config, selav2.RECIPES, name)
     assert (c.epochs, c.batch_size, c.lr, c.crops, c.prototypes, c.heads) == (400, 4096, 4.8, crops, 3000, 3)

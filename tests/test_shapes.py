@@ -18,7 +18,8 @@ def pixels(images, n):
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_classes_come_in_turn(split):
     images = open_images("shapes", split)
-    assert images.labels.dtype == torch.int64 and images.labels.tolist() == [i % 10 for i in range(len(images))]
+    assert images.labels.dtype == torch.int64 and images.labels.tolist() == [i % 10
+                                                                             for i in range(len(images))]
     assert images.labels.bincount().tolist() == [len(images) // 10] * 10 and len(set(images.classes)) == 10
 
 
@@ -48,10 +49,12 @@ def test_raw_pixels_say_little_about_the_class():
 
 
 def test_an_untrained_network_says_little_about_the_class():
-    """On 4,000 and 800 images, to save time: all 10,000 give 3 to 5 points more, so 30 here stands for 35 there."""
+    """On 4,000 and 800 images, to save time: all 10,000 give 3 to 5 points more, so 30 here stands for 35
+    there."""
     torch.manual_seed(0)
     trunk = resnet10(width=0.5, stem="small").to(memory_format=torch.channels_last)
-    bank, queries = (extract(trunk, Shapes(split, 4000), 32, 32, torch.device("cpu")) for split in ("train", "val"))
+    bank, queries = (extract(trunk, Shapes(split, 4000), 32, 32, torch.device("cpu")) for split in ("train",
+                                                                                                    "val"))
     assert bank[0].shape == (4000, 256) and queries[0].shape == (800, 256)
     accuracy = knn_accuracy(*bank, *queries, [1, 20])
     assert all(10 < top1 < 30 for top1, _ in accuracy.values()), accuracy

@@ -16,7 +16,8 @@ seeds = st.integers(0, 2**31)
 
 
 def cosines(B, K, seed, magnitude=1.0):
-    return magnitude * (2 * torch.rand(B, K, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) - 1)
+    return magnitude * (2 * torch.rand(B, K, generator=torch.Generator().manual_seed(seed),
+                                       dtype=torch.float64) - 1)
 
 
 def waves(B, K, shift=0.0):
@@ -25,7 +26,8 @@ def waves(B, K, shift=0.0):
 
 
 @quick
-@given(sizes, sizes, seeds, st.sampled_from([1e-4, 0.05, 1.0]), st.sampled_from([1.0, 100.0]), st.integers(0, 5))
+@given(sizes, sizes, seeds, st.sampled_from([1e-4, 0.05, 1.0]), st.sampled_from([1.0, 100.0]),
+       st.integers(0, 5))
 def test_codes_are_finite_and_their_rows_sum_to_one(B, K, seed, epsilon, magnitude, iterations):
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
         codes = sinkhorn(cosines(B, K, seed, magnitude).to(dtype), epsilon, iterations)
@@ -60,7 +62,8 @@ def test_a_shift_of_all_scores_changes_nothing(B, K, seed, shift):
 def test_a_shift_of_each_sample_changes_the_codes():
     scores = waves(4, 3)
     shifted = sinkhorn(scores - scores.amax(1, keepdim=True), 0.5)
-    torch.testing.assert_close(shifted[2], torch.tensor([0.364587, 0.280163, 0.355250]).double(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(shifted[2], torch.tensor([0.364587, 0.280163, 0.355250]).double(), rtol=0,
+                               atol=1e-6)
     assert (shifted - sinkhorn(scores, 0.5)).abs().max() > 0.01
 
 
@@ -77,9 +80,8 @@ SPLITS = [(5, 0, 8), (0, 3, 10), (13, 0, 0), (1, 2, 10)]
 
 def codes_of_this_rank():
     scores = cosines(13, 7, 3)
-    return [
-        {dtype: sinkhorn(scores.to(dtype).split(split)[rank()], 0.05, 3) for dtype in (torch.float32, torch.float64)} for split in SPLITS
-    ]
+    return [{dtype: sinkhorn(scores.to(dtype).split(split)[rank()], 0.05,
+                             3) for dtype in (torch.float32, torch.float64)} for split in SPLITS]
 
 
 def test_unequal_and_empty_ranks_equal_one_process():
@@ -88,23 +90,19 @@ def test_unequal_and_empty_ranks_equal_one_process():
         for dtype, tolerance in ((torch.float32, 1e-6), (torch.float64, 1e-14)):
             blocks = [result[i][dtype] for result in results]
             assert [len(block) for block in blocks] == list(split)
-            torch.testing.assert_close(torch.cat(blocks), sinkhorn(cosines(13, 7, 3).to(dtype), 0.05, 3), rtol=0, atol=tolerance)
+            torch.testing.assert_close(torch.cat(blocks), sinkhorn(cosines(13, 7, 3).to(dtype), 0.05, 3),
+                                       rtol=0, atol=tolerance)
 
 
-WORKED = {
-    0.5: [
-        [0.371481, 0.572399, 0.056120],
-        [0.551094, 0.346287, 0.102619],
-        [0.336552, 0.261913, 0.401535],
-        [0.049419, 0.130814, 0.819767],
-    ],
-    0.05: [[0.162233, 0.837767, 0], [0.999343, 0.000656, 0], [0.043695, 0.000244, 0.956061], [0, 0, 1]],
-}
+WORKED = {0.5: [[0.371481, 0.572399, 0.056120], [0.551094, 0.346287, 0.102619],
+                [0.336552, 0.261913, 0.401535], [0.049419, 0.130814, 0.819767]],
+          0.05: [[0.162233, 0.837767, 0], [0.999343, 0.000656, 0], [0.043695, 0.000244, 0.956061], [0, 0, 1]]}
 
 
 @pytest.mark.parametrize("epsilon", WORKED)
 def test_worked_codes(epsilon):
-    torch.testing.assert_close(sinkhorn(waves(4, 3), epsilon, 3), torch.tensor(WORKED[epsilon]).double(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(sinkhorn(waves(4, 3), epsilon, 3), torch.tensor(WORKED[epsilon]).double(),
+                               rtol=0, atol=1e-6)
 
 
 def test_worked_swav_loss():

@@ -11,7 +11,21 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
-from helpers import QUEUE, ROOT, TINY, command, finish, free_port, image_tree, losses, metrics, saved, start, swav_here, swav_ranks
+from helpers import (
+    QUEUE,
+    ROOT,
+    TINY,
+    command,
+    finish,
+    free_port,
+    image_tree,
+    losses,
+    metrics,
+    saved,
+    start,
+    swav_here,
+    swav_ranks,
+)
 
 import swav
 from common.engine.options import parse, recipe
@@ -19,9 +33,11 @@ from common.engine.options import parse, recipe
 # ---- one process or many
 
 
-@pytest.mark.parametrize("queue", [QUEUE, ["--freeze-prototypes-iters", "3", "--queue-length", "0"]], ids=["queue", "no queue"])
+@pytest.mark.parametrize("queue", [QUEUE, ["--freeze-prototypes-iters", "3", "--queue-length", "0"]],
+                         ids=["queue", "no queue"])
 def test_two_ranks_follow_the_trajectory_of_one(tmp_path, queue):
-    shared = ["--data", "shapes:64", "--recipe", "shapes", *TINY, *queue, "--crops", 2, 2, "--sizes", 16, 12, "--scales", 0.3, 1, 0.1, 0.4]
+    shared = ["--data", "shapes:64", "--recipe", "shapes", *TINY, *queue, "--crops", 2, 2, "--sizes", 16, 12,
+              "--scales", 0.3, 1, 0.1, 0.4]
     shared += ["--blur-p", 0.5, "--precision", "float64", "--max-steps", 20, "--epochs", 6]
     assert swav_here(*shared, "--out", tmp_path / "one") == 0
     code, out, err = swav_ranks(2, *shared, "--out", tmp_path / "two")
@@ -32,10 +48,12 @@ def test_two_ranks_follow_the_trajectory_of_one(tmp_path, queue):
     a, b = saved(tmp_path / "one"), saved(tmp_path / "two")
     for name, weight in a["model"].items():
         torch.testing.assert_close(b["model"][name], weight, rtol=0, atol=1e-8, msg=name)
-    assert torch.equal(a["meter"]["assignments"], b["meter"]["assignments"]) and (a["meter"]["assignments"] >= 0).all()
+    assert torch.equal(a["meter"]["assignments"],
+                       b["meter"]["assignments"]) and (a["meter"]["assignments"] >= 0).all()
     if queue is QUEUE:
         assert a["memory"]["queue"].shape == (2, 48, 8)
-        torch.testing.assert_close(b["memory"]["queue"], a["memory"]["queue"], rtol=0, atol=1e-9)  # the same order of rows
+        # the same order of rows
+        torch.testing.assert_close(b["memory"]["queue"], a["memory"]["queue"], rtol=0, atol=1e-9)
         filled = [record["queue_filled"] for record in metrics(tmp_path / "one") if "loss" in record]
         assert filled[:4] == [16, 32, 48, 48] and "used from step 4 on" in out
 
@@ -49,7 +67,8 @@ def test_first_float32_loss_of_two_ranks_equals_that_of_one(tmp_path):
 
 def test_the_published_recipe_trains_under_torchrun(tmp_path):
     tree = image_tree(tmp_path / "imagenet")
-    code, out, err = swav_ranks(2, "--data", tree, "--recipe", "swav_400ep_8x32", "--batch-size", 4, "--max-steps", 2, "--log-every", 1,
+    code, out, err = swav_ranks(2, "--data", tree, "--recipe", "swav_400ep_8x32", "--batch-size", 4,
+                                "--max-steps", 2, "--log-every", 1,
                                 "--workers", 1, "--out", tmp_path / "run")  # fmt: skip
     assert code == 0, err
     assert "resnet50" in out and "2x224 px + 6x96 px" in out and "lr 0.009375 (0.6 at the recipe's batch 256)" in out
@@ -61,19 +80,23 @@ def test_the_published_recipe_trains_under_torchrun(tmp_path):
 @pytest.mark.parametrize("name", ["small", "cifar"])
 def test_recipes_for_small_data_train_on_a_folder_of_photos(tmp_path, capsys, name):
     photos = image_tree(tmp_path / "photos", classes=1, images=70, splits=("",)) / "n00"  # flat, no labels
-    assert swav_here("--data", photos, "--recipe", name, "--workers", 0, "--max-steps", 2, "--log-every", 1, "--out", tmp_path / "run") == 0
+    assert swav_here("--data", photos, "--recipe", name, "--workers", 0, "--max-steps", 2, "--log-every", 1,
+                     "--out", tmp_path / "run") == 0
     out = capsys.readouterr().out
     assert "70 images of" in out and "no labels; crops 4x32 px" in out and len(losses(tmp_path / "run")) == 2
 
 
 def test_two_nodes_on_one_host(tmp_path):
     tree = image_tree(tmp_path / "imagenet")
-    shared = ["--data", tree, "--recipe", "swav_400ep_8x32", "--batch-size", 4, "--max-steps", 1, "--log-every", 1, "--workers", 0,
+    shared = ["--data", tree, "--recipe", "swav_400ep_8x32", "--batch-size", 4, "--max-steps", 1,
+              "--log-every", 1, "--workers", 0,
               "--crops", 2, 1, "--out", tmp_path / "run"]  # fmt: skip
     nodes, port = [], free_port()
     for node in range(2):
-        line = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={node}", "--nproc_per_node=1"]
-        line += ["--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{port}", "--rdzv_id=test", str(ROOT / "swav.py"), *map(str, shared)]
+        line = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={node}",
+                "--nproc_per_node=1"]
+        line += ["--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{port}", "--rdzv_id=test",
+                 str(ROOT / "swav.py"), *map(str, shared)]
         nodes.append(start(*line))
     results = [finish(node) for node in nodes]
     assert [code for code, _, _ in results] == [0, 0], results
@@ -95,28 +118,22 @@ def test_report_warns_of_what_will_not_work(tmp_path, capsys):
 def test_run_directory_holds_what_it_promises(tmp_path, capsys):
     tree = image_tree(tmp_path / "images", images=16, size=(20, 24))
     out = tmp_path / "run"
-    small = ["--data", tree, "--recipe", "shapes", *TINY, "--epochs", 2, "--keep-every", 1, "--eval-every", 1, "--out", out]
+    small = ["--data", tree, "--recipe", "shapes", *TINY, "--epochs", 2, "--keep-every", 1, "--eval-every", 1,
+             "--out", out]
     assert swav_here(*small) == 0
     assert json.loads((out / "done.json").read_text())["steps"] == 4
     assert json.loads((out / "config.json").read_text())["prototypes"] == 12
     assignments = np.load(out / "assignments.npz")["assignments"]
     assert assignments.shape == (1, 32) and assignments.min() >= 0 and assignments.max() < 12
     rows = (out / "assignments.csv").read_text().splitlines()
-    assert rows[0] == "path,head0" and rows[1] == f"{os.path.join('n00', '0.JPEG')},{assignments[0, 0]}" and len(rows) == 33
-    assert sorted(p.name for p in out.glob("backbone*.pt")) == ["backbone.pt", "backbone_1.pt", "backbone_2.pt"]
+    assert rows[0] == "path,head0" and rows[1] == f"{os.path.join('n00', '0.JPEG')},{assignments[0, 0]}" and len(
+        rows) == 33
+    assert sorted(p.name for p in out.glob("backbone*.pt")) == ["backbone.pt", "backbone_1.pt",
+                                                                "backbone_2.pt"]
     assert len([r for r in metrics(out) if "knn_top1" in r]) == 3  # before, and after each epoch
     assert [r["nmi_to_previous"] is None for r in metrics(out) if "nmi_to_previous" in r] == [True, False]
-    figures = {
-        "loss",
-        "loss_per_ln_k",
-        "lr",
-        "clusters_used",
-        "assignment_entropy",
-        "feature_std",
-        "images_per_s",
-        "data_wait",
-        "memory_gb",
-    }
+    figures = {"loss", "loss_per_ln_k", "lr", "clusters_used", "assignment_entropy", "feature_std",
+               "images_per_s", "data_wait", "memory_gb"}
     assert all(figures <= r.keys() for r in metrics(out) if "loss" in r)
     capsys.readouterr()
     assert swav_here(*small) == 0 and "resumed at step 4 of 4" in capsys.readouterr().out
@@ -124,7 +141,8 @@ def test_run_directory_holds_what_it_promises(tmp_path, capsys):
 
 def test_deterministic_runs_with_the_same_figures(tmp_path):
     shared = ["--data", "shapes:64", *TINY, "--max-steps", 2]
-    assert swav_here(*shared, "--out", tmp_path / "usual") == 0 and not torch.are_deterministic_algorithms_enabled()
+    assert swav_here(*shared, "--out",
+                     tmp_path / "usual") == 0 and not torch.are_deterministic_algorithms_enabled()
     try:
         assert swav_here(*shared, "--deterministic", "--out", tmp_path / "deterministic") == 0
         assert torch.are_deterministic_algorithms_enabled()
@@ -148,7 +166,8 @@ def test_tensorboard_events_or_what_to_install(tmp_path, capsys):
     if importlib.util.find_spec("tensorboard") is None:
         assert swav_here(*run, "--fresh") == 2
         assert "--tensorboard needs: pip install tensorboard" in capsys.readouterr().err
-        assert (tmp_path / "checkpoint.pt").read_text() == "kept"  # --fresh deletes nothing before all options are right
+        # --fresh deletes nothing before all options are right
+        assert (tmp_path / "checkpoint.pt").read_text() == "kept"
     else:
         assert swav_here(*run, "--fresh") == 0 and list(tmp_path.glob("events.out.tfevents.*"))
 
@@ -174,7 +193,8 @@ def test_a_run_starts_from_another_ones_trunk(tmp_path):
     assert swav_here(*second, "--max-steps", 1) == 0
     for name, weight in weights.items():
         if name.endswith("weight"):  # the step moved it by nothing that counts
-            torch.testing.assert_close(saved(tmp_path / "second")["model"][f"backbone.{name}"], weight, rtol=0, atol=1e-6)
+            torch.testing.assert_close(saved(tmp_path / "second")["model"][f"backbone.{name}"], weight,
+                                       rtol=0, atol=1e-6)
     trunk.unlink()
     assert swav_here(*second, "--max-steps", 2) == 0  # a run that goes on does not need the file any more
 
@@ -188,17 +208,13 @@ def test_errors_of_arguments(tmp_path, capsys):
         ("--recipe", "nope"): "--recipe nope: choose one of swav_800ep",
         ("--no-such-option",): "unrecognized arguments: --no-such-option",
         ("--warmup-epochs", "70"): "--warmup-epochs 70 is longer than the run",
-        ("--batch-size", "0"): "--batch-size 0: at least 1",
-        ("--lr", "nan"): "--lr nan: a number is needed",
-        ("--eval-every", "-1"): "--eval-every -1: 0 or more",
-        ("--workers", "-2"): "--workers -2: -1 or more",
+        ("--batch-size", "0"): "--batch-size 0: at least 1", ("--lr", "nan"): "--lr nan: a number is needed",
+        ("--eval-every", "-1"): "--eval-every -1: 0 or more", ("--workers", "-2"): "--workers -2: -1 or more",
         ("--seed", str(2**70)): "--seed 1180591620717411303424: less than",
         ("--crops", "2", "6"): "one number, one size and two scales",
-        ("--scales", "0.5", "0.1"): "--scales 0.5 0.1",
-        ("--lr", "-1"): "--lr -1",
-        ("--data", str(tmp_path), "--device", "cpu"): "take --recipe small",
-        ("--eval-every", "1", "--data", str(tree), "--recipe", "shapes", *TINY): "no val split: name some with --val",
-    }.items():
+        ("--scales", "0.5", "0.1"): "--scales 0.5 0.1", ("--lr", "-1"): "--lr -1", ("--data", str(
+            tmp_path), "--device", "cpu"): "take --recipe small", ("--eval-every", "1", "--data", str(
+                tree), "--recipe", "shapes", *TINY): "no val split: name some with --val",}.items():
         assert swav_here(*arguments, "--out", tmp_path / "run") == 2, arguments
         error = capsys.readouterr().err
         assert error.startswith("error: ") and words in error and error.count("\n") == 1, error
@@ -211,15 +227,12 @@ def test_errors_of_data(tmp_path, capsys):
     bad = image_tree(tmp_path / "bad", images=40, size=(20, 20), splits=("train",))
     for i in range(20):
         (bad / "train" / "n00" / f"{i}.JPEG").write_text("no image")
-    for name, words in {
-        "missing": "does not exist",
-        "empty": "holds no images",
-        "few/train/n00/0.JPEG": "is not a list of images",
-        "list.txt": "line 2",
-        "few": "4 images, fewer than one batch: --batch-size 16",
-        "bad": "more than --max-bad 10",
-    }.items():
-        assert swav_here("--data", tmp_path / name, "--recipe", "shapes", *TINY, "--out", tmp_path / "run") == 3, name
+    for name, words in {"missing": "does not exist", "empty": "holds no images",
+                        "few/train/n00/0.JPEG": "is not a list of images", "list.txt": "line 2",
+                        "few": "4 images, fewer than one batch: --batch-size 16",
+                        "bad": "more than --max-bad 10"}.items():
+        assert swav_here("--data", tmp_path / name, "--recipe", "shapes", *TINY, "--out",
+                         tmp_path / "run") == 3, name
         error = capsys.readouterr().err
         assert error.startswith("error: ") and words in error and error.count("\n") == 1, error
     assert "n00" in (tmp_path / "run" / "bad_images.txt").read_text()
@@ -229,7 +242,8 @@ def test_unreadable_images_are_named_once_also_after_a_resume(tmp_path):
     tree = image_tree(tmp_path / "images", images=16, size=(20, 20), splits=("train",))
     for name in ("n00/3.JPEG", "n01/7.JPEG"):
         (tree / "train" / name).write_text("no image")
-    run = ["--data", tree, "--recipe", "shapes", *TINY, "--epochs", 3, "--out", tmp_path / "run", "--max-steps"]
+    run = ["--data", tree, "--recipe", "shapes", *TINY, "--epochs", 3, "--out", tmp_path / "run",
+           "--max-steps"]
     assert swav_here(*run, 2) == 0 and swav_here(*run, 6) == 0
     (tmp_path / "run" / "checkpoint.pt").unlink()
     (tmp_path / "run" / "previous_checkpoint.pt").unlink()
@@ -259,20 +273,26 @@ def test_published_recipes():
         return recipe(swav.Config, swav.RECIPES, name)
 
     big = get("swav_800ep")
-    assert (big.epochs, big.batch_size, big.lr, big.final_lr, big.warmup_epochs, big.start_lr) == (800, 4096, 4.8, 0.0048, 10, 0.3)
-    assert (big.queue_length, big.freeze_prototypes_iters, big.prototypes, big.temperature, big.epsilon) == (0, 313, 3000, 0.1, 0.05)
-    assert (big.crops, big.sizes, big.scales, big.weight_decay) == ((2, 6), (224, 96), (0.14, 1.0, 0.05, 0.14), 1e-6)
+    assert (big.epochs, big.batch_size, big.lr, big.final_lr, big.warmup_epochs,
+            big.start_lr) == (800, 4096, 4.8, 0.0048, 10, 0.3)
+    assert (big.queue_length, big.freeze_prototypes_iters, big.prototypes, big.temperature,
+            big.epsilon) == (0, 313, 3000, 0.1, 0.05)
+    assert (big.crops, big.sizes, big.scales, big.weight_decay) == ((2, 6), (224, 96),
+                                                                    (0.14, 1.0, 0.05, 0.14), 1e-6)
     small = get("swav_200ep_bs256")
-    assert (small.epochs, small.batch_size, small.lr, small.final_lr, small.warmup_epochs) == (200, 256, 0.6, 0.0006, 0)
+    assert (small.epochs, small.batch_size, small.lr, small.final_lr, small.warmup_epochs) == (200, 256, 0.6,
+                                                                                               0.0006, 0)
     assert (small.queue_length, small.queue_start_epoch, small.freeze_prototypes_iters) == (3840, 15, 5005)
     two = get("swav_400ep_2x224")
-    assert (two.crops, two.sizes, two.scales, two.batch_size, two.epochs) == ((2,), (224,), (0.08, 1.0), 4096, 400)
+    assert (two.crops, two.sizes, two.scales, two.batch_size, two.epochs) == ((2,), (224,), (0.08, 1.0), 4096,
+                                                                              400)
     w2, w4, w5 = get("swav_rn50w2"), get("swav_rn50w4"), get("swav_rn50w5")
     assert [(w.width, w.hidden, w.batch_size, w.queue_length) for w in (w2, w4, w5)] == [
         (2, 8192, 4096, 0), (4, 8192, 2560, 2560), (5, 10240, 1536, 1536)]  # fmt: skip
     assert all(w.crops == (2, 4) and w.epochs == 400 and w.lr == 4.8 for w in (w2, w4, w5))
     assert w4.scales == (0.08, 1.0, 0.08, 0.14) and (w5.final_lr, w5.start_lr) == (0.0, 0.1875)
-    results = {"swav_800ep": 75.3, "swav_400ep": 74.6, "swav_200ep": 73.9, "swav_100ep": 72.1, "swav_400ep_2x224": 70.1}
+    results = {"swav_800ep": 75.3, "swav_400ep": 74.6, "swav_200ep": 73.9, "swav_100ep": 72.1,
+               "swav_400ep_2x224": 70.1}
     results |= {"swav_400ep_bs256": 74.3, "swav_200ep_bs256": 72.7, "swav_400ep_8x32": 74.3}
     results |= {"swav_rn50w2": 77.3, "swav_rn50w4": 77.9, "swav_rn50w5": 78.5}
     for name, value in results.items():

@@ -1,7 +1,7 @@
 """One atomic, checksummed file a run, and backbone.pt.
 
-A checkpoint is what torch.save writes, plus 40 bytes: a mark and the SHA-256 of all before it. torch.load reads the file
-as it is; `load` reads it with weights_only=True after the checksum agreed, and nothing else.
+A checkpoint is what torch.save writes, plus 40 bytes: a mark and the SHA-256 of all before it. torch.load
+reads the file as it is; `load` reads it with weights_only=True after the checksum agreed, and nothing else.
 """
 
 import hashlib
@@ -34,7 +34,8 @@ class _HashingWriter:
 
 
 def _torch_save(state, file):
-    """Returns the SHA-256 of what it has written. Raises the file's own OSError, in whose place torch reports a position."""
+    """Returns the SHA-256 of what it has written. Raises the file's own OSError, in whose place torch reports
+    a position."""
     writer = _HashingWriter(file)
     try:
         torch.save(state, writer)
@@ -46,8 +47,9 @@ def _torch_save(state, file):
 
 
 def save(path, state):
-    """Writes state (tensors, numbers, strings, lists, tuples and dicts) to path, keeping the file that was there as
-    previous_path(path). The name never points at half a file. Raises OSError, with the old files intact."""
+    """Writes state (tensors, numbers, strings, lists, tuples and dicts) to path, keeping the file that was
+    there as previous_path(path). The name never points at half a file. Raises OSError, with the old files
+    intact."""
     with writing(path, sync=True, keep=previous_path(path)) as file:
         file.write(MARK + _torch_save(state, file))
 
@@ -57,7 +59,8 @@ def previous_path(path):
 
 
 def load(path, expect=None):
-    """The state that `save` wrote. expect: {key: value} that the state must hold, else CheckpointError says what differs.
+    """The state that `save` wrote. expect: {key: value} that the state must hold, else CheckpointError says
+    what differs.
 
     Raises Damaged if the file is not what was written, FileNotFoundError if there is none.
     """
@@ -81,15 +84,18 @@ def load(path, expect=None):
 
 
 def export_backbone(path, backbone, info, clusters=None, labels=None):
-    """Writes a trunk as {"state_dict", "info"}: torchvision's parameter names, and what is needed to rebuild it.
+    """Writes a trunk as {"state_dict", "info"}: torchvision's parameter names, and what is needed to rebuild
+    it.
 
     info: dict with arch, width, stem, channels, sobel, mean, std, resize, size, method, recipe, epoch.
-    clusters: the Model that the trunk is of; its projection and heads are written too, for `load_model`. labels: see `export_model`.
+    clusters: the Model that the trunk is of; its projection and heads are written too, for `load_model`.
+    labels: see `export_model`.
     """
     content = {"state_dict": _weights(backbone), "info": info}
     if clusters is not None:
         projection, several = clusters.projection_head, clusters.heads
-        content["clusters"] = _weights(nn.ModuleDict({"prototypes": several, **({"projection_head": projection} if projection else {})}))
+        content["clusters"] = _weights(
+            nn.ModuleDict({"prototypes": several, **({"projection_head": projection} if projection else {})}))
     if labels is not None:
         content["L"] = labels
     _write(path, content)
@@ -98,7 +104,8 @@ def export_backbone(path, backbone, info, clusters=None, labels=None):
 def _weights(module):
     """State dict on the CPU, in float32."""
     state = module.state_dict().items()
-    return {name: tensor.detach().cpu().float() if tensor.is_floating_point() else tensor.cpu() for name, tensor in state}
+    return {name: tensor.detach().cpu().float() if tensor.is_floating_point() else tensor.cpu()
+            for name, tensor in state}
 
 
 def _write(path, content):

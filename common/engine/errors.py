@@ -1,4 +1,5 @@
-"""What a user can cause: the kinds of error with their exit codes, and the one line that says so. Imports nothing of ours."""
+"""What a user can cause: the kinds of error with their exit codes, and the one line that says so. Imports
+nothing of ours."""
 
 import os
 import sys
@@ -48,8 +49,8 @@ def say(text):
 
 
 def fail(message, code, speaks=None):
-    """Ends this process with an exit code. One line says why, on rank 0 alone, or on those where `speaks` is true:
-    for what other ranks do not know of. torchrun then ends those."""
+    """Ends this process with an exit code. One line says why, on rank 0 alone, or on those where `speaks` is
+    true: for what other ranks do not know of. torchrun then ends those."""
     if speaks or (speaks is None and int(os.environ.get("RANK", 0)) == 0):
         print(f"error: {message}", file=sys.stderr, flush=True)
     else:

@@ -25,15 +25,16 @@ def launch(main, config):
     except KeyboardInterrupt:  # before the run has begun to listen
         fail("interrupted", 130)
     except torch.OutOfMemoryError as error:
-        fail(
-            f"the GPU's memory is full: lower --batch-size, --sizes or --prototypes ({str(error).splitlines()[0]})", 1, speaks=True
-        )
+        fail(f"the GPU's memory is full: lower --batch-size, --sizes or --prototypes "
+             f"({str(error).splitlines()[0]})", 1, speaks=True)
     except RuntimeError as error:
         cause = (str(error).splitlines() or [""])[0]
         if "use_deterministic_algorithms" in str(error):
             fail(f"--deterministic cannot be kept: {cause}", 2)
-        if "DataLoader worker (pid" in cause:  # raised wherever this process was when its worker ended; no other rank knows
-            fail(f"a loader worker died, out of memory? lower --workers, or enlarge /dev/shm ({cause})", 3, speaks=True)
+        # raised wherever this process was when its worker ended; no other rank knows
+        if "DataLoader worker (pid" in cause:
+            fail(f"a loader worker died, out of memory? lower --workers, or enlarge /dev/shm ({cause})", 3,
+                 speaks=True)
         if "Connection closed by peer" in cause or "Connection reset by peer" in cause:
             fail("another process of this run has ended: its own message says why", 1, speaks=True)
         raise
@@ -41,7 +42,8 @@ def launch(main, config):
 
 
 def start(config):
-    """Joins the other processes, checks the options that all methods share and seeds the weights; returns the device."""
+    """Joins the other processes, checks the options that all methods share and seeds the weights; returns the
+    device."""
     device = distributed.start(config.device)
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # of ours, without file and line
     options.check(config, distributed.world_size())
@@ -51,7 +53,8 @@ def start(config):
 
 
 def repeatable(wanted):
-    """What --deterministic means: the same bits each time on a GPU too; an operation that cannot raises RuntimeError."""
+    """What --deterministic means: the same bits each time on a GPU too; an operation that cannot raises
+    RuntimeError."""
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(wanted)
@@ -59,7 +62,8 @@ def repeatable(wanted):
 
 
 def autocast_dtype(precision, device):
-    """The dtype that --precision means: "auto" is bfloat16 where the hardware multiplies it fast, else float32."""
+    """The dtype that --precision means: "auto" is bfloat16 where the hardware multiplies it fast, else
+    float32."""
     if precision != "auto":
         return getattr(torch, precision)
     if device.type == "cuda":

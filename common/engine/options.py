@@ -21,7 +21,8 @@ LEARNING_RATES = ("lr", "final_lr", "start_lr")  # scale together
 
 
 def option(default, help, group=None, choices=None, free=False):
-    """One option of a Config. group: heading in --help, kept until the next one. free: may change when a run resumes."""
+    """One option of a Config. group: heading in --help, kept until the next one. free: may change when a run
+    resumes."""
     return field(default=default, metadata={"help": help, "group": group, "choices": choices, "free": free})
 
 
@@ -33,20 +34,22 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(cls, recipes, description, argv=None):
-    """Config from the command line: options given win over the recipe, the recipe wins over the class's defaults.
+    """Config from the command line: options given win over the recipe, the recipe wins over the class's
+    defaults.
 
-    recipes: {name: (result, {option: value})}. Without --recipe it is "shapes" for the embedded images, and the class's
-    default for any others, which on a CPU exits with code 2. --batch-size without --lr scales the recipe's learning rates linearly.
+    recipes: {name: (result, {option: value})}. Without --recipe it is "shapes" for the embedded images, and
+    the class's default for any others, which on a CPU exits with code 2. --batch-size without --lr scales the
+    recipe's learning rates linearly.
     """
-    parser = Parser(
-        usage="%(prog)s [options]", description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(usage="%(prog)s [options]", description=description,
+                    formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     group = parser
     for f in fields(cls):
         if f.metadata["group"]:
             group = parser.add_argument_group(f.metadata["group"])
         _add(group, f)
-    group.add_argument("--list-recipes", action="store_true", help="print the recipes with their results, and stop")
+    group.add_argument("--list-recipes", action="store_true",
+                       help="print the recipes with their results, and stop")
     given = vars(parser.parse_args(argv))
     if given.pop("list_recipes"):
         print(table(cls, recipes))
@@ -56,10 +59,10 @@ def parse(cls, recipes, description, argv=None):
     name = given.get("recipe", "shapes" if embedded else default)
     if name not in recipes:
         parser.error(f"--recipe {name}: choose one of {', '.join(recipes)}")
-    if "recipe" not in given and name == default and (given.get("device") == "cpu" or not torch.cuda.is_available()):
-        parser.error(
-            f"the default recipe {default} needs GPUs: on a CPU take --recipe small, or name --recipe {default} to run it all the same"
-        )
+    if "recipe" not in given and name == default and (given.get("device") == "cpu"
+                                                      or not torch.cuda.is_available()):
+        parser.error(f"the default recipe {default} needs GPUs: on a CPU take --recipe small, or name "
+                     f"--recipe {default} to run it all the same")
     return override(recipe(cls, recipes, name), given)
 
 
@@ -69,11 +72,13 @@ def recipe(cls, recipes, name):
 
 
 def override(config, given):
-    """config with the options in `given`. The learning rates not given follow --lr, or the batch size (linear rule)."""
+    """config with the options in `given`. The learning rates not given follow --lr, or the batch size (linear
+    rule)."""
     scale = given.get("batch_size", config.batch_size) / config.batch_size
     if "lr" in given and config.lr:
         scale = given["lr"] / config.lr
-    scaled = {name: getattr(config, name) * scale for name in LEARNING_RATES if hasattr(config, name) and name not in given}
+    scaled = {name: getattr(config, name) * scale for name in LEARNING_RATES if hasattr(config, name)
+              and name not in given}
     return replace(config, **scaled, **given)
 
 
@@ -108,8 +113,10 @@ def check(config, world_size):
             raise ArgumentError(f"--{name.replace('_', '-')} {getattr(c, name)}: -1 or more is needed")
     if c.seed >= 1 << 32:
         raise ArgumentError(f"--seed {c.seed}: less than {1 << 32} is needed")
-    names = ("seed", "queue_length", "queue_start_epoch", "sinkhorn_iterations", "weight_decay", "max_steps", "eval_size")
-    for name in (*names, "final_lr", "start_lr", "rotate", "min_cluster", "reweight", "save_every", "keep_every", "eval_every"):
+    names = ("seed", "queue_length", "queue_start_epoch", "sinkhorn_iterations", "weight_decay", "max_steps",
+             "eval_size")
+    for name in (*names, "final_lr", "start_lr", "rotate", "min_cluster", "reweight", "save_every",
+                 "keep_every", "eval_every"):
         if getattr(c, name, 0) < 0:
             raise ArgumentError(f"--{name.replace('_', '-')} {getattr(c, name)}: 0 or more is needed")
     for name in ("momentum", "memory_momentum", "jitter_p", "grey_p", "blur_p"):
@@ -127,24 +134,25 @@ def table(cls, recipes):
     lines = []
     for name, (result, values) in recipes.items():
         lines.append(f"{name:24} {result}")
-        changed = [f"--{key.replace('_', '-')} {_words(value)}" for key, value in values.items() if value != base[key]]
+        changed = [f"--{key.replace('_', '-')} {_words(value)}" for key, value in values.items()
+                   if value != base[key]]
         lines.append("    " + (" ".join(changed) or "(the defaults)"))
     return "\n".join(lines)
 
 
 def differences(config, saved):
-    """Options in which a resumed run differs from the saved dict and may not, as "--lr 0.6 (saved 0.3)" strings."""
+    """Options in which a resumed run differs from the saved dict and may not, as "--lr 0.6 (saved 0.3)"
+    strings."""
     current = asdict(config)
     fixed = [f.name for f in fields(config) if not f.metadata["free"]]
-    return [
-        f"--{name.replace('_', '-')} {_words(current[name])} (saved {_words(saved.get(name))})"
-        for name in fixed
-        if current[name] != (tuple(saved[name]) if isinstance(saved.get(name), list) else saved.get(name))
-    ]
+    return [f"--{name.replace('_', '-')} {_words(current[name])} (saved {_words(saved.get(name))})"
+            for name in fixed if current[name] != (tuple(saved[name]) if isinstance(saved.get(name), list)
+                                                   else saved.get(name))]
 
 
 def _words(value):
-    return " ".join(f"{v:g}" for v in value) if isinstance(value, tuple) else f"{value:g}" if isinstance(value, float) else str(value)
+    return " ".join(f"{v:g}" for v in value) if isinstance(value, tuple) else f"{value:g}" if isinstance(
+        value, float) else str(value)
 
 
 def _add(group, f):
@@ -156,16 +164,9 @@ def _add(group, f):
     many = get_origin(f.type) is tuple
     kind = get_args(f.type)[0] if many else f.type
     text += f" (default: {_words(f.default)})" if f.default not in ("", ()) else ""
-    group.add_argument(
-        flag,
-        type=kind,
-        nargs="+" if many else None,
-        action=_Tuple if many else "store",
-        default=argparse.SUPPRESS,
-        choices=f.metadata["choices"],
-        metavar=None if f.metadata["choices"] else {int: "N", float: "X", str: "NAME"}[kind],
-        help=text,
-    )
+    group.add_argument(flag, type=kind, nargs="+" if many else None, action=_Tuple if many else "store",
+                       default=argparse.SUPPRESS, choices=f.metadata["choices"], metavar=None
+                       if f.metadata["choices"] else {int: "N", float: "X", str: "NAME"}[kind], help=text)
 
 
 class _Tuple(argparse.Action):

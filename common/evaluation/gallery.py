@@ -1,4 +1,5 @@
-"""One self-contained page of clusters to look at: rows of thumbnails, the most typical and random ones. No network, no framework."""
+"""One self-contained page of clusters to look at: rows of thumbnails, the most typical and random ones. No
+network, no framework."""
 
 import base64
 import io
@@ -18,11 +19,12 @@ LIMIT = 26_000_000  # bytes of thumbnails, as base64, and their names in a page
 def write(path, images, clusters, scores, k, about, samples=12, seed=0):
     """Writes the page; returns (its size in bytes, thumbnails of each kind a cluster has at most).
 
-    images: a set of common/data.py; clusters (N,): the cluster of each image, below 0 for none; scores (N,): higher is more
-    typical of its cluster, NaN where not known, or None; k: number of clusters, also the empty ones.
+    images: a set of common/data.py; clusters (N,): the cluster of each image, below 0 for none; scores (N,):
+    higher is more typical of its cluster, NaN where not known, or None; k: number of clusters, also the empty
+    ones.
     about: {"title": str, "notes": [str], "figures": [[name, value, chance level]]}, shown as they are.
-    samples: thumbnails of each kind a cluster, fewer if the page would become too large for a browser; of more than 12,000
-    clusters it shows the largest.
+    samples: thumbnails of each kind a cluster, fewer if the page would become too large for a browser; of
+    more than 12,000 clusters it shows the largest.
     """
     rng = np.random.default_rng(seed)
     order = np.argsort(clusters, kind="stable")
@@ -31,11 +33,13 @@ def write(path, images, clusters, scores, k, about, samples=12, seed=0):
     used = len(members)
     members = sorted(sorted(members, key=lambda m: -len(m[1]))[: max(SIDES) // 2], key=lambda m: m[0])
     samples = max(1, min(samples, max(SIDES) // (2 * max(1, len(members)))))
-    side = next((side for most, side in SIDES.items() if 2 * samples * len(members) <= most), min(SIDES.values()))
+    side = next((side for most, side in SIDES.items() if 2 * samples * len(members) <= most),
+                min(SIDES.values()))
     picked = [choose(rows, scores, samples, rng) for _, rows in members]
     thumbnails = dict.fromkeys(i for kinds in picked for kind in kinds for i in kind.tolist())
     with ThreadPoolExecutor() as pool:
-        thumbnails = {i: jpeg for i, jpeg in zip(thumbnails, pool.map(lambda i: thumbnail(images, i, side), thumbnails)) if jpeg}
+        thumbnails = {i: jpeg for i, jpeg in zip(thumbnails, pool.map(lambda i: thumbnail(images, i, side),
+                                                                      thumbnails)) if jpeg}
 
     head = header(next(iter(thumbnails.values()), b""))
 
@@ -105,8 +109,9 @@ def thumbnail(images, i, side):
 
 
 def header(jpeg):
-    """What thumbnails of one size and quality have in common, half of each: its length in bytes, and the same with a comment
-    that makes the length a multiple of 3, so that base64 of the two parts is that of the file."""
+    """What thumbnails of one size and quality have in common, half of each: its length in bytes, and the
+    same with a comment that makes the length a multiple of 3, so that base64 of the two parts is that of
+    the file."""
     length = max(0, jpeg.find(b"\xff\xda"))
     fill = (-length - 4) % 3
     comment = b"\xff\xfe" + (2 + fill).to_bytes(2, "big") + bytes(fill)
@@ -114,7 +119,8 @@ def header(jpeg):
 
 
 def most_frequent(labels, most=8):
-    """[class, images] of the labels in a cluster, the most frequent first; images without a label (-1) are left out."""
+    """[class, images] of the labels in a cluster, the most frequent first; images without a label (-1) are
+    left out."""
     values, times = np.unique(np.asarray(labels[labels >= 0]), return_counts=True)
     order = np.argsort(-times, kind="stable")[:most]
     return [[int(values[i]), int(times[i])] for i in order]

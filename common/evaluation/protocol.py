@@ -1,4 +1,5 @@
-"""What the evaluations share: the trunk and the labelled images that their arguments name, and accuracies counted over all ranks."""
+"""What the evaluations share: the trunk and the labelled images that their arguments name, and accuracies
+counted over all ranks."""
 
 import argparse
 import json
@@ -17,18 +18,20 @@ from ..multicrop import MEAN, STD
 
 def parser(description, data_help, val_help):
     """A parser of the options that have one name and meaning in every evaluation."""
-    p = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+               allow_abbrev=False)
     p.add_argument("trunk", help="a run directory, a backbone.pt or another project's checkpoint")
     p.add_argument("--data", default="", help=data_help)
     if val_help:
         p.add_argument("--val", default="", help=val_help)
         p.add_argument("--root", default="", help="folder that relative paths of list files start from")
-    p.add_argument(
-        "--resize", type=int, default=0, help="short side before the centre crop (default: as trained, 256 for another project's)"
-    )
-    p.add_argument("--size", type=int, default=0, help="side of the images in pixels (default: as trained, 224 for another project's)")
+    p.add_argument("--resize", type=int, default=0,
+                   help="short side before the centre crop (default: as trained, 256 for another project's)")
+    p.add_argument("--size", type=int, default=0,
+                   help="side of the images in pixels (default: as trained, 224 for another project's)")
     p.add_argument("--random-init", action="store_true", help="replace the weights by random ones")
-    p.add_argument("--workers", type=int, default=-1, help="loader processes per rank (default: its share of the CPU cores, at most 8)")
+    p.add_argument("--workers", type=int, default=-1,
+                   help="loader processes per rank (default: its share of the CPU cores, at most 8)")
     p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     return p
 
@@ -36,7 +39,8 @@ def parser(description, data_help, val_help):
 def check(args):
     """Raises ArgumentError if an option of `parser` cannot work."""
     if args.resize < 0 or args.size < 0 or args.workers < -1:
-        raise ArgumentError(f"--resize {args.resize} --size {args.size} --workers {args.workers}: 0 or more is needed")
+        raise ArgumentError(f"--resize {args.resize} --size {args.size} --workers {args.workers}: 0 or more "
+                            f"is needed")
 
 
 def is_features(args):
@@ -73,7 +77,8 @@ def _write(path, record):
 
 
 def open_trunk(args):
-    """(trunk, info) that the arguments name, on every rank; with --random-init one of its architecture with random weights."""
+    """(trunk, info) that the arguments name, on every rank; with --random-init one of its architecture with
+    random weights."""
     trunk, info = distributed.from_main(weights.load_backbone, args.trunk)
     if args.random_init:
         torch.manual_seed(0)
@@ -105,7 +110,8 @@ def _open_labelled(args):
 
 
 def sources(args):
-    """(data, root, val) as the arguments name them, or as the run that the trunk belongs to has them; data is "" if nobody does."""
+    """(data, root, val) as the arguments name them, or as the run that the trunk belongs to has them; data is
+    "" if nobody does."""
     saved = Path(args.trunk) / "config.json"
     try:
         run = json.loads(saved.read_text()) if saved.is_file() else {}
@@ -119,23 +125,21 @@ def sources(args):
 
 
 def _folder(images):
-    return os.path.realpath(images.root) if hasattr(images, "root") else None  # a fingerprint is that of the paths below it
+    # a fingerprint is that of the paths below it
+    return os.path.realpath(images.root) if hasattr(images, "root") else None
 
 
 def extraction(args, info, device):
     """The keywords of features.extract that the arguments and the trunk's info set."""
-    return dict(
-        device=device,
-        mean=info.get("mean", MEAN),
-        std=info.get("std", STD),
-        batch_size=args.batch_size,
-        workers=args.workers,
-        precision=autocast_dtype(args.precision, device),
-    )
+    return dict(device=device, mean=info.get("mean", MEAN), std=info.get("std", STD),
+                batch_size=args.batch_size, workers=args.workers,
+                precision=autocast_dtype(args.precision, device))
 
 
 def warn_of_unreadable(images, labels, name):
-    """Says how many images of a set were left out, from this rank's labels as features.extract returned them."""
-    unreadable = int(distributed.all_sum((labels < 0).sum())) - int((images.labels < 0).sum())  # STL-10 has images without a label
+    """Says how many images of a set were left out, from this rank's labels as features.extract returned
+    them."""
+    # STL-10 has images without a label
+    unreadable = int(distributed.all_sum((labels < 0).sum())) - int((images.labels < 0).sum())
     if unreadable:
         say(f"warning: {unreadable} images of {name} cannot be read and are left out")

@@ -16,9 +16,11 @@ from ..engine.files import writing
 
 
 def save(path, train, val, info):
-    """Writes features and labels of all ranks to one .npz file, which `load` and NumPy read: train_features (N, D) float32,
-    train_labels (N,), val_features, val_labels, and info, a dict, as JSON. train, val: this rank's (features, labels)."""
-    arrays = {"train_features": train[0].float(), "train_labels": train[1], "val_features": val[0].float(), "val_labels": val[1]}
+    """Writes features and labels of all ranks to one .npz file, which `load` and NumPy read: train_features
+    (N, D) float32, train_labels (N,), val_features, val_labels, and info, a dict, as JSON. train, val: this
+    rank's (features, labels)."""
+    arrays = {"train_features": train[0].float(), "train_labels": train[1], "val_features": val[0].float(),
+              "val_labels": val[1]}
     blocks = _blocks(arrays)
     problem = None
     if distributed.rank() == 0:
@@ -60,7 +62,8 @@ def _raise(problem):
 
 
 def load(path):
-    """((features, labels) to train on, those to judge by, info) of a file that `save` or numpy.savez wrote: this rank's rows.
+    """((features, labels) to train on, those to judge by, info) of a file that `save` or numpy.savez wrote:
+    this rank's rows.
 
     Raises DataError if it is no such file, or if a label to judge by is not among those to train on.
     """
@@ -76,18 +79,22 @@ def load(path):
     except (IndexError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
         needed = "train_features (N, D), train_labels (N,), val_features and val_labels are needed"
         raise DataError(f"{path} is no file of features: {needed} ({error})") from None
-    if [(n, *d) for n, *d in shapes] != [(*y.shape, shapes[0][-1]) for y in labels] or not all(len(y) for y in labels):
+    if [(n, *d) for n, *d in shapes] != [(*y.shape,
+                                          shapes[0][-1]) for y in labels] or not all(len(y) for y in labels):
         found = ", ".join(str(tuple(shape)) for shape in (*shapes, *(y.shape for y in labels)))
-        raise DataError(f"{path}: features (N, D) with labels (N,) are needed, of one D for train and val: found {found}")
+        raise DataError(f"{path}: features (N, D) with labels (N,) are needed, of one D for train and val: "
+                        f"found {found}")
     unknown = sorted(set(labels[1].tolist()) - set(labels[0].tolist()) - {-1})
     if unknown:
-        raise DataError(f"{path}: label {unknown[0]} of the features to classify is not among the training labels")
+        raise DataError(f"{path}: label {unknown[0]} of the features to classify is not among the training "
+                        f"labels")
     mine = [y[slice(*rows_of(len(y), *place))] for y in labels]
     return (rows[0].float(), mine[0]), (rows[1].float(), mine[1]), info
 
 
 def _read(archive, name, rank, world_size):
-    """Shape of an array in an .npz file, and the rows of it that a rank holds, as a tensor: the others never get into memory."""
+    """Shape of an array in an .npz file, and the rows of it that a rank holds, as a tensor: the others never
+    get into memory."""
     with archive.open(f"{name}.npy") as member:
         header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
         shape, by_column, dtype = header[np.lib.format.read_magic(member)](member)

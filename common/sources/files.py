@@ -11,8 +11,10 @@ from PIL import Image
 
 from ..engine.errors import DataError
 
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".avif", ".jp2"}
-RETRIED = {5, 11, 110, 116, 121}  # errno of a network file system's bad moments: EIO, EAGAIN, ETIMEDOUT, ESTALE, EREMOTEIO
+EXTENSIONS = {".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".avif",
+              ".jp2"}
+# errno of a network file system's bad moments: EIO, EAGAIN, ETIMEDOUT, ESTALE, EREMOTEIO
+RETRIED = {5, 11, 110, 116, 121}
 
 
 class Files:
@@ -20,10 +22,12 @@ class Files:
 
     def __init__(self, root, paths, labels=None, classes=(), numbered=False):
         encoded = [os.fsencode(path) for path in paths]
-        # Tensors live in shared memory when a worker is spawned, and hold no Python objects that a fork would copy.
+        # Tensors live in shared memory when a worker is spawned, and hold no Python objects that a fork would
+        # copy.
         self._bytes = torch.frombuffer(bytearray(b"".join(encoded)), dtype=torch.uint8)
         self._ends = torch.from_numpy(np.cumsum([len(e) for e in encoded], dtype=np.int64))
-        self.root, self.classes, self.numbered = str(root), list(classes), numbered  # numbered: the classes have no names
+        # numbered: the classes have no names
+        self.root, self.classes, self.numbered = str(root), list(classes), numbered
         self.labels = None if labels is None else torch.tensor(labels, dtype=torch.int64)
         digest = hashlib.sha256(b"\0".join(encoded)).hexdigest()
         self.fingerprint = f"{len(encoded)} files {digest[:16]}"
@@ -58,14 +62,15 @@ class _Paths:
 def decode(path):
     """The first frame of an image file as an 8-bit RGB PIL image.
 
-    16-bit and floating-point grey are scaled to 8 bits; CMYK, palette, grey and alpha are converted, and transparency
-    is dropped; the EXIF orientation is ignored, as in the papers. Files over Pillow's limit of 179 million pixels are
-    refused. Raises what Pillow raises for a file that it cannot read.
+    16-bit and floating-point grey are scaled to 8 bits; CMYK, palette, grey and alpha are converted, and
+    transparency is dropped; the EXIF orientation is ignored, as in the papers. Files over Pillow's limit of
+    179 million pixels are refused. Raises what Pillow raises for a file that it cannot read.
     """
     for attempt in (1, 2, 3):
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # damaged EXIF, large images: thousands of lines in a real data set
+                # damaged EXIF, large images: thousands of lines in a real data set
+                warnings.simplefilter("ignore")
                 with Image.open(path) as image:
                     return _to_rgb(image)
         except OSError as error:
@@ -86,7 +91,8 @@ def _to_rgb(image):
 
 
 def scan(root):
-    """Image files below root in name order. Class = first folder below the root; no labels if images lie in it."""
+    """Image files below root in name order. Class = first folder below the root; no labels if images lie in
+    it."""
     paths, empty, seen = [], [], set()
     real_root = os.path.realpath(root)
 
@@ -122,7 +128,8 @@ def scan(root):
     if any(os.sep not in path for path in paths):
         return Files(root, paths)
     if empty:
-        print(f"warning: {root}: {len(empty)} folders without images are left out: {', '.join(map(repr, empty[:3]))}")
+        print(f"warning: {root}: {len(empty)} folders without images are left out: "
+              f"{', '.join(map(repr, empty[:3]))}")
     classes = sorted({path.split(os.sep, 1)[0] for path in paths}, key=os.fsencode)
     number = {name: i for i, name in enumerate(classes)}
     return Files(root, paths, [number[path.split(os.sep, 1)[0]] for path in paths], classes)

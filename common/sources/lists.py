@@ -9,24 +9,28 @@ from .files import EXTENSIONS, Files
 
 
 def open_list(path, root, split):
-    return _read_annotations(path, root, split) if path.suffix.lower() == ".json" else _read_list(path, root, split)
+    return _read_annotations(path, root, split) if path.suffix.lower() == ".json" else _read_list(path, root,
+                                                                                                  split)
 
 
 def _start(path, root, split, first):
-    """The folder that the paths of a list start from, judged by the first of them: root, or train/ or val/ in it."""
+    """The folder that the paths of a list start from, judged by the first of them: root, or train/ or val/ in
+    it."""
     root = Path(root or path.parent)
     return next((base for base in (root, root / split) if os.path.isfile(base / first)), root)
 
 
 def _check_some(path, root, names, place):
-    """Looking at every file of a long list takes minutes on a network: these catch a wrong root or a wrong list."""
+    """Looking at every file of a long list takes minutes on a network: these catch a wrong root or a wrong
+    list."""
     for i in range(0, len(names), max(1, len(names) // 10_000)):
         if not os.path.isfile(root / names[i]):
             raise DataError(f"{path} {place(i)}: {os.fspath(root / names[i])[:200]} does not exist")
 
 
 def _read_list(path, root, split):
-    """A list file: a path a line, with an integer label or a class name behind it on every line or on none."""
+    """A list file: a path a line, with an integer label or a class name behind it on every line or on
+    none."""
     try:
         with open(path, "rb") as file:
             if b"\0" in file.read(4096):  # an archive or an image, perhaps larger than the memory
@@ -59,36 +63,45 @@ def _read_list(path, root, split):
         first = names[0]
         root, bare = _start(path, root, split, first), not any("/" in name for name in names)
         base = _start(path, root, split, os.path.join(first.partition("_")[0], first))
-        if bare and not os.path.isfile(root / first) and os.path.isfile(base / first.partition("_")[0] / first):
-            labels = [name.partition("_")[0] for name in names]  # SimCLR's lists: n01440764_10026.JPEG is in n01440764
+        if bare and not os.path.isfile(root / first) and os.path.isfile(base / first.partition("_")[0]
+                                                                        / first):
+            # SimCLR's lists: n01440764_10026.JPEG is in n01440764
+            labels = [name.partition("_")[0] for name in names]
             names, root = [os.path.join(label, name) for label, name in zip(labels, names)], base
     else:
         root = _start(path, root, split, names[0])
     _check_some(path, root, names, place)
     if labels[0] is None:
         return Files(root, names)
-    numeric = all(label.isdecimal() and len(label) < 7 for label in labels)  # longer ones are names: times, bar codes
-    classes = [str(i) for i in range(max(map(int, labels)) + 1)] if numeric else sorted(set(labels), key=os.fsencode)
+    # longer ones are names: times, bar codes
+    numeric = all(label.isdecimal() and len(label) < 7 for label in labels)
+    classes = [str(i) for i in range(max(map(int, labels)) + 1)] if numeric else sorted(set(labels),
+                                                                                        key=os.fsencode)
     number = {name: i for i, name in enumerate(classes)}
-    return Files(root, names, [int(label) if numeric else number[label] for label in labels], classes, numeric)
+    return Files(root, names, [int(label) if numeric else number[label] for label in labels], classes,
+                 numeric)
 
 
 def _read_annotations(path, root, split):
-    """A .json file of iNaturalist's competitions: images with id and file_name, annotations with image_id and category_id.
+    """A .json file of iNaturalist's competitions: images with id and file_name, annotations with image_id and
+    category_id.
 
     Classes are the ids of its categories, as text; iNaturalist's class folders have these names.
     """
     try:
         content = json.loads(path.read_bytes())
         images = {image["id"]: image["file_name"] for image in content["images"]}
-        pairs = [(annotation["image_id"], annotation["category_id"]) for annotation in content.get("annotations") or []]
-        ids = {category["id"] for category in content.get("categories") or []} | {category for _, category in pairs}
+        pairs = [(annotation["image_id"],
+                  annotation["category_id"]) for annotation in content.get("annotations") or []]
+        ids = {category["id"] for category in content.get("categories") or []} | {category
+                                                                                  for _, category in pairs}
         ids = sorted(ids)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         needed = "images with id and file_name, and annotations with image_id and category_id, are needed"
-        raise DataError(f"{path} is not a list of images in iNaturalist's format: {needed} ({type(error).__name__})") from None
+        raise DataError(f"{path} is not a list of images in iNaturalist's format: {needed} "
+                        f"({type(error).__name__})") from None
     if not images:
         raise DataError(f"{path} lists no images")
     names, category = list(images.values()), dict(pairs)

@@ -10,8 +10,9 @@ from ..engine.errors import DataError
 class Shapes:
     """Ten classes of form or texture, drawn on the fly: 32x32 pixels, a function of (split, index) alone.
 
-    Colours, place, size, rotation, background and noise are drawn independently of the class, so raw pixels and a
-    random network say little about it. 10,000 images to train on and 2,000 held out; "shapes:N" has N and N / 5.
+    Colours, place, size, rotation, background and noise are drawn independently of the class, so raw pixels
+    and a random network say little about it. 10,000 images to train on and 2,000 held out; "shapes:N" has N
+    and N / 5.
     """
 
     classes = ("disc", "square", "triangle", "cross", "ring", "star", "stripes", "checks", "dots", "waves")
@@ -31,7 +32,8 @@ class Shapes:
 
 
 def draw_shape(label, rng, size=32):
-    """One image of class `label` (see Shapes.classes) as (size, size, 3) uint8, its nuisances drawn from rng."""
+    """One image of class `label` (see Shapes.classes) as (size, size, 3) uint8, its nuisances drawn from
+    rng."""
     y, x = np.mgrid[:size, :size] / (size - 1) * 2 - 1  # -1 .. 1
     angle = rng.uniform(-0.5, 0.5)
     scale = rng.uniform(0.55, 0.8)

@@ -1,4 +1,5 @@
-"""Other projects' checkpoints in, ours out; `python -m common.weights FILE` says what a file is. No training run imports it."""
+"""Other projects' checkpoints in, ours out; `python -m common.weights FILE` says what a file is. No training
+run imports it."""
 
 from ..engine.checkpoint import export_backbone as export_backbone
 from .export import export_detectron2 as export_detectron2

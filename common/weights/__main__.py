@@ -20,17 +20,17 @@ def arguments(argv=None):
 
     python -m common.weights swav_800ep_pretrain.pth.tar
     python -m common.weights runs/swav --to detectron2 --out swav.pkl"""
-    parser = Parser("-m common.weights", description=description, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser("-m common.weights", description=description, formatter_class=RawDescriptionHelpFormatter,
+                    allow_abbrev=False)
     parser.add_argument("file", help="a run directory, a backbone.pt or another project's checkpoint")
-    parser.add_argument(
-        "--to",
-        choices=("torchvision", "detectron2", "model"),
-        help="write a backbone.pt (torchvision's names, and heads where there are some), a .pkl for detectron2, or a torchvision"
-        " network with a cluster head as its fc and the training images' clusters as L",
-    )
+    parser.add_argument("--to", choices=("torchvision", "detectron2", "model"),
+                        help="write a backbone.pt (torchvision's names, and heads where there are some), a "
+                             ".pkl for detectron2, or a torchvision"
+                        " network with a cluster head as its fc and the training images' clusters as L")
     parser.add_argument("--out", default="", metavar="FILE", help="where to")
     parser.add_argument("--head", type=int, default=0, help="the head that --to model takes (default: 0)")
-    parser.add_argument("--trust-pickle", action="store_true", help="run the code that an old file may hold: only if you trust its origin")
+    parser.add_argument("--trust-pickle", action="store_true",
+                        help="run the code that an old file may hold: only if you trust its origin")
     return parser.parse_args(argv)
 
 
@@ -54,8 +54,10 @@ def main(args):
     found, dim = len(contents.trunk) - counters, model.backbone.feature_dim
     print(f"  trunk       {found} of {found} tensors, {parameters / 1e6:.1f} M parameters, {dim} features")
     if model.projection_head is not None:
-        print("  projection  " + " -> ".join(str(layer.out_features) for layer in model.projection_head if isinstance(layer, nn.Linear)))
-    print("  heads       " + (", ".join(f"{head.out_features} clusters" for head in model.heads) or "none: there are no clusters in it"))
+        print("  projection  " + " -> ".join(str(layer.out_features) for layer in model.projection_head
+                                             if isinstance(layer, nn.Linear)))
+    print("  heads       " + (", ".join(f"{head.out_features} clusters" for head in model.heads)
+                              or "none: there are no clusters in it"))
     if contents.labels is not None:
         print(f"  labels      {' x '.join(map(str, contents.labels.shape))}")
     if contents.unused:

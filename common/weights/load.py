@@ -21,10 +21,12 @@ class HeadsDoNotFit(CheckpointError):
 
 
 def load_backbone(path, trust_pickle=False):
-    """(trunk, info) of a run directory, a backbone.pt, or the checkpoint of another project: families.py lists them.
+    """(trunk, info) of a run directory, a backbone.pt, or the checkpoint of another project: families.py
+    lists them.
 
-    Every weight of the trunk must be in the file, of its shape, and the other way round; else CheckpointError names some. Counters of batch
-    norm may be missing. trust_pickle: run the code that an old file may hold; without it none ever is.
+    Every weight of the trunk must be in the file, of its shape, and the other way round; else CheckpointError
+    names some. Counters of batch norm may be missing. trust_pickle: run the code that an old file may hold;
+    without it none ever is.
     """
     return _open(path, trust_pickle)[:2]
 
@@ -43,8 +45,10 @@ def _open(path, trust_pickle):
         raise CheckpointError(f"{path} {error}") from None
     except CheckpointError:
         raise
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:  # anything may be in a file
-        raise CheckpointError(f"{path} is no checkpoint that is known ({type(error).__name__}: {_first_line(error)})") from None
+    # anything may be in a file
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is no checkpoint that is known ({type(error).__name__}: "
+                              f"{_first_line(error)})") from None
     return trunk, info, contents
 
 
@@ -65,7 +69,8 @@ def _read(path, trust_pickle):
             convert = f"python -m common.weights {path} --trust-pickle --to torchvision --out new.pt"
             reason = f"without running code that is in it ({code}): if you trust its origin, convert it: {convert}"
             raise CheckpointError(f"{path} cannot be loaded {reason}") from None
-        reason = "it is not what torch.save writes" if isinstance(error, pickle.UnpicklingError) else _first_line(error)
+        reason = "it is not what torch.save writes" if isinstance(
+            error, pickle.UnpicklingError) else _first_line(error)
         raise CheckpointError(f"{path} cannot be loaded: {reason}") from None
 
 
@@ -79,19 +84,24 @@ def _fill(module, state, path, info):
     needed = [name for name in own if not name.endswith("num_batches_tracked")]
     missing = sorted(set(needed) - state.keys())
     unknown = sorted(state.keys() - own.keys())
-    wrong = [f"{name} {tuple(state[name].shape)}" for name in own if name in state and state[name].shape != own[name].shape]
+    wrong = [f"{name} {tuple(state[name].shape)}" for name in own if name in state
+             and state[name].shape != own[name].shape]
     if missing or unknown or wrong:
         fit = len(needed) - len(missing) - sum(name.partition(" ")[0] in needed for name in wrong)
         words = (("missing", missing), ("unknown", unknown), ("of another shape", wrong))
-        reasons = ", ".join(f"{word} {names[:3]}{f' and {len(names) - 3} more' * (len(names) > 3)}" for word, names in words if names)
-        raise CheckpointError(f"{path} is no {_architecture(info)}: {fit} of {len(needed)} tensors fit; {reasons}")
+        reasons = ", ".join(f"{word} {names[:3]}{f' and {len(names) - 3} more' * (len(names) > 3)}"
+                            for word, names in words if names)
+        raise CheckpointError(f"{path} is no {_architecture(info)}: {fit} of {len(needed)} tensors fit; "
+                              f"{reasons}")
     module.load_state_dict({**own, **state})
 
 
 class Model(nn.Module):
-    """A trunk with what clusters its features: images (B, 3, S, S), normalised, to H scores (B, K), whose arg-max is the cluster.
+    """A trunk with what clusters its features: images (B, 3, S, S), normalised, to H scores (B, K), whose
+    arg-max is the cluster.
 
-    projection_head: a module or None. heads: H linear layers; those without bias are prototypes, whose scores are cosines.
+    projection_head: a module or None. heads: H linear layers; those without bias are prototypes, whose scores
+    are cosines.
     relu: of the features, for a trunk that ends before its last one.
     """
 
@@ -109,11 +119,13 @@ class Model(nn.Module):
         with torch.autocast(z.device.type, enabled=False):  # full precision from here on
             z = F.relu(z.float()) if self.relu else z.float()
             unit = F.normalize(z)
-            return [head(z) if head.bias is not None else F.linear(unit, F.normalize(head.weight)) for head in self.heads]
+            return [head(z) if head.bias is not None else F.linear(unit, F.normalize(head.weight))
+                    for head in self.heads]
 
 
 def load_model(path, trust_pickle=False):
-    """(Model, info) of a run directory, whose weights are those of its checkpoint.pt, or of any file that `load_backbone` reads.
+    """(Model, info) of a run directory, whose weights are those of its checkpoint.pt, or of any file that
+    `load_backbone` reads.
 
     Where the method or the file has none, projection_head is None and heads are empty.
     """
@@ -130,20 +142,24 @@ def _open_model(path, trust_pickle):
             saved = load(path)
         except FileNotFoundError:
             raise CheckpointError(f"{path} does not exist") from None
-        _fill(backbone, {name[9:]: tensor for name, tensor in saved["model"].items() if name.startswith("backbone.")}, path, info)
+        _fill(backbone, {name[9:]: tensor for name, tensor in saved["model"].items()
+                         if name.startswith("backbone.")}, path, info)
         projection, heads, _ = families.heads(saved["model"])
-        contents = contents._replace(projection=projection, heads=heads, labels=saved["meter"]["assignments"].long())
+        contents = contents._replace(projection=projection, heads=heads,
+                                     labels=saved["meter"]["assignments"].long())
     try:
         projection, heads = families.build(contents.projection, contents.heads)
         model = Model(backbone, projection, heads, relu=info["arch"] == "alexnet")
         model.eval().scores(torch.zeros(1, backbone.feature_dim))  # raises if they do not fit
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise HeadsDoNotFit(f"{path}: its heads do not fit its {info['arch']} ({_first_line(error)})") from None
+        raise HeadsDoNotFit(
+            f"{path}: its heads do not fit its {info['arch']} ({_first_line(error)})") from None
     return model.train(), info, contents
 
 
 def load_trunk(path, run):
-    """State dict of the trunk at path (see load_backbone), which must be of the arch, width, stem and input in a run's info."""
+    """State dict of the trunk at path (see load_backbone), which must be of the arch, width, stem and input
+    in a run's info."""
     trunk, info = load_backbone(path)
     for name in ("arch", "width", "stem", "sobel"):
         there, here = info.get(name, False), run.get(name, False)

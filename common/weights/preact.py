@@ -1,7 +1,8 @@
-"""The pre-activation ResNet-50 of SeLa's first release, to use its weights. Imports torch alone: one file to lift.
+"""The pre-activation ResNet-50 of SeLa's first release, to use its weights. Imports torch alone: one file to
+lift.
 
-Batch norm and ReLU come before each convolution; none follows the first convolution or the last sum. Written after
-models/resnetv2.py of yukimasano/self-label: channels and layers, not code.
+Batch norm and ReLU come before each convolution; none follows the first convolution or the last sum. Written
+after models/resnetv2.py of yukimasano/self-label: channels and layers, not code.
 """
 
 import torch.nn.functional as F
@@ -12,9 +13,11 @@ class Block(nn.Module):
     def __init__(self, inputs, channels, stride):
         super().__init__()
         self.bn1, self.conv1 = nn.BatchNorm2d(inputs), nn.Conv2d(inputs, channels, 1, bias=False)
-        self.bn2, self.conv2 = nn.BatchNorm2d(channels), nn.Conv2d(channels, channels, 3, stride, 1, bias=False)
+        self.bn2, self.conv2 = nn.BatchNorm2d(channels), nn.Conv2d(channels, channels, 3, stride, 1,
+                                                                   bias=False)
         self.bn3, self.conv3 = nn.BatchNorm2d(channels), nn.Conv2d(channels, channels * 4, 1, bias=False)
-        self.shortcut = nn.Conv2d(inputs, channels * 4, 1, stride, bias=False) if inputs != channels * 4 else None
+        self.shortcut = nn.Conv2d(inputs, channels * 4, 1, stride,
+                                  bias=False) if inputs != channels * 4 else None
 
     def forward(self, x):
         y = F.relu(self.bn1(x))
@@ -34,7 +37,8 @@ class PreactResNet50(nn.Module):
         inputs = 64
         for i, (channels, depth) in enumerate(((64, 3), (128, 4), (256, 6), (512, 3))):
             strides = (2 if i else 1, *(depth - 1) * (1,))
-            layer = [Block(inputs if j == 0 else channels * 4, channels, stride) for j, stride in enumerate(strides)]
+            layer = [Block(inputs if j == 0 else channels * 4, channels,
+                           stride) for j, stride in enumerate(strides)]
             setattr(self, f"layer{i + 1}", nn.Sequential(*layer))
             inputs = channels * 4
 
