@@ -7,6 +7,7 @@ checkpoint: a run directory, a backbone.pt, or what `python -m common.weights FI
 model` wrote.
 """
 
+import zipfile
 from pathlib import Path
 
 import torch
@@ -31,11 +32,14 @@ def _load(arch, checkpoint):
     """torchvision's network with a checkpoint's weights: its `fc` is the cluster head where the file has one,
     else the identity.
 
-    Raises ValueError if the file holds another network."""
+    Raises ValueError if the file holds another network, or a record that does not agree with its CRC.
+    """
     path = Path(checkpoint)
     path = path / "backbone.pt" if path.is_dir() else path
     if not path.is_file():
         raise ValueError(f"{path} does not exist")
+    if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
+        raise ValueError(f"{path} is damaged")
     saved = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(saved, dict):
         raise ValueError(f"{path} holds no weights")
@@ -46,9 +50,11 @@ def _load(arch, checkpoint):
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()
-        sobel = ", Sobel" if info.get("sobel") else ""
-        convert = f"{reason}; if it is another project's: python -m common.weights {path} --to torchvision --out new.pt"
-        what = f"{info['arch']} x{info['width']:g}, {info['stem']} stem{sobel}" if info else convert
-        raise ValueError(f"{path} is no {arch} of torchvision: {what}") from None
+        if info:
+            sobel = ", Sobel" if info.get("sobel") else ""
+            reason = f"{info['arch']} x{info['width']:g}, {info['stem']} stem{sobel}"
+        else:
+            convert = f"python -m common.weights {path} --to torchvision --out new.pt"
+            reason = f"{str(error).splitlines()[1].strip()}; if it is another project's: {convert}"
+        raise ValueError(f"{path} is no {arch} of torchvision: {reason}") from None
     return network

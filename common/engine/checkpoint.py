@@ -1,57 +1,35 @@
-"""One atomic, checksummed file a run, and backbone.pt.
+"""Writes and reads a run's checkpoint, and writes backbone.pt: each takes its name once it is whole.
 
-A checkpoint is what torch.save writes, plus 40 bytes: a mark and the SHA-256 of all before it. torch.load
-reads the file as it is; `load` reads it with weights_only=True after the checksum agreed, and nothing else.
+Both are what torch.save writes: a zip, with a CRC of each record. torch.load does not compare the CRCs:
+`verified` does. Then weights_only=True loads tensors and plain values, and runs no code.
 """
 
-import hashlib
 import os
+import pickle
+import zipfile
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from .errors import CheckpointError, Damaged
+from .errors import CheckpointError, Damaged, say
 from .files import writing
-
-MARK = b"SHA-256:"
-
-
-class _HashingWriter:
-    def __init__(self, file):
-        self.file, self.digest, self.error = file, hashlib.sha256(), None
-
-    def write(self, block):
-        self.digest.update(block)
-        try:
-            return self.file.write(block)
-        except OSError as error:
-            self.error = error
-            raise
-
-    def flush(self):
-        self.file.flush()
-
-
-def _torch_save(state, file):
-    """Returns the SHA-256 of what it has written. Raises the file's own OSError, in whose place torch reports
-    a position."""
-    writer = _HashingWriter(file)
-    try:
-        torch.save(state, writer)
-    except RuntimeError:
-        if writer.error is None:
-            raise
-        raise writer.error from None
-    return writer.digest.digest()
 
 
 def save(path, state):
     """Writes state (tensors, numbers, strings, lists, tuples and dicts) to path, keeping the file that was
     there as previous_path(path). The name never points at half a file. Raises OSError, with the old files
     intact."""
-    with writing(path, sync=True, keep=previous_path(path)) as file:
-        file.write(MARK + _torch_save(state, file))
+    write(path, state, keep=previous_path(path))
+
+
+def write(path, content, keep=None):
+    """Writes what torch.save writes. keep: see `writing`."""
+    with writing(path, sync=True, keep=keep) as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # of torch's own count of bytes, after the file's OSError
+            raise error.__context__ or error from None
 
 
 def previous_path(path):
@@ -59,28 +37,70 @@ def previous_path(path):
 
 
 def load(path, expect=None):
-    """The state that `save` wrote. expect: {key: value} that the state must hold, else CheckpointError says
-    what differs.
+    """The state that `save` wrote, also in older runs, whose files go on for 40 bytes after the zip. expect:
+    {key: value} that the state must hold, else CheckpointError says what differs.
 
     Raises Damaged if the file is not what was written, FileNotFoundError if there is none.
     """
     with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size - len(MARK) - 32
-        digest, left = hashlib.sha256(), max(0, size)
-        while left and (block := file.read(min(left, 1 << 24))):
-            digest.update(block)
-            left -= len(block)
-        if size <= 0 or file.read() != MARK + digest.digest():
-            raise Damaged(f"{path} is damaged: its checksum does not agree")
-        file.seek(0)
         try:
-            state = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises several kinds for what it refuses
-            raise Damaged(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from None
+            state = torch.load(verified(file), map_location="cpu", weights_only=True)
+        except Exception as error:  # zipfile and torch raise many kinds for what they refuse
+            raise Damaged(f"{path} is damaged, or no checkpoint: {reason(error)}") from None
+    if not isinstance(state, dict):
+        raise Damaged(f"{path} is no checkpoint: it holds no names")
     for key, value in (expect or {}).items():
         if state.get(key) != value:
             raise CheckpointError(f"{path} has {key} {state.get(key)!r}, here it is {value!r}")
     return state
+
+
+def newest(path, expect=None):
+    """What `load` gives for path; for a damaged file, what it gives for the one before; None if there is
+    neither.
+
+    A damaged file is set aside as damaged_checkpoint.pt, or the next save would keep it as the previous one.
+    """
+    damage = []
+    for candidate in (path, previous_path(path)):
+        try:
+            state = load(candidate, expect)
+        except FileNotFoundError:
+            continue
+        except Damaged as error:
+            damage.append(str(error))
+            continue
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; --fresh starts over") from None
+        if damage:
+            say(f"warning: {damage[0]}; going on from {candidate}")
+            os.replace(path, path.with_name("damaged_checkpoint.pt"))
+        return state
+    if damage:
+        raise CheckpointError(f"{'; '.join(damage)}; --fresh starts over")
+    return None
+
+
+def verified(file):
+    """The open file, at its start. Raises what zipfile raises unless it is a zip whose records agree with
+    their CRCs; one in which none is set passes with a warning."""
+    with zipfile.ZipFile(file) as records:
+        written = [record for record in records.infolist() if record.file_size]
+        if not written or any(record.external_attr & 0x10 for record in written):
+            raise zipfile.BadZipFile("its list of records is wrong")  # torch would not read a folder
+        if not any(record.CRC for record in written):
+            say(f"warning: {file.name} has no checksums: damage to it would not be seen")
+        elif name := records.testzip():
+            raise zipfile.BadZipFile(f"the checksum of {name} does not agree")
+    file.seek(0)
+    return file
+
+
+def reason(error):
+    """Why a file was refused, in one line."""
+    if isinstance(error, pickle.UnpicklingError):  # torch's own words advise against weights_only=True
+        return "it is not what torch.save writes"
+    return str(error).partition("\n")[0] or "it is empty or cut"
 
 
 def export_backbone(path, backbone, info, clusters=None, labels=None):
@@ -91,23 +111,16 @@ def export_backbone(path, backbone, info, clusters=None, labels=None):
     clusters: the Model that the trunk is of; its projection and heads are written too, for `load_model`.
     labels: see `export_model`.
     """
-    content = {"state_dict": _weights(backbone), "info": info}
+    content = {"state_dict": cpu_state(backbone), "info": info}
     if clusters is not None:
-        projection, several = clusters.projection_head, clusters.heads
-        content["clusters"] = _weights(
-            nn.ModuleDict({"prototypes": several, **({"projection_head": projection} if projection else {})}))
+        parts = {"prototypes": clusters.heads, "projection_head": clusters.projection_head}
+        content["clusters"] = cpu_state(nn.ModuleDict(parts))
     if labels is not None:
         content["L"] = labels
-    _write(path, content)
+    write(path, content)
 
 
-def _weights(module):
-    """State dict on the CPU, in float32."""
-    state = module.state_dict().items()
+def cpu_state(module):
+    """A state dict on the CPU, its floating-point tensors in float32."""
     return {name: tensor.detach().cpu().float() if tensor.is_floating_point() else tensor.cpu()
-            for name, tensor in state}
-
-
-def _write(path, content):
-    with writing(path, sync=True) as file:
-        _torch_save(content, file)
+            for name, tensor in module.state_dict().items()}

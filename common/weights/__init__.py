@@ -1,10 +1,11 @@
-"""Other projects' checkpoints in, ours out; `python -m common.weights FILE` says what a file is. No training
-run imports it."""
+"""Other projects' checkpoints in, ours out; `python -m common.weights FILE` says what a file is.
 
-from ..engine.checkpoint import export_backbone as export_backbone
-from .export import export_detectron2 as export_detectron2
-from .export import export_model as export_model
-from .load import build_backbone as build_backbone
-from .load import load_backbone as load_backbone
-from .load import load_model as load_model
-from .load import load_trunk as load_trunk
+No training run imports it at its start.
+"""
+
+from ..engine.checkpoint import export_backbone
+from .export import export_detectron2, export_model
+from .load import build_backbone, load_backbone, load_model, load_trunk
+
+__all__ = ["build_backbone", "export_backbone", "export_detectron2", "export_model", "load_backbone",
+           "load_model", "load_trunk"]

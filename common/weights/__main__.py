@@ -1,4 +1,8 @@
-"""Says what a checkpoint is, and converts it: python -m common.weights --help."""
+"""Says what a checkpoint is, of a run or of another project, and writes it as others read it.
+
+    python -m common.weights swav_800ep_pretrain.pth.tar
+    python -m common.weights runs/swav --to detectron2 --out swav.pkl
+"""
 
 import hashlib
 from argparse import RawDescriptionHelpFormatter
@@ -12,21 +16,18 @@ from ..engine.errors import ArgumentError
 from ..engine.launch import launch
 from ..engine.options import Parser
 from .export import detectron2_options, export_detectron2, export_model, torchvision_has
-from .load import HeadsDoNotFit, Model, _architecture, _open, _open_model
+from .load import HeadsDoNotFit, describe, open_model, open_trunk
+from .model import Model
 
 
 def arguments(argv=None):
-    description = """Says what a checkpoint is, and writes it as others read it: runs of this code and checkpoints of other projects.
-
-    python -m common.weights swav_800ep_pretrain.pth.tar
-    python -m common.weights runs/swav --to detectron2 --out swav.pkl"""
-    parser = Parser("-m common.weights", description=description, formatter_class=RawDescriptionHelpFormatter,
+    parser = Parser("-m common.weights", description=__doc__, formatter_class=RawDescriptionHelpFormatter,
                     allow_abbrev=False)
     parser.add_argument("file", help="a run directory, a backbone.pt or another project's checkpoint")
     parser.add_argument("--to", choices=("torchvision", "detectron2", "model"),
                         help="write a backbone.pt (torchvision's names, and heads where there are some), a "
-                             ".pkl for detectron2, or a torchvision"
-                        " network with a cluster head as its fc and the training images' clusters as L")
+                             ".pkl for detectron2, or a torchvision network with a cluster head as its fc "
+                             "and the training images' clusters as L")
     parser.add_argument("--out", default="", metavar="FILE", help="where to")
     parser.add_argument("--head", type=int, default=0, help="the head that --to model takes (default: 0)")
     parser.add_argument("--trust-pickle", action="store_true",
@@ -39,30 +40,14 @@ def main(args):
         raise ArgumentError("--to and --out go together: what to write, and where")
     path, out = Path(args.file), Path(args.out)
     try:
-        model, info, contents = _open_model(path, args.trust_pickle)
+        model, info, contents = open_model(path, args.trust_pickle)
     except HeadsDoNotFit as error:
         if args.to == "model":
             raise
         print(f"warning: {error}: they are left out")
-        backbone, info, contents = _open(path, args.trust_pickle)
-        model, contents = Model(backbone, None, nn.ModuleList()), contents._replace(labels=None)
-    parameters = sum(p.numel() for p in model.backbone.parameters())
-    counters = sum(name.endswith("num_batches_tracked") for name in contents.trunk)
-    print(f"{path}: {info['method']}, {_architecture(info)}")
-    if path.is_file():
-        print(f"  sha256      {_sha256(path)}")
-    found, dim = len(contents.trunk) - counters, model.backbone.feature_dim
-    print(f"  trunk       {found} of {found} tensors, {parameters / 1e6:.1f} M parameters, {dim} features")
-    if model.projection_head is not None:
-        print("  projection  " + " -> ".join(str(layer.out_features) for layer in model.projection_head
-                                             if isinstance(layer, nn.Linear)))
-    print("  heads       " + (", ".join(f"{head.out_features} clusters" for head in model.heads)
-                              or "none: there are no clusters in it"))
-    if contents.labels is not None:
-        print(f"  labels      {' x '.join(map(str, contents.labels.shape))}")
-    if contents.unused:
-        groups = Counter(key.partition(".")[0] for key in contents.unused)
-        print(f"  not used    {', '.join(f'{name} ({count})' for name, count in groups.items())}")
+        backbone, info, contents = open_trunk(path, args.trust_pickle)
+        model, contents = Model(backbone, None, []), contents._replace(labels=None)
+    report(path, model, info, contents)
     if not args.to:
         return
     if out.exists() and out.samefile(path):
@@ -83,7 +68,28 @@ def main(args):
         print("  torchvision has no such network: common.weights.load_backbone rebuilds it")
 
 
-def _sha256(path):
+def report(path, model, info, contents):
+    """Prints what a file is, and what of it is used."""
+    tensors = sum(not name.endswith("num_batches_tracked") for name in contents.trunk)
+    millions = sum(parameter.numel() for parameter in model.backbone.parameters()) / 1e6
+    print(f"{path}: {info['method']}, {describe(info)}")
+    if path.is_file():
+        print(f"  sha256      {sha256(path)}")
+    print(f"  trunk       {tensors} of {tensors} tensors, {millions:.1f} M parameters, "
+          f"{model.backbone.feature_dim} features")
+    if model.projection_head is not None:
+        sizes = [layer.out_features for layer in model.projection_head if isinstance(layer, nn.Linear)]
+        print(f"  projection  {' -> '.join(map(str, sizes))}")
+    clusters = ", ".join(f"{head.out_features} clusters" for head in model.heads)
+    print(f"  heads       {clusters or 'none: there are no clusters in it'}")
+    if contents.labels is not None:
+        print(f"  labels      {' x '.join(map(str, contents.labels.shape))}")
+    if contents.unused:
+        groups = Counter(key.partition(".")[0] for key in contents.unused)
+        print(f"  not used    {', '.join(f'{name} ({count})' for name, count in groups.items())}")
+
+
+def sha256(path):
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 24):

@@ -12,12 +12,14 @@ from torch import nn
 class Block(nn.Module):
     def __init__(self, inputs, channels, stride):
         super().__init__()
-        self.bn1, self.conv1 = nn.BatchNorm2d(inputs), nn.Conv2d(inputs, channels, 1, bias=False)
-        self.bn2, self.conv2 = nn.BatchNorm2d(channels), nn.Conv2d(channels, channels, 3, stride, 1,
-                                                                   bias=False)
-        self.bn3, self.conv3 = nn.BatchNorm2d(channels), nn.Conv2d(channels, channels * 4, 1, bias=False)
-        self.shortcut = nn.Conv2d(inputs, channels * 4, 1, stride,
-                                  bias=False) if inputs != channels * 4 else None
+        outputs = channels * 4
+        self.bn1 = nn.BatchNorm2d(inputs)
+        self.conv1 = nn.Conv2d(inputs, channels, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, stride, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(channels)
+        self.conv3 = nn.Conv2d(channels, outputs, 1, bias=False)
+        self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if inputs != outputs else None
 
     def forward(self, x):
         y = F.relu(self.bn1(x))
@@ -35,11 +37,10 @@ class PreactResNet50(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
         inputs = 64
-        for i, (channels, depth) in enumerate(((64, 3), (128, 4), (256, 6), (512, 3))):
-            strides = (2 if i else 1, *(depth - 1) * (1,))
-            layer = [Block(inputs if j == 0 else channels * 4, channels,
-                           stride) for j, stride in enumerate(strides)]
-            setattr(self, f"layer{i + 1}", nn.Sequential(*layer))
+        for stage, (channels, depth) in enumerate(((64, 3), (128, 4), (256, 6), (512, 3)), start=1):
+            blocks = [Block(inputs, channels, stride=1 if stage == 1 else 2)]
+            blocks += [Block(channels * 4, channels, stride=1) for _ in range(depth - 1)]
+            setattr(self, f"layer{stage}", nn.Sequential(*blocks))
             inputs = channels * 4
 
     def stages(self, x):
