@@ -1,5 +1,4 @@
-"""Fine-tuning of the whole network on a few labels (Goyal et al. 2019; SimCLR's lists of 1 % and 10 % of
-ImageNet).
+"""Fine-tuning of the whole network on a few labels (Goyal et al. 2019; SimCLR's 1 % and 10 % of ImageNet).
 
 The trunk gets a linear layer on its pooled features and both are trained, batch norm in train mode and
 synchronised, with a rate of their own each: lr for the trunk, lr x multiplier for the head. The published
@@ -7,21 +6,21 @@ figures are the best of a grid of rates, so the grid is a loop here, and its tab
 benchmarks do: "head10, 1e-2". Every setting reports its last epoch and its best one; the best of anything is
 chosen on the images that it is reported for.
 
-    python eval_semisup.py runs/swav_shapes                       # minutes on a CPU: 10 % of the run's own images
-    python eval_semisup.py runs/swav_shapes --random-init         # the same from random weights: the floor
-    torchrun --nproc_per_node=8 eval_semisup.py resnet50.pth --preset swav_10 --data /imagenet           # its own draw
-    torchrun --nproc_per_node=8 eval_semisup.py resnet50.pth --preset swav_1 --data 1percent.txt --root /imagenet/train \\
-        --val /imagenet/val                                                                           # SimCLR's list
-    python eval_semisup.py --list-presets                         # the published protocols and their figures
+    python eval_semisup.py runs/swav_shapes                # minutes on a CPU: 10 % of the run's own images
+    python eval_semisup.py runs/swav_shapes --random-init  # the same from random weights: the floor
+    python eval_semisup.py --list-presets                  # the published protocols and their figures
+    torchrun --nproc_per_node=8 eval_semisup.py resnet50.pth --preset swav_10 --data /imagenet  # its own draw
+    torchrun --nproc_per_node=8 eval_semisup.py resnet50.pth --preset swav_1 --data 1percent.txt \\
+        --root /imagenet/train --val /imagenet/val         # SimCLR's list
 """
 
 import argparse
 import copy
 import itertools
-import json
 import math
 import time
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -36,13 +35,15 @@ from common.engine.launch import launch, repeatable
 from common.evaluation import protocol as evaluation
 from common.evaluation.metrics import accuracy
 from common.features import extract
-from common.multicrop import TRIES, Augmentation, MultiCrop, photometric
+from common.multicrop import Augmentation, MultiCrop, photometric
+from common.optim import drops
+
+# B images of a step, F features, C classes
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A protocol. lrs: of the trunk, at batch 256; heads: the head's rate as a multiple of it, tried with
-    each of them."""
+    """A protocol. lrs: of the trunk, at batch 256; heads: the head's, as multiples, each tried with each."""
 
     published: str
     fraction: float
@@ -61,43 +62,37 @@ class Preset:
 GRID = dict(lrs=(0.001, 0.01, 0.1), heads=(1, 10, 100), head_std=0.01)
 VISSL = dict(lrs=(0.05,), heads=(1,), epochs=70, drops=(30,), gamma=0.1, nesterov=True, linear_rule=True)
 PRESETS = {
-    "openselfsup_1": Preset("ODC 32.39 / 61.02 (head100, 1e-1), DeepCluster 33.44 / 58.62 (head1, 1e-2; not "
-                            "tuned), last epoch", 0.01, weight_decay=5e-4, **GRID),
-    "openselfsup_10": Preset("ODC 58.15 / 82.55 (head10, 1e-1), DeepCluster 52.94 / 77.96 (head1, 1e-2; not "
-                             "tuned), last epoch", 0.1, weight_decay=1e-4, **GRID),
+    "openselfsup_1": Preset(
+        "ODC 32.39 / 61.02 (head100, 1e-1), DeepCluster 33.44 / 58.62 (head1, 1e-2; not tuned), last epoch",
+        0.01, weight_decay=5e-4, **GRID),
+    "openselfsup_10": Preset(
+        "ODC 58.15 / 82.55 (head10, 1e-1), DeepCluster 52.94 / 77.96 (head1, 1e-2; not tuned), last epoch",
+        0.1, weight_decay=1e-4, **GRID),
     "swav_1": Preset("SwAV of 800 epochs 53.9 / 78.5, best epoch (the paper's; from memory, not checked)",
                      0.01, (0.02,), (250,)),
     "swav_10": Preset("SwAV of 800 epochs 70.2 / 89.9, best epoch (the paper's; from memory, not checked)",
-                      0.1, (0.01,), (20,)), "vissl_1": Preset("none for these methods", 0.01, **VISSL),
-    "vissl_10": Preset("none for these methods", 0.1, **VISSL), "small": Preset(
-        "none: ours, for small images on a CPU", 0.1, (0.01, 0.1), (1,), 1e-4, batch_size=50, head_std=0.01),}
+                      0.1, (0.01,), (20,)),
+    "vissl_1": Preset("none for these methods", 0.01, **VISSL),
+    "vissl_10": Preset("none for these methods", 0.1, **VISSL),
+    "small": Preset("none: ours, for small images on a CPU", 0.1, (0.01, 0.1), (1,), 1e-4, batch_size=50,
+                    head_std=0.01),
+}
 
 
 def arguments(argv=None):
     parser = evaluation.parser(__doc__, "labelled images; a list is taken whole, of anything else a share is "
                                         "drawn (default: the run's)",
-                               "labelled images to judge by (default: the val split of --data)")
-    parser.add_argument("--preset", default="small", choices=PRESETS,
-                        help="protocol; the options below win over it (default: small)")
-    parser.add_argument("--list-presets", action="version", version=table(),
-                        help="print the presets with their published figures, and stop")
-    parser.add_argument("--fraction", type=float,
-                        help="share of the labelled images of each class to draw; 1: all of them")
-    parser.add_argument("--lr", type=float, nargs="+", dest="lrs",
-                        help="learning rates of the trunk, at the batch size given")
-    parser.add_argument("--head", type=float, nargs="+", dest="heads",
-                        help="multiples of it that the head has, tried with each")
-    parser.add_argument("--epochs", type=int,
-                        help="passes over the images; the drops keep their place in the schedule")
-    parser.add_argument("--batch-size", type=int, help="images a step over all processes")
-    parser.add_argument("--weight-decay", type=float, help="of every parameter")
-    parser.add_argument("--seed", type=int, default=0,
-                        help="of the draw, the head, the order and the crops (default: 0)")
-    parser.add_argument("--deterministic", action=argparse.BooleanOptionalAction, default=True,
-                        help="the same bits on a GPU too: slower, or stops at an operation that cannot "
-                             "(default: on)")
-    parser.add_argument("--precision", default="auto", choices=("auto", "bfloat16", "float32", "float64"),
-                        help="(default: auto)")
+                               "labelled images to judge by (default: the val split of --data)",
+                               precisions=(*evaluation.PRECISIONS, "float64"))
+    evaluation.add_presets(parser, PRESETS, table())
+    add = parser.add_argument
+    add("--fraction", type=float, help="share of the labelled images of each class to draw; 1: all of them")
+    add("--lr", type=float, nargs="+", dest="lrs", help="learning rates of the trunk at the given batch size")
+    add("--head", type=float, nargs="+", dest="heads",
+        help="learning rates of the head, as multiples of --lr, each tried with each")
+    add("--weight-decay", type=float, help="weight decay of every parameter")
+    add("--deterministic", action=argparse.BooleanOptionalAction, default=True,
+        help="the same bits on a GPU too: slower, or stops at an operation that cannot (default: on)")
     return parser.parse_args(argv)
 
 
@@ -105,12 +100,12 @@ def table():
     """The presets as text: name, published top-1 / top-5, rates."""
     lines = ["preset           published ImageNet top-1 / top-5"]
     for name, p in PRESETS.items():
-        lines.append(f"{name:16} {p.published}")
         grid = f"lr {' '.join(map(exponent, p.lrs))}, head {' '.join(f'x{h:g}' for h in p.heads)}"
-        drops = f"x{p.gamma:g} after {' and '.join(map(str, p.drops))}"
-        lines.append(f"    {p.fraction:.0%} of the labels, batch {p.batch_size}, {grid}, {p.epochs} epochs, "
-                     f"{drops}, weight decay {p.weight_decay:g}" + (", nesterov" if p.nesterov else "")
-                     + (", lr by the linear rule" if p.linear_rule else ""))
+        after = f"x{p.gamma:g} after {' and '.join(map(str, p.drops))}"
+        more = ", nesterov" * p.nesterov + ", lr by the linear rule" * p.linear_rule
+        lines += [f"{name:16} {p.published}",
+                  f"    {p.fraction:.0%} of the labels, batch {p.batch_size}, {grid}, {p.epochs} epochs, "
+                  f"{after}, weight decay {p.weight_decay:g}{more}"]
     return "\n".join(lines)
 
 
@@ -121,43 +116,33 @@ def exponent(x):
 
 
 def resolve(args):
-    """The protocol to run: the preset with the options given, and a line about rates that do not follow the
-    batch, or None."""
+    """The preset with the options given, and a line about rates that do not follow the batch, or None."""
     preset = PRESETS[args.preset]
-    given = {name: getattr(args, name) for name in ("lrs", "heads", "epochs", "batch_size", "weight_decay",
-                                                    "fraction")}
-    p = replace(preset, **{name: tuple(value) if isinstance(value, list) else value
-                           for name, value in given.items() if value is not None})
+    options = ("lrs", "heads", "epochs", "batch_size", "weight_decay", "fraction")
+    p = replace(preset, **evaluation.given(args, options))
     p = replace(p, drops=tuple(round(drop * p.epochs / preset.epochs) for drop in preset.drops))
     for name, values in (("lr", p.lrs), ("head", p.heads)):
         if not all(0 < value < math.inf for value in values):
-            raise ArgumentError(f"--{name} {' '.join(f'{v:g}' for v in values)}: more than 0 is needed")
-    if p.epochs < 1 or p.batch_size < 2 or not 0 <= p.weight_decay < math.inf or not 0 <= args.seed < 1 << 32:
-        got = f"--epochs {p.epochs} --batch-size {p.batch_size} --weight-decay {p.weight_decay:g} --seed {args.seed}"
-        raise ArgumentError(f"{got}: one epoch and two images a step or more are needed, and nothing below 0")
-    if not 0 < p.fraction <= 1:
-        raise ArgumentError(f"--fraction {p.fraction:g}: more than 0 and at most 1 is needed")
-    if p.batch_size % distributed.world_size():
-        raise ArgumentError(f"--batch-size {p.batch_size} is not divisible by the {distributed.world_size()} "
-                            f"processes")
-    warning = None
-    if args.lrs is None and p.batch_size != preset.batch_size:
-        scaled = tuple(lr * p.batch_size / preset.batch_size for lr in p.lrs)
-        if p.linear_rule:
-            p = replace(p, lrs=scaled)
-        else:
-            here, there = (" ".join(f"{lr:g}" for lr in lrs) for lrs in (p.lrs, scaled))
-            warning = f"--lr {here} of {args.preset} belongs to batch {preset.batch_size} and is kept: "
-            warning += f"for {p.batch_size} the linear rule asks for --lr {there}"
-    return p, warning
+            raise ArgumentError(f"--{name} {evaluation.words(values)}: more than 0 is needed")
+    fine = p.epochs >= 1 and p.batch_size >= 2 and 0 <= p.weight_decay < math.inf
+    evaluation.need(fine, p, "epochs batch_size weight_decay",
+                    "one epoch and two images a step or more are needed, and nothing below 0")
+    evaluation.need(0 <= args.seed < 1 << 32, args, "seed", f"0 to {(1 << 32) - 1} is needed")
+    evaluation.need(0 < p.fraction <= 1, p, "fraction", "more than 0 and at most 1 is needed")
+    if p.batch_size % (ranks := distributed.world_size()):
+        raise ArgumentError(f"--batch-size {p.batch_size} is not divisible by the {ranks} processes")
+    if args.lrs is not None or p.batch_size == preset.batch_size:
+        return p, None
+    if p.linear_rule:
+        return replace(p, lrs=tuple(lr * p.batch_size / preset.batch_size for lr in p.lrs)), None
+    return p, evaluation.kept_rates(args.preset, p.lrs, preset.batch_size, p.batch_size)
 
 
 # ------------------------------------------------------------------------------------------------------- data
 
 
 def draw(labels, fraction, seed):
-    """Rows of a share of each class, at least one row each, in order: a function of (labels, fraction, seed).
-    -1 is no label."""
+    """Rows of a share of each class but -1, at least one, in order: a function of all arguments."""
     rows = []
     for label in labels.unique().tolist():
         members = (labels == label).nonzero()[:, 0].numpy()
@@ -167,25 +152,10 @@ def draw(labels, fraction, seed):
     return np.sort(np.concatenate([np.zeros(0, dtype=np.int64), *rows]))
 
 
-class Part:
-    """The rows of a labelled set that are trained on, as a set."""
-
-    def __init__(self, images, rows):
-        self.images, self.rows = images, rows
-        self.labels = images.labels[torch.from_numpy(rows)]
-
-    def __len__(self):
-        return len(self.rows)
-
-    def read(self, i):
-        return self.images.read(int(self.rows[i]))
-
-
 def training_crops(images, size, seed):
-    """The usual training crop: a random resized crop of 8 to 100 % of the area, flipped half of the time, and
-    nothing else."""
-    return MultiCrop(images, (1,), (size,), ((0.08, 1.0),),
-                     Augmentation(jitter_p=0.0, grey_p=0.0, blur_p=0.0), seed)
+    """Random resized crops of 8 to 100 % of the area, flipped half of the time, and nothing else."""
+    plain = Augmentation(jitter_p=0.0, grey_p=0.0, blur_p=0.0)
+    return MultiCrop(images, (1,), (size,), ((0.08, 1.0),), plain, seed)
 
 
 # --------------------------------------------------------------------------------------------------- training
@@ -208,21 +178,17 @@ class Model(nn.Module):
             return self.fc(features.to(self.fc.weight.dtype))
 
 
-def train_one_epoch(net, optimizer, loader, labels, p, epoch, seed, options):
-    """One pass in train mode; returns the mean loss over all ranks. The last, incomplete batch is left
-    out."""
-    device, dtype = options["device"], next(net.parameters()).dtype
-    batches = data.batches(len(labels), p.batch_size, epoch, seed, distributed.rank(),
-                           distributed.world_size())
+def train_one_epoch(net, optimizer, loader, labels, p, epoch, seed, how):
+    """One pass in train mode without a last, incomplete batch; returns the mean loss over all ranks."""
+    device, precision, dtype = how["device"], how["precision"], next(net.parameters()).dtype
+    batches = data.batches(len(labels), p.batch_size, epoch, seed)
     net.train()
     total = torch.zeros((), device=device, dtype=torch.float64)
     for step, (index, crops, params) in enumerate(loader.epoch(epoch, batches)):
         torch.manual_seed(seed << 32 | epoch * len(batches) + step)  # dropout, in trunks that have it
-        # (B, 3, s, s)
-        x = photometric(crops[0][0].to(device, non_blocking=True), params[0], options["mean"], options["std"],
-                        dtype)
-        with torch.autocast(device.type, dtype=torch.bfloat16,
-                            enabled=options["precision"] == torch.bfloat16):
+        crops = crops[0][0].to(device, non_blocking=True)  # (B, 3, s, s)
+        x = photometric(crops, params[0], how["mean"], how["std"], dtype)
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
             scores = net(x)  # (B, C)
         loss = F.cross_entropy(scores, labels[index].to(device, non_blocking=True))
         optimizer.zero_grad()
@@ -232,23 +198,21 @@ def train_one_epoch(net, optimizer, loader, labels, p, epoch, seed, options):
     return float(distributed.all_sum(total)) / distributed.world_size() / len(batches)
 
 
-def finetune(model, lr, head, p, loader, images, queries, info, seed, options):
+def finetune(model, lr, head, p, loader, images, queries, seed, how):
     """Trains model at one setting; after each epoch gives its loss, and top-1 and top-5 on the queries. Ends
     early with a loss that is not finite. model: on its device. head: multiple of lr that the head has."""
     net = parallel(model)
     groups = [{"params": list(model.backbone.parameters())}, {"params": list(model.fc.parameters())}]
     optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, weight_decay=p.weight_decay, nesterov=p.nesterov)
     for epoch in range(p.epochs):
-        rate = lr * p.gamma ** sum(epoch >= drop for drop in p.drops)
+        rate = drops(epoch, 1, lr, p.drops, p.gamma)
         optimizer.param_groups[0]["lr"], optimizer.param_groups[1]["lr"] = rate, rate * head
-        loss = train_one_epoch(net, optimizer, loader, images.labels, p, epoch, seed, options)
-        if distributed.all_max(torch.tensor(int(loader.lost))):
-            raise DataError(f"{TRIES} images in a row of --data cannot be read")
+        loss = train_one_epoch(net, optimizer, loader, images.labels, p, epoch, seed, how)
+        evaluation.check_readable(loader)
         if not math.isfinite(loss):
             yield loss, None, None
             return
-        scores, labels = extract(model, queries, info["resize"], info["size"], **options)
-        yield loss, *accuracy(scores, labels)
+        yield loss, *accuracy(*extract(model, queries, **how))
 
 
 def report(settings, p):
@@ -258,38 +222,38 @@ def report(settings, p):
         if len(s["top1"]) < p.epochs:
             say(f"{s['setting']:16}  diverged in epoch {len(s['top1']) + 1}")
             continue
-        last, best = p.epochs - 1, s["top1"].index(max(s["top1"]))
-        top5 = [f"{s['top5'][epoch]:9.2f}" if s["top5"][epoch] is not None else "        -"
-                for epoch in (last, best)]
-        say(f"{s['setting']:16}  {s['top1'][last]:17.2f}{top5[0]}{s['top1'][best]:21.2f}{top5[1]}{best + 1:8}")
+        best = s["top1"].index(max(s["top1"]))
+        line = f"{s['setting']:16}  "
+        for epoch, width in ((-1, 17), (best, 21)):
+            top5 = s["top5"][epoch]
+            line += f"{s['top1'][epoch]:{width}.2f}" + (f"{'-':>9}" if top5 is None else f"{top5:9.2f}")
+        say(f"{line}{best + 1:8}")
     finished = [s for s in settings if len(s["top1"]) == p.epochs]
     if not finished:
         raise Diverged("the loss of every setting is not finite: lower --lr or --head")
-    chosen = {"last": max(finished, key=lambda s: s["top1"][-1]),
-              "best": max(finished, key=lambda s: max(s["top1"]))}
-    for when, epoch in (("last", "the last epoch"),
-                        ("best", "the best epoch, chosen on the images it is reported for")):
-        s = chosen[when]
-        value = s["top1"][-1] if when == "last" else max(s["top1"])
-        which = f"the best of {len(settings)} settings, chosen on the same images" if len(
-            settings) > 1 else "the only setting"
-        say(f"{value:.2f} in {epoch}: {s['setting']}, {which}")
-    return chosen
+    which = "the only setting"
+    if len(settings) > 1:
+        which = f"the best of {len(settings)} settings, chosen on the same images"
+    last = max(finished, key=lambda s: s["top1"][-1])
+    best = max(finished, key=lambda s: max(s["top1"]))
+    how = "in the best epoch, chosen on the images it is reported for"
+    say(f"{last['top1'][-1]:.2f} in the last epoch: {last['setting']}, {which}")
+    say(f"{max(best['top1']):.2f} {how}: {best['setting']}, {which}")
+    return {"last": last, "best": best}
 
 
-def try_grid(trunk, p, loader, images, queries, classes, info, args, options):
-    """Fine-tunes a copy of the trunk at each setting; returns a dict for each, with top-1 and top-5 after
-    every epoch."""
+def try_grid(trunk, p, loader, images, queries, classes, args, how):
+    """Fine-tunes a copy of the trunk at each setting; returns a dict of each, with accuracies by epoch."""
     settings, started, done, total = [], time.perf_counter(), 0, len(p.lrs) * len(p.heads) * p.epochs
+    dtype = torch.float64 if args.precision == "float64" else torch.float32
     for lr, head in itertools.product(p.lrs, p.heads):
         torch.manual_seed(args.seed)
         model = Model(copy.deepcopy(trunk), classes, p.head_std)
-        model.to(options["device"], torch.float64 if args.precision == "float64" else torch.float32,
-                 memory_format=torch.channels_last)
+        model.to(how["device"], dtype, memory_format=torch.channels_last)
         setting = {"setting": f"head{head:g}, {exponent(lr)}", "lr": lr, "head": head, "top1": [], "top5": []}
         settings.append(setting)
-        for epoch, (loss, top1, top5) in enumerate(finetune(model, lr, head, p, loader, images, queries, info,
-                                                            args.seed, options), 1):
+        history = finetune(model, lr, head, p, loader, images, queries, args.seed, how)
+        for epoch, (loss, top1, top5) in enumerate(history, 1):
             line = f"{setting['setting']:16} epoch {epoch}/{p.epochs} loss {loss:.4f}"
             if top1 is None:
                 say(f"{line} diverged")
@@ -298,72 +262,57 @@ def try_grid(trunk, p, loader, images, queries, classes, info, args, options):
             setting["top5"].append(top5 if top5 is None else round(top5, 4))
             done += 1
             left = (time.perf_counter() - started) / done * (total - done)
-            say(f"{line} top-1 {top1:.2f} left {left // 3600:.0f}:{left // 60 % 60:02.0f}:{left % 60:02.0f}")
+            say(f"{line} top-1 {top1:.2f} left {timedelta(seconds=int(left))}")
     return settings
 
 
 def main(args):
-    device = distributed.start(args.device)
-    evaluation.check(args)
+    device = evaluation.start(args)
     p, warning = resolve(args)
     repeatable(args.deterministic)
-    trunk, info = evaluation.open_trunk(args)
+    trunk, info = evaluation.open_trunk(args, device)
     everything, queries = evaluation.open_labelled(args)
     # a list says itself which
     whole = args.fraction is None and distributed.from_main(Path(args.data).is_file)
-    images = Part(everything, draw(everything.labels, 1 if whole else p.fraction, args.seed))
+    images = evaluation.Subset(everything, draw(everything.labels, 1 if whole else p.fraction, args.seed))
     if len(images) < p.batch_size:
-        raise DataError(f"{len(images)} images are drawn of --data, fewer than one batch: --batch-size "
-                        f"{p.batch_size}")
-    options = {**evaluation.extraction(args, info, device), "batch_size": 256, "bad": set()}
+        drawn = f"{len(images)} images are drawn of --data"
+        raise DataError(f"{drawn}, fewer than one batch: --batch-size {p.batch_size}")
+    how = {**evaluation.extraction(args, info, device), "bad": set()}
     loader = data.Loader(training_crops(images, info["size"], args.seed), args.workers, device.type == "cuda")
 
     counts = images.labels.bincount()
     counts = counts[counts > 0]
-    source = "all that --data lists" if whole else f"{p.fraction:.3g} of each class, drawn with seed {args.seed}"
+    source = f"{p.fraction:.3g} of each class, drawn with seed {args.seed}"
     say(f"{args.trunk}: {evaluation.name(info)}, fine-tuned at {info['size']} px; preset {args.preset}")
-    say(f"{len(images)} of {len(everything)} images, {source}: {counts.min()} to {counts.max()} of each of "
-        f"{len(counts)} classes")
-    say(f"batch {p.batch_size}, {p.epochs} epochs of {len(images) // p.batch_size} steps, rates x{p.gamma:g} "
-        f"after {p.drops}, "
-        f"{len(p.lrs) * len(p.heads)} settings; judged on {len(queries)} images after each epoch")
+    say(f"{len(images)} of {len(everything)} images, {'all that --data lists' if whole else source}: "
+        f"{counts.min()} to {counts.max()} of each of {len(counts)} classes")
+    rates = f"rates x{p.gamma:g} after {p.drops}, {len(p.lrs) * len(p.heads)} settings"
+    say(f"batch {p.batch_size}, {p.epochs} epochs of {len(images) // p.batch_size} steps, {rates}; "
+        f"judged on {len(queries)} images after each epoch")
     if warning:
-        say(f"warning: {warning}")
+        say(warning)
 
     try:
-        settings = try_grid(trunk, p, loader, images, queries, len(everything.classes), info, args, options)
+        settings = try_grid(trunk, p, loader, images, queries, len(everything.classes), args, how)
     except RuntimeError as error:
         if "use_deterministic_algorithms" not in str(error):
             raise
         cause = str(error).splitlines()[0]
-        raise ArgumentError(
-            f"--deterministic cannot be kept: {cause}; --no-deterministic goes on without") from None
+        way_out = "--no-deterministic goes on without"
+        raise ArgumentError(f"--deterministic cannot be kept: {cause}; {way_out}") from None
     loader.close()
-    for bad, name, what in ((loader.bad, "--data", "were replaced by their neighbours"),
-                            (options["bad"], "--val", "are left out")):
+    for bad, option, what in ((loader.bad, "--data", "were replaced by their neighbours"),
+                              (how["bad"], "--val", "are left out")):
         unreadable = len(distributed.gather_rows(torch.tensor(sorted(bad), dtype=torch.int64)).unique())
         if unreadable:
-            say(f"warning: {unreadable} images of {name} cannot be read and {what}")
+            say(f"warning: {unreadable} images of {option} cannot be read and {what}")
     chosen = report(settings, p)
-    record = {
-        "trunk": args.trunk,
-        **{key: info.get(key) for key in ("method", "arch", "epoch")},
-        "preset": args.preset,
-        "images": len(images),
-        "of": len(everything),
-        "queries": len(queries),
-        "classes": len(everything.classes),
-        "epochs": p.epochs,
-        "batch_size": p.batch_size,
-        "weight_decay": p.weight_decay,
-        "seed": args.seed,
-        "best_setting": {when: s["setting"] for when, s in chosen.items()},
-        "settings": settings,
-    }
-    say(json.dumps(record))
-    if Path(args.trunk).is_dir():
-        name = "_".join(["eval_semisup", args.preset, *["random"] * args.random_init])
-        evaluation.write(Path(args.trunk) / f"{name}.json", record)
+    record = {"preset": args.preset, "images": len(images), "of": len(everything), "queries": len(queries),
+              "classes": len(everything.classes), "epochs": p.epochs, "batch_size": p.batch_size,
+              "weight_decay": p.weight_decay, "seed": args.seed,
+              "best_setting": {when: s["setting"] for when, s in chosen.items()}, "settings": settings}
+    evaluation.finish(args, info, f"eval_semisup_{args.preset}", record)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""Linear SVMs on the frozen features of VOC 2007, on all labels and on a few (Goyal et al. 2019; OpenSelfSup
-and VISSL).
+"""Linear SVMs on frozen features of VOC 2007, all labels or a few (Goyal et al. 2019; OpenSelfSup, VISSL).
 
 Every image is warped to a square and looked at once. For each of the 20 classes one SVM says whether an image
 holds it: L2 penalty, squared hinge, positives counted twice, features of unit length. Its cost is chosen
@@ -7,29 +6,27 @@ among a grid by 3-fold cross-validation on trainval; low-shot training draws k p
 images, five times. The figure is the mean over classes of the average precision on test.
 
 What a published figure hides is said here: the best layer is chosen on the test set, and low-shot figures are
-those of the cost that is best on it ("oracle"). Both choices, by the test set and by cross-validation, stand
-side by side.
+those of the cost that is best on it ("oracle"). The choice by cross-validation stands beside it.
 
-    python eval_svm.py resnet50.pth --data VOCdevkit                                    # AvgPool and Feature5
+    python eval_svm.py resnet50.pth --data VOCdevkit                    # AvgPool and Feature5
     python eval_svm.py resnet50.pth --data VOCdevkit --layers feature1 feature2 feature3 feature4 feature5
     python eval_svm.py resnet50.pth --data VOCdevkit --protocol low-shot --layers avgpool
-    torchrun --nproc_per_node=8 eval_svm.py runs/swav --data VOCdevkit                  # 8 GPUs, and the fits in 8 parts
+    torchrun --nproc_per_node=8 eval_svm.py runs/swav --data VOCdevkit  # 8 GPUs, and the fits in 8 parts
 
 Needs scikit-learn. Features take a GPU a minute; the full protocol is 1,520 fits a layer and low-shot about
 50,000 small ones, spread over all CPU cores.
 """
 
-import json
 import math
 import os
 import time
 import warnings
 import xml.etree.ElementTree as ElementTree
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 from common import distributed
 from common.engine.errors import ArgumentError, DataError, say
@@ -45,32 +42,27 @@ COSTS = {"openselfsup": (1.0, 10.0, 100.0, *(0.5**k for k in range(4, 20))),
 SHOTS = (1, 2, 4, 8, 16, 32, 64, 96)
 FOLDS = 3
 MAX_ITERATIONS = 2000
-LAYERS = "feature1 .. feature5, avgpool; conv1 .. conv5 of AlexNet (default: avgpool feature5)"
 
 
 def arguments(argv=None):
     parser = evaluation.parser(__doc__, "VOCdevkit, or VOC2007 in it: ImageSets/Main, Annotations and "
-                                        "JPEGImages of trainval and test", "")
-    parser.add_argument("--layers", nargs="+", default=["avgpool", "feature5"], choices=pooling.LAYERS,
-                        metavar="LAYER", help=LAYERS)
-    parser.add_argument("--protocol", nargs="+", default=["full"], choices=("full", "low-shot"),
-                        help="one or both (default: full)")
-    parser.add_argument("--costs", nargs="+", default=["openselfsup"],
-                        help="openselfsup (19), vissl (11) or numbers (default: openselfsup)")
-    parser.add_argument("--ap", default="all_points",
-                        choices=("all_points", "11point"), help="rule of VOC 2010 (default) or 2007")
-    parser.add_argument("--shots", type=int, nargs="+", default=list(SHOTS),
-                        help="positive images a class (default: 1 2 4 ... 64 96)")
-    parser.add_argument("--samples", type=int, default=5, help="draws of low-shot images (default: 5)")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
-    parser.add_argument("--crop", default="warp", choices=("warp", "center"),
-                        help="the whole image made square (default), or its centre")
-    parser.add_argument("--jobs", type=int, default=0,
-                        help="fits at a time on each process (default: its share of the CPU cores)")
-    parser.add_argument("--batch-size", type=int, default=64,
-                        help="images at a time on each process (default: 64)")
-    parser.add_argument("--precision", default="auto", choices=("auto", "bfloat16", "float32"),
-                        help="of the trunk (default: auto)")
+                                        "JPEGImages of trainval and test", "", batch_size=64)
+    add = parser.add_argument
+    add("--layers", nargs="+", default=["avgpool", "feature5"], choices=pooling.LAYERS, metavar="LAYER",
+        help="feature1 .. feature5, avgpool; of AlexNet conv1 .. conv5 (default: avgpool feature5)")
+    add("--protocol", nargs="+", default=["full"], choices=("full", "low-shot"),
+        help="SVMs on all labels, on a few, or both (default: full)")
+    add("--costs", nargs="+", default=["openselfsup"],
+        help="costs to try: openselfsup (19), vissl (11) or numbers (default: openselfsup)")
+    add("--ap", default="all_points", choices=("all_points", "11point"),
+        help="average precision by the rule of VOC 2010 (default) or 2007")
+    add("--shots", type=int, nargs="+", default=list(SHOTS),
+        help="positive images a class in low-shot (default: 1 2 4 ... 64 96)")
+    add("--samples", type=int, default=5, help="draws of low-shot images (default: 5)")
+    add("--seed", type=int, default=0, help="seed of the low-shot draws (default: 0)")
+    add("--crop", default="warp", choices=("warp", "center"),
+        help="look at the whole image made square (default), or at its centre")
+    add("--jobs", type=int, default=0, help="fits at a time on each process (default: its share of cores)")
     return parser.parse_args(argv)
 
 
@@ -84,8 +76,7 @@ def average_precision(scores, targets, mode="all_points"):
     but for sklearn_step, where they count as one.
     mode: "all_points", the area under the precision made monotone from the right (VOC 2010 and the SVM
     benchmarks); "11point", its mean at recalls 0, 0.1 .. 1 (VOC 2007; 0.3, 0.6 and 0.7 are a little more than
-    a recall of 3, 6 and 7 tenths there, as in the official code); "sklearn_step", the area under the steps as
-    they are (scikit-learn's).
+    3, 6 and 7 tenths, as in the official code); "sklearn_step", the area under the steps as they are.
     Raises ValueError for a class without a positive row.
     """
     scores, targets = np.asarray(scores, dtype=np.float64), np.asarray(targets)
@@ -111,18 +102,15 @@ def average_precision(scores, targets, mode="all_points"):
 
 
 class Voc:
-    """Images of trainval, then of test, each in the order of their names.
-
-    targets (N, C): 1 present, 0 absent, -1 only difficult ones; trainval: number of images before those of
-    test.
-    """
+    """Images of trainval, `trainval` of them, then of test, each in the order of their names. targets (N, C):
+    1 present, 0 absent, -1 only difficult ones."""
 
     def __init__(self, spec):
         inside = [Path(spec, *parts) for parts in ((), ("VOC2007",), ("VOCdevkit", "VOC2007"))]
         self.folder = next((folder for folder in inside if (folder / "ImageSets" / "Main").is_dir()), None)
         if self.folder is None:
-            raise DataError(f"{spec} is no VOCdevkit: a folder with VOC2007/ImageSets/Main, Annotations and "
-                            f"JPEGImages is needed")
+            needed = "a folder with VOC2007/ImageSets/Main, Annotations and JPEGImages is needed"
+            raise DataError(f"{spec} is no VOCdevkit: {needed}")
         tables = {split: _class_files(self.folder, split) or _annotations(self.folder, split)
                   for split in ("trainval", "test")}
         self.classes = sorted({name for table in tables.values() for name in table})
@@ -134,8 +122,7 @@ class Voc:
         self.names, self.trainval = ids["trainval"] + ids["test"], len(ids["trainval"])
         rows = [[tables[split][name][i] for name in self.classes] for split in ids for i in ids[split]]
         self.targets = np.array(rows, dtype=np.int64)
-        # none is what extract makes -1: an image that cannot be read
-        self.labels = torch.zeros(len(self), dtype=torch.int64)
+        self.labels = torch.zeros(len(self), dtype=torch.int64)  # extract makes it -1 where it cannot read
         missing = [name for name in self.names if not self.path(name).is_file()]
         if missing:
             raise DataError(f"{len(missing)} of {len(self)} images are missing: {self.path(missing[0])}")
@@ -150,23 +137,26 @@ class Voc:
         return decode(self.path(self.names[i]))
 
 
-def _lines(path):
+def _read(parse, path):
+    """parse(path). Raises DataError for whatever a file that is damaged, or not there, makes it raise."""
     try:
-        return [line.split() for line in path.read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
+        return parse(path)
+    except Exception as error:
         raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
+def _lines(path):
+    return [line.split() for line in _read(Path.read_text, path).splitlines() if line.strip()]
+
+
 def _class_files(folder, split):
-    """{class: {image: target}} of ImageSets/Main/CLASS_SPLIT.txt, whose lines have 1 present, -1 absent, 0
-    difficult."""
-    table = {}
+    """{class: {image: target}} of ImageSets/Main/CLASS_SPLIT.txt: 1 is present, -1 absent, 0 difficult."""
+    targets, table = {"1": 1, "-1": 0, "0": -1}, {}
     for path in sorted((folder / "ImageSets" / "Main").glob(f"*_{split}.txt")):
         lines = _lines(path)
-        if not all(len(line) == 2 and line[1] in ("1", "-1", "0") for line in lines):
+        if not all(len(line) == 2 and line[1] in targets for line in lines):
             raise DataError(f"{path}: lines with an image and 1, 0 or -1 are needed")
-        table[path.name.removesuffix(f"_{split}.txt")] = {name: {"1": 1, "-1": 0,
-                                                                 "0": -1}[value] for name, value in lines}
+        table[path.name.removesuffix(f"_{split}.txt")] = {name: targets[value] for name, value in lines}
     first = next(iter(table), None)
     for name in table:
         if table[name].keys() != table[first].keys():
@@ -175,31 +165,15 @@ def _class_files(folder, split):
 
 
 def _annotations(folder, split):
-    """The same from Annotations/IMAGE.xml, where there are no class files: a class is difficult if all its
-    objects are."""
-    found = {}
+    """The same from Annotations/IMAGE.xml: a class is difficult if all its objects are."""
+    found = {}  # {image: {class: target}}
     for name, *_ in _lines(folder / "ImageSets" / "Main" / f"{split}.txt"):
-        path = folder / "Annotations" / f"{name}.xml"
-        try:
-            objects = [(o.findtext("name"),
-                        o.findtext("difficult") == "1") for o in ElementTree.parse(path).iter("object")]
-        except (OSError, ElementTree.ParseError) as error:
-            raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
-        found[name] = {c: -1 if all(difficult for other, difficult in objects if other == c) else 1
-                       for c, _ in objects}
-    return {c: {name: present.get(c, 0) for name, present in found.items()}
-            for c in sorted({c for p in found.values() for c in p})}
-
-
-class Layers(nn.Module):
-    """Several pooled layers of a trunk in one pass, side by side: (B, 3, s, s) -> (B, sum of F)."""
-
-    def __init__(self, trunk, layers):
-        super().__init__()
-        self.trunk, self.layers = trunk, layers
-
-    def forward(self, x):
-        return torch.cat(list(pooling.pooled(self.trunk, x, self.layers).values()), dim=1)
+        found[name] = {}
+        for item in _read(ElementTree.parse, folder / "Annotations" / f"{name}.xml").iter("object"):
+            easy = item.findtext("difficult") != "1"
+            found[name][item.findtext("name")] = 1 if easy else found[name].get(item.findtext("name"), -1)
+    classes = sorted({c for present in found.values() for c in present})
+    return {c: {name: present.get(c, 0) for name, present in found.items()} for c in classes}
 
 
 def unit(x):
@@ -222,101 +196,88 @@ def train(x, y, cost):
     """LinearSVC for labels 1 and -1, with the benchmark's settings."""
     from sklearn.svm import LinearSVC
 
-    weights = {1: 2, -1: 1}
-    return LinearSVC(C=cost, class_weight=weights, tol=1e-4, max_iter=MAX_ITERATIONS, dual=True,
-                     random_state=0).fit(x, y)
+    how = dict(class_weight={1: 2, -1: 1}, tol=1e-4, max_iter=MAX_ITERATIONS, dual=True, random_state=0)
+    return LinearSVC(C=cost, **how).fit(x, y)
 
 
 def fit(x, rows, y, x_test, targets, cost, mode, choose=True):
-    """One SVM, and what it takes to choose its cost: (AP by 3-fold cross-validation, AP on test, fits that
-    did not converge).
+    """One SVM: (AP by 3-fold cross-validation, to choose a cost by; AP on test; fits that did not converge).
 
-    x (N, F); rows: those to train on, n of them, with y (n,) 1 or -1; x_test (m, F), targets (m,) 1, 0, or -1
-    left out.
-    choose: False leaves the cross-validation out.
+    x (N, F); rows: those to train on, n of them, with y (n,) 1 or -1; x_test (m, F), targets (m,) as Voc has
+    them. choose: False leaves the cross-validation out.
     """
     from sklearn.model_selection import StratifiedKFold
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of fits that did not converge, which are counted
-        x = x[rows]
-        svm, folds, stopped = train(x, y, cost), [], 0
+        x, folds = x[rows], []
+        svm = train(x, y, cost)
+        stopped = int(svm.n_iter_ >= MAX_ITERATIONS)
         for kept, held_out in StratifiedKFold(FOLDS).split(x, y) if choose else ():
             part = train(x[kept], y[kept], cost)
-            folds.append(average_precision(part.decision_function(x[held_out]), y[held_out] == 1,
-                                           "sklearn_step"))
+            scores = part.decision_function(x[held_out])
+            folds.append(average_precision(scores, y[held_out] == 1, "sklearn_step"))
             stopped += part.n_iter_ >= MAX_ITERATIONS
-    stopped += svm.n_iter_ >= MAX_ITERATIONS
-    return np.mean(folds) if folds else 0.0, average_precision(svm.decision_function(x_test), targets,
-                                                               mode), stopped
+    ap = average_precision(svm.decision_function(x_test), targets, mode)
+    return np.mean(folds) if folds else 0.0, ap, stopped
 
 
-def fit_all(tasks, jobs, name):
-    """fit(*task) of every task in parallel processes, each rank its share. Returns (tasks, 3), equal on every
-    rank."""
+def fit_all(x, voc, subsets, costs, mode, choose, jobs, name):
+    """An SVM for each (class, rows) in `subsets` at each cost, in parallel processes, each rank its share.
+
+    Returns AP by cross-validation and AP on test, (subsets, costs) each, and the number of fits that did not
+    converge, equal on every rank. Difficult images among the rows are negatives; on test they are left out.
+    """
     from joblib import Parallel, delayed
 
-    rank, world_size = distributed.rank(), distributed.world_size()
+    n, tasks = voc.trainval, []
+    x_train, x_test = x[:n], x[n:]  # one object each: joblib shares them by identity
+    for c, rows in subsets:
+        y, truth = np.where(voc.targets[:n][rows, c] == 1, 1, -1), voc.targets[n:, c]
+        tasks += [(x_train, rows, y, x_test, truth, cost, mode, choose) for cost in costs]
     results = torch.zeros(len(tasks), 3, dtype=torch.float64)
-    mine, started, said = range(rank, len(tasks), world_size), time.perf_counter(), time.perf_counter()
+    mine = range(distributed.rank(), len(tasks), distributed.world_size())
+    started = said = time.perf_counter()
     fits = Parallel(jobs, return_as="generator")(delayed(fit)(*tasks[i]) for i in mine)
     for done, (i, result) in enumerate(zip(mine, fits), 1):
         results[i] = torch.tensor(result, dtype=torch.float64)
         now = time.perf_counter()
         if now - said > 60:
             left, said = (now - started) / done * (len(mine) - done), now
-            say(f"{name}: {done} of {len(mine)} costs done, left "
-                f"{left // 3600:.0f}:{left // 60 % 60:02.0f}:{left % 60:02.0f}")
-    return distributed.all_sum(results).numpy()
+            say(f"{name}: {done} of {len(mine)} costs done, left {timedelta(seconds=int(left))}")
+    results = distributed.all_sum(results).numpy().reshape(len(subsets), len(costs), 3)
+    return results[..., 0], results[..., 1], int(results[..., 2].sum())
 
 
 def full(x, voc, costs, mode, jobs, name):
-    """The full protocol: AP (C,) of each class at its cross-validated cost, that cost, and AP at its best
-    cost on test.
-
-    Difficult images are negatives in training, as in the benchmark, and left out on test. x (N, F): unit
-    rows.
-    """
-    n, C = voc.trainval, len(voc.classes)
-    # one object each: joblib shares them by identity
-    y, x_train, x_test = np.where(voc.targets[:n] == 1, 1, -1), x[:n], x[n:]
-    tasks = [(x_train, slice(None), y[:, c], x_test, voc.targets[n:, c], cost,
-              mode) for c in range(C) for cost in costs]
-    # (C, costs) each
-    cv, ap, stopped = fit_all(tasks, jobs, name).reshape(C, len(costs), 3).transpose(2, 0, 1)
+    """The full protocol on unit rows x (N, F): AP (C,) at the cross-validated costs, these costs, AP (C,) at
+    the costs that are best on test, and fits that did not converge."""
+    classes = range(len(voc.classes))
+    cv, ap, stopped = fit_all(x, voc, [(c, slice(None)) for c in classes], costs, mode, True, jobs, name)
     chosen = cv.argmax(axis=1)
-    return ap[range(C), chosen], [costs[i] for i in chosen], ap.max(axis=1), int(stopped.sum())
+    return ap[classes, chosen], [costs[i] for i in chosen], ap.max(axis=1), stopped
 
 
 def draw(targets, k, seed, sample, c):
-    """Rows of k positive and 19 k negative images of class c in order, a function of all arguments; difficult
-    ones are never drawn."""
+    """Rows of k positive and 19 k negative images of class c, in order: a function of all arguments."""
     rng = np.random.default_rng((seed, sample, c, k))
-    rows = [rng.choice(np.flatnonzero(targets == target), count,
-                       replace=False) for target, count in ((1, k), (0, 19 * k))]
+    rows = [rng.choice(np.flatnonzero(targets == target), count, replace=False)
+            for target, count in ((1, k), (0, 19 * k))]
     return np.sort(np.concatenate(rows))
 
 
 def low_shot(x, voc, costs, mode, k, samples, seed, jobs, name):
-    """mAP (samples, costs) with k positive images a class, and mAP (samples,) with the cost of each SVM
-    chosen on its own images.
-
-    The choice is by 3-fold cross-validation, and below three positive images the cost of the grid that is
-    nearest to 1.
-    """
-    n, C = voc.trainval, len(voc.classes)
-    x_train, x_test, tasks = x[:n], x[n:], []
-    for sample in range(samples):
-        for c in range(C):
-            rows = draw(voc.targets[:n, c], k, seed, sample, c)
-            y = np.where(voc.targets[rows, c] == 1, 1, -1)
-            tasks += [(x_train, rows, y, x_test, voc.targets[n:, c], cost, mode,
-                       k >= FOLDS) for cost in costs]
-    cv, ap, stopped = fit_all(tasks, jobs, name).reshape(samples, C, len(costs), 3).transpose(3, 0, 1, 2)
-    # (samples, C)
-    chosen = cv.argmax(axis=2) if k >= FOLDS else np.full((samples, C), np.abs(np.log(costs)).argmin())
-    return ap.mean(axis=1), np.take_along_axis(ap, chosen[..., None],
-                                               axis=2).mean(axis=(1, 2)), int(stopped.sum())
+    """Low-shot training with k positive images a class: mAP (samples, costs); mAP (samples,) at costs that an
+    SVM's own images choose, by 3-fold cross-validation, or nearest to 1 if they are too few for it; and fits
+    that did not converge."""
+    shape = samples, len(voc.classes), len(costs)
+    subsets = [(c, draw(voc.targets[: voc.trainval, c], k, seed, sample, c))
+               for sample in range(samples) for c in range(len(voc.classes))]
+    cv, ap, stopped = fit_all(x, voc, subsets, costs, mode, k >= FOLDS, jobs, name)
+    cv, ap = cv.reshape(shape), ap.reshape(shape)
+    chosen = np.full(shape[:2], np.abs(np.log(costs)).argmin()) if k < FOLDS else cv.argmax(axis=2)
+    own = np.take_along_axis(ap, chosen[..., None], axis=2)  # (samples, C, 1)
+    return ap.mean(axis=1), own.mean(axis=(1, 2)), stopped
 
 
 # ------------------------------------------------------------------------------------------------------- main
@@ -335,17 +296,15 @@ def parse_costs(words):
 
 
 def main(args):
-    device = distributed.start(args.device)
-    evaluation.check(args)
+    device = evaluation.start(args)
     costs = parse_costs(args.costs)
-    if min(args.batch_size, args.samples, *args.shots) < 1 or min(args.jobs, args.seed) < 0:
-        shots = " ".join(map(str, args.shots))
-        got = f"--batch-size {args.batch_size} --samples {args.samples} --shots {shots} --jobs {args.jobs} --seed {args.seed}"
-        raise ArgumentError(f"{got}: positive numbers are needed, and nothing below 0")
+    fine = min(args.batch_size, args.samples, *args.shots) > 0 and min(args.jobs, args.seed) >= 0
+    evaluation.need(fine, args, "batch_size samples shots jobs seed",
+                    "positive numbers are needed, and nothing below 0")
     require_sklearn()
     if not args.data:
         raise ArgumentError("--data is needed: VOCdevkit")
-    trunk, info = evaluation.open_trunk(args)
+    trunk, info = evaluation.open_trunk(args, device)
     if info.get("stem") != "small":  # the protocol's, whatever size the trunk was trained at
         info.update(resize=args.resize or 256, size=args.size or 224)
     try:
@@ -356,41 +315,32 @@ def main(args):
     n = voc.trainval
     jobs = args.jobs or max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     say(f"{args.trunk}: {evaluation.name(info)}, VOC 2007 at {info['size']} px ({args.crop})")
-    say(f"{n} images to train on, {len(voc) - n} to test, {len(voc.classes)} classes, {len(costs)} costs, AP "
-        f"by {args.ap}")
+    counts = f"{n} images to train on, {len(voc) - n} to test, {len(voc.classes)} classes"
+    say(f"{counts}, {len(costs)} costs, AP by {args.ap}")
 
-    layers = list(shapes)  # each once
-    model = Layers(trunk.to(device, memory_format=torch.channels_last), layers)
+    how = evaluation.extraction(args, info, device, args.batch_size)
     view = {"warp": Warp, "center": CenterCrop}[args.crop]
-    rows, labels = extract(model, voc, info["resize"], info["size"], view=view,
-                           **evaluation.extraction(args, info, device))
+    rows, labels = extract(pooling.Reading(trunk, list(shapes)), voc, view=view, **how)
     unreadable = distributed.gather_rows(labels).lt(0).nonzero()[:, 0].tolist()
     if unreadable:
-        raise DataError(f"{len(unreadable)} images of --data cannot be read: "
-                        f"{voc.path(voc.names[unreadable[0]])}")
+        first = voc.path(voc.names[unreadable[0]])
+        raise DataError(f"{len(unreadable)} images of --data cannot be read: {first}")
     rows = distributed.gather_rows(rows.cpu()).split([math.prod(shape) for shape in shapes.values()], dim=1)
-    record = {"trunk": args.trunk, **{key: info.get(key) for key in ("method", "arch", "epoch")},
-              "trainval": n, "test": len(voc) - n, "classes": voc.classes,
-              **{"size": info["size"], "crop": args.crop, "samples": args.samples, "seed": args.seed},
-              "ap": args.ap, "costs": costs, "full": {}, "low_shot": {}}
-    for layer, x in zip(layers, rows):
+    record = {"trainval": n, "test": len(voc) - n, "classes": voc.classes, "size": info["size"],
+              "crop": args.crop, "samples": args.samples, "seed": args.seed, "ap": args.ap, "costs": costs,
+              "full": {}, "low_shot": {}}
+    for layer, x in zip(shapes, rows):
         x = unit(x)
         if "full" in args.protocol:
             chosen, chosen_costs, best, stopped = full(x, voc, costs, args.ap, jobs, layer)
-            record["full"][layer] = {"map": 100 * chosen.mean(), "oracle_map": 100 * best.mean(),
-                                     "class_ap": (100 * chosen).round(4).tolist(),
-                                     "class_costs": chosen_costs, "features": x.shape[1],
-                                     "not_converged": stopped}
+            record["full"][layer] = {
+                "map": 100 * chosen.mean(), "oracle_map": 100 * best.mean(),
+                "class_ap": (100 * chosen).round(4).tolist(), "class_costs": chosen_costs,
+                "features": x.shape[1], "not_converged": stopped}
         if "low-shot" in args.protocol:
             record["low_shot"][layer] = {k: shots_of(x, voc, costs, k, args, jobs, layer) for k in args.shots}
     report(record)
-    say(json.dumps(record))
-    if Path(args.trunk).is_dir():
-        evaluation.write(
-            Path(args.trunk)
-            / f"{'_'.join(['eval_svm', *args.protocol, args.crop, *['random'] * args.random_init])}.json",
-            record
-        )
+    evaluation.finish(args, info, "_".join(["eval_svm", *args.protocol, args.crop]), record)
 
 
 def shots_of(x, voc, costs, k, args, jobs, layer):
@@ -400,8 +350,8 @@ def shots_of(x, voc, costs, k, args, jobs, layer):
             found = int((voc.targets[: voc.trainval, c] == target).sum())
             if found < count:
                 return {"skipped": f"class {name!r} has {found} {what} images, {count} are needed"}
-    by_cost, chosen, stopped = low_shot(x, voc, costs, args.ap, k, args.samples, args.seed, jobs,
-                                        f"{layer}, k {k}")
+    name = f"{layer}, k {k}"
+    by_cost, chosen, stopped = low_shot(x, voc, costs, args.ap, k, args.samples, args.seed, jobs, name)
     best = by_cost.mean(axis=0).argmax()
     values = {"oracle": 100 * by_cost[:, best], "cross_validated": 100 * chosen}
     figures = {"oracle_cost": costs[best], "not_converged": stopped}
@@ -431,9 +381,9 @@ def report(record):
                 say(f"{k:5}   skipped: {f['skipped']}")
                 continue
             oracle, chosen = f["oracle"], f["cross_validated"]
-            line = f"{k:5}{oracle['map']:29.2f}{oracle['std']:8.2f}{oracle['min']:8.2f}{oracle['max']:8.2f}   {f['oracle_cost']:<8.4g}"
-            say(f"{line}{chosen['map']:16.2f}{chosen['std']:8.2f}" + ("" if k >= FOLDS else "  (cost nearest "
-                                                                                            "to 1)"))
+            spread = "".join(f"{oracle[key]:8.2f}" for key in ("std", "min", "max"))
+            say(f"{k:5}{oracle['map']:29.2f}{spread}   {f['oracle_cost']:<8.4g}{chosen['map']:16.2f}"
+                f"{chosen['std']:8.2f}" + "  (cost nearest to 1)" * (k < FOLDS))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What the VOC 2007 SVMs of eval_svm.py cost at full size, from a few of them.
 
-    python -m benchmarks.svm                          # 2 classes x 3 costs on 5,011 x 2,048 random features: minutes
-    python -m benchmarks.svm --features 8192          # those of feature5
+    python -m benchmarks.svm                   # 2 classes x 3 costs on 5,011 x 2,048 random features: minutes
+    python -m benchmarks.svm --features 8192   # those of feature5
 
 Three costs of the published grid are fitted (the smallest, the middle and the largest one), each with its
 three folds, one at a time on one core; CPU time is counted. That of the other costs is interpolated in the

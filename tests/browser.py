@@ -9,8 +9,8 @@ import subprocess
 import tempfile
 import time
 
-CHROME = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome",
-                                              "google-chrome-stable"))), None)
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+CHROME = next(filter(None, map(shutil.which, NAMES)), None)
 
 
 class Browser:
@@ -20,9 +20,8 @@ class Browser:
         self.profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         ours, theirs = os.pipe(), os.pipe()  # to the browser's file 3, from its file 4
         read, write = os.dup(ours[0]), os.dup(theirs[1])
-        flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-extensions",
-                 "--hide-scrollbars"]
-        flags += [f"--user-data-dir={self.profile.name}", "--remote-debugging-pipe"]
+        flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-extensions"]
+        flags += ["--hide-scrollbars", f"--user-data-dir={self.profile.name}", "--remote-debugging-pipe"]
 
         def take():
             os.dup2(os.dup(read), 63)
@@ -30,8 +29,8 @@ class Browser:
             os.dup2(63, 3)
             os.dup2(64, 4)
 
-        self.process = subprocess.Popen([CHROME, *flags], preexec_fn=take, pass_fds=(
-            3, 4), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        silent = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+        self.process = subprocess.Popen([CHROME, *flags], preexec_fn=take, pass_fds=(3, 4), **silent)
         for fd in (ours[0], theirs[1], read, write):
             os.close(fd)
         self.input, self.output, self.buffer, self.number = ours[1], theirs[0], b"", 0
@@ -52,8 +51,8 @@ class Browser:
     def call(self, method, **parameters):
         self.number += 1
         message = {"id": self.number, "method": method, "params": parameters}
-        os.write(self.input, json.dumps({**message, "sessionId": self.session} if self.session
-                                        else message).encode() + b"\0")
+        message |= {"sessionId": self.session} if self.session else {}
+        os.write(self.input, json.dumps(message).encode() + b"\0")
         while (answer := self._message()).get("id") != self.number:
             self.events.append(answer)
         if "error" in answer:
@@ -86,12 +85,20 @@ class Browser:
             time.sleep(0.01)
         return time.perf_counter() - began
 
+    def wait(self, condition, seconds=5):
+        """Until a piece of JavaScript is true."""
+        end = time.monotonic() + seconds
+        while not self.run(condition):
+            if time.monotonic() > end:
+                raise TimeoutError(f"not in {seconds} s: {condition}")
+            time.sleep(0.05)
+
     def run(self, script):
         """The value of a piece of JavaScript; an exception in it is raised."""
         answer = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         if "exceptionDetails" in answer:
-            raise RuntimeError(answer["exceptionDetails"].get("exception", {}).get("description", "JavaScript "
-                                                                                                  "error"))
+            exception = answer["exceptionDetails"].get("exception", {})
+            raise RuntimeError(exception.get("description", "JavaScript error"))
         return answer["result"].get("value")
 
     def picture(self, path, **clip):

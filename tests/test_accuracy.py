@@ -27,20 +27,23 @@ def expected(scores, labels, k):
 def test_accuracy():
     scores, labels = draw()
     for h, found in enumerate(ranked_accuracy(ranked(scores), labels)):
-        assert found == (expected(scores[:, h], labels, 1),
-                         expected(scores[:, h], labels, 5)) == accuracy(scores[:, h], labels)
+        assert found == tuple(expected(scores[:, h], labels, k) for k in (1, 5))
+        assert found == accuracy(scores[:, h], labels)
         assert 0 < found[0] < found[1] < 100
 
 
 def test_top5_needs_five_classes():
     for classes, seen in ((4, False), (5, True)):
-        assert (accuracy(draw(classes=classes)[0][:, 1], draw(classes=classes)[1])[1] is not None) == seen
+        scores, labels = draw(classes=classes)
+        assert (accuracy(scores[:, 1], labels)[1] is not None) == seen
 
 
 def shards():
-    scores, labels = draw()
-    return [ranked_accuracy(ranked(scores.split(counts)[rank()]),
-                            labels.split(counts)[rank()]) for counts in ((12, 11), (0, 23), (20, 3))]
+    found = []
+    for counts in ((12, 11), (0, 23), (20, 3)):
+        scores, labels = (x.split(counts)[rank()] for x in draw())
+        found.append(ranked_accuracy(ranked(scores), labels))
+    return found
 
 
 def test_ranks_count_each_image_once():

@@ -9,6 +9,7 @@ import types
 import numpy as np
 import pytest
 import torch
+from evaluations import COLOURS, CPU, INFO, evaluate, export, refuses, run_here
 from helpers import TINY, golden, image_tree, ranks, swav_here
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,27 +18,11 @@ from torch import nn
 
 import eval_cluster
 from common import data, features, weights
-from common.engine import checkpoint
 from common.engine.errors import CheckpointError
-from common.engine.launch import launch
+from common.engine.log import mutual_information
 from common.evaluation import metrics as agreement
-from common.evaluation.metrics import ami, ari, contingency, hungarian_accuracy, nmi, purity
+from common.evaluation.metrics import ami, ari, hungarian_accuracy, nmi, purity
 from common.multicrop import MEAN, STD
-from common.resnet import resnet10
-
-
-def cluster_here(*arguments):
-    """Runs the command in this process; returns its exit code."""
-    try:
-        launch(eval_cluster.main, eval_cluster.arguments([str(a) for a in arguments]))
-    except SystemExit as stop:
-        return stop.code
-    return 0
-
-
-def record_of(capsys):
-    return next(json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{"))
-
 
 # ---- the metrics
 
@@ -46,9 +31,9 @@ def test_scikit_learns_numbers():
     numbers = golden("cluster_metrics")
     for i in range(int(numbers["n_pairs"])):
         a, b = numbers[f"a_{i}"], numbers[f"b_{i}"]
-        found = nmi(a, b), ami(a, b), ari(a, b), nmi(a, b, geometric=True)
-        assert found == pytest.approx([float(numbers[name][i]) for name in ("nmi", "ami", "ari",
-                                                                            "nmi_geometric")], abs=1e-9), i
+        found = {"nmi": nmi(a, b), "ami": ami(a, b), "ari": ari(a, b)}
+        found["nmi_geometric"] = nmi(a, b, geometric=True)
+        assert found == pytest.approx({name: float(numbers[name][i]) for name in found}, abs=1e-9), i
 
 
 labellings = st.integers(1, 40).flatmap(
@@ -63,8 +48,8 @@ def test_metrics_agree_with_scikit_learn_whatever_the_labels(pair):
     a, b = pair
     assert nmi(a, b) == pytest.approx(metrics.normalized_mutual_info_score(a, b), abs=1e-9)
     assert ari(a, b) == pytest.approx(metrics.adjusted_rand_score(a, b), abs=1e-9)
-    if abs(sum(agreement._information(a, b)[1:3]) / 2
-           - agreement.expected_information(*agreement._information(a, b)[3:])) > 1e-9:
+    _, h_a, h_b, *sizes = mutual_information(a, b)
+    if abs((h_a + h_b) / 2 - agreement.expected_information(*sizes)) > 1e-9:
         assert ami(a, b) == pytest.approx(metrics.adjusted_mutual_info_score(a, b), abs=1e-9)
     # Names do not matter; all but purity are symmetric.
     renamed = [{value: -value * 10**12 for value in a}[value] for value in a]
@@ -79,9 +64,9 @@ def test_expected_information_of_many_images_leaves_out_nothing_that_counts():
 
     rng = np.random.default_rng(0)
     a, b = rng.integers(0, 12, 20_000) ** 2, rng.geometric(0.05, 20_000)
-    _, _, _, size_a, size_b = agreement._information(a, b)
-    assert agreement.expected_information(size_a, size_b) == pytest.approx(
-        expected_mutual_information(contingency(a, b).tocsr(), 20_000), rel=1e-9)
+    *_, size_a, size_b = mutual_information(a, b)
+    expected = expected_mutual_information(agreement.contingency(a, b).tocsr(), 20_000)
+    assert agreement.expected_information(size_a, size_b) == pytest.approx(expected, rel=1e-9)
 
 
 def test_random_labels_have_a_high_nmi_and_no_ami():
@@ -95,20 +80,21 @@ def test_hungarian_accuracy_is_the_best_one_to_one_matching():
     rng = np.random.default_rng(1)
     for clusters, classes in ((3, 5), (5, 3), (4, 4)):
         a, b = rng.integers(0, clusters, 60), rng.integers(0, classes, 60)
-        counts = contingency(a, b).toarray()
+        counts = agreement.contingency(a, b).toarray()
         counts = counts if clusters <= classes else counts.T
         best = max(sum(counts[i, j] for i, j in enumerate(order))
                    for order in itertools.permutations(range(counts.shape[1]), len(counts)))
         assert hungarian_accuracy(a, b) == best / 60
     # Five clusters of two classes: two of them find a class, purity counts all.
-    assert hungarian_accuracy([0, 1, 2, 3, 4, 4], [0, 0, 0, 1, 1, 1]) == 3 / 6 and purity(
-        [0, 1, 2, 3, 4, 4], [0, 0, 0, 1, 1, 1]) == 1
+    pair = [0, 1, 2, 3, 4, 4], [0, 0, 0, 1, 1, 1]
+    assert hungarian_accuracy(*pair) == 3 / 6 and purity(*pair) == 1
 
 
 def test_labellings_of_different_items_are_refused():
     for a, b in (([1, 2], [1, 2, 3]), ([], []), ([[1]], [[1]])):
-        with pytest.raises(ValueError, match="of the same items"):
-            nmi(a, b)
+        for metric in (ari, hungarian_accuracy, purity):
+            with pytest.raises(ValueError, match="of the same items"):
+                metric(a, b)
 
 
 # ---- a model whose heads are known
@@ -121,20 +107,18 @@ class Colours(nn.Module):
         super().__init__()
         self.backbone, self.projection_head = nn.AdaptiveAvgPool2d(1), None
         self.heads = nn.ModuleList(nn.Linear(3, k) for k in (3, 5)[:heads])
-        for head, rows, bias in zip(self.heads, (torch.eye(3), torch.zeros(5, 3)),
-                                    ([0] * 3, [0, 0, -9, -9, -9])):
+        red = torch.zeros(5, 3)
+        red[1, :2] = torch.tensor([1.0, -1])
+        for head, rows, bias in zip(self.heads, (torch.eye(3), red), ([0.0] * 3, [0, 0, -9.0, -9, -9])):
             head.weight.data.copy_(rows)
             head.bias.data.copy_(torch.tensor(bias))
-        if heads > 1:
-            self.heads[1].weight.data[1, :2] = torch.tensor([1.0, -1])
 
     def forward(self, images):
         return [head(self.backbone(images).flatten(1)) for head in self.heads]
 
 
 class Plain:
-    """Images of one colour each, N of them, without files: red, green and blue in turn, the red ones of two
-    kinds."""
+    """N images of one colour each, without files: red, green and blue in turn."""
 
     classes = ("red", "green", "blue")
 
@@ -152,27 +136,26 @@ class Plain:
         return Image.new("RGB", (8, 8), tuple(colour))
 
 
-INFO = dict(arch="resnet10", width=0.5, stem="small", channels=3, mean=MEAN, std=STD, method="colours",
-            resize=8, size=8, epoch=1)
+OF_COLOURS = {**INFO, "method": "colours", "resize": 8, "size": 8}
 
 
 def of_colours(out, n, *arguments, heads=2):
-    """Runs the script on the model above and N images; returns what it wrote."""
-    load, images = weights.load_model, data.open_queries
-    weights.load_model, data.open_queries = (lambda *_: (Colours(heads), dict(INFO))), (lambda *_: Plain(n))
+    """Runs the script on the model above and N images; returns the record and the page that it wrote."""
+    load, images = weights.load_model, eval_cluster.open_queries
+    weights.load_model = lambda *_: (Colours(heads), OF_COLOURS)
+    eval_cluster.open_queries = lambda *_: Plain(n)
     try:
-        options = ["--data", "shapes", "--workers", 0, "--precision", "float32", "--out", out, *arguments]
-        eval_cluster.main(eval_cluster.arguments([str(a) for a in ("colours.pt", *options)]))
+        command = ("colours.pt", "--data", "shapes", *CPU, "--out", out, *arguments)
+        eval_cluster.main(eval_cluster.arguments([str(a) for a in command]))
     finally:
-        weights.load_model, data.open_queries = load, images
-    return json.loads((out / "eval_cluster.json").read_text()), (out / "gallery.html").read_bytes() if (
-        out / "gallery.html").exists() else b""
+        weights.load_model, eval_cluster.open_queries = load, images
+    return json.loads((out / "eval_cluster.json").read_text()), (out / "gallery.html").read_bytes()
 
 
 def test_known_heads_have_known_scores(tmp_path, capsys):
     record, page = of_colours(tmp_path, 300, "--head", 1)
     first, second = record["heads"]
-    assert [first[name] for name in ("nmi", "ami", "ari", "hungarian", "purity")] == pytest.approx([100] * 5)
+    assert [first[name] for name in eval_cluster.METRICS] == pytest.approx([100] * 5)
     assert (first["used"], first["clusters"], second["used"], second["clusters"]) == (3, 3, 2, 5)
     # Red in one cluster, green and blue together in the other: two of three images are matched, one to one.
     assert second["hungarian"] == second["purity"] == pytest.approx(200 / 3)
@@ -187,8 +170,8 @@ def test_known_heads_have_known_scores(tmp_path, capsys):
 
 
 def test_each_head_has_its_own_cluster_and_score(tmp_path):
-    how = dict(device=torch.device("cpu"))
-    clusters, scores = eval_cluster.by_heads(eval_cluster.Assign(Colours()), Plain(7), INFO, how)
+    how = dict(resize=8, size=8, device=torch.device("cpu"))
+    clusters, scores = eval_cluster.by_heads(eval_cluster.Assign(Colours()), Plain(7), how)
     assert clusters.tolist() == [[0, 1, 2, 0, 1, 2, 0], [1, 0, 0, 1, 0, 0, 1]]
     strength = [((160 + i) / 255 - MEAN[i % 3]) / STD[i % 3] for i in range(7)]
     other = [(60 / 255 - MEAN[1]) / STD[1], 0]  # red less green, or nothing
@@ -200,25 +183,17 @@ def test_each_head_has_its_own_cluster_and_score(tmp_path):
     assert first == ["0.png", "0", f"{scores[0, 0]:.6g}", "1", f"{scores[1, 0]:.6g}"]
 
 
-def on_rank(out):
-    record, page = of_colours(out, 4999)
-    return record, page
-
-
 def test_two_processes_find_what_one_finds(tmp_path):
     one = of_colours(tmp_path, 4999)
     assert one[0]["count"] == 4999 and one[0]["heads"][0]["purity"] == 100
-    assert ranks(2, on_rank, tmp_path) == [one, one]
+    assert ranks(2, of_colours, tmp_path, 4999) == [one, one]
 
 
-def test_a_score_that_is_no_number_is_an_error(tmp_path):
-    load = Colours.forward
-    try:
-        Colours.forward = lambda self, images: [scores * float("nan") for scores in load(self, images)]
-        with pytest.raises(CheckpointError, match="not finite"):
-            of_colours(tmp_path, 30)
-    finally:
-        Colours.forward = load
+def test_a_score_that_is_no_number_is_an_error(tmp_path, monkeypatch):
+    forward = Colours.forward
+    monkeypatch.setattr(Colours, "forward", lambda *x: [scores * float("nan") for scores in forward(*x)])
+    with pytest.raises(CheckpointError, match="not finite"):
+        of_colours(tmp_path, 30)
 
 
 # ---- a run, and its files
@@ -232,16 +207,10 @@ def run(tmp_path_factory):
 
 
 def test_held_out_images_by_the_heads_of_a_run(run, capsys):
-    capsys.readouterr()
-    assert cluster_here(run, "--workers", 0, "--precision", "float32") == 0
-    record = record_of(capsys)
-    assert (record["method"], record["images"], record["count"],
-            record["unassigned"]) == ("swav", "held-out images", 20, 0)
+    record, _ = evaluate(capsys, eval_cluster, run, *CPU)
+    wanted = {"method": "swav", "images": "held-out images", "count": 20, "unassigned": 0}
+    assert {key: record[key] for key in wanted} == wanted
     model, info = weights.load_model(run)
-    images = data.open_images("shapes:100", "val")
-
-    def scores(x):
-        return model(x)[0]
 
     class Scores(nn.Module):
         def __init__(self):
@@ -249,8 +218,9 @@ def test_held_out_images_by_the_heads_of_a_run(run, capsys):
             self.model = model
 
         def forward(self, x):
-            return scores(x)
+            return self.model(x)[0]
 
+    images = data.open_images("shapes:100", "val")
     rows, labels = features.extract(Scores(), images, info["resize"], info["size"], torch.device("cpu"))
     clusters = rows.argmax(dim=1)
     assert record["heads"][0]["nmi"] == pytest.approx(100 * nmi(clusters, labels))
@@ -260,25 +230,24 @@ def test_held_out_images_by_the_heads_of_a_run(run, capsys):
 
 
 def test_training_images_as_the_run_has_them(run, capsys):
-    assert cluster_here(run, "--training", "--workers", 0) == 0
-    record = record_of(capsys)
+    record, _ = evaluate(capsys, eval_cluster, run, "--training", "--workers", 0)
     clusters = np.load(run / "assignments.npz")["assignments"][0]
     seen = clusters >= 0
-    assert (record["images"], record["clusters_by"], record["count"]) == ("training images",
-                                                                          "assignments.npz", 100)
-    assert record["unassigned"] == (~seen).sum() == 4  # 6 batches of 16
+    wanted = {"images": "training images", "clusters_by": "assignments.npz", "count": 100, "unassigned": 4}
+    assert {key: record[key] for key in wanted} == wanted
+    assert (~seen).sum() == 4  # 6 batches of 16
     assert record["heads"][0]["ari"] == pytest.approx(100 * ari(clusters[seen], np.arange(100)[seen] % 10))
     page = (run / "gallery_training.html").read_text()
     page = json.loads(page[page.index('id="data">') + 10 :].partition("</script>")[0])
     assert sum(c["size"] for c in page["clusters"]) == 96
     for c in page["clusters"]:
         shown = [int(name.rpartition("/")[2]) for _, name, *_ in c["typical"] + c["random"]]
-        assert all(clusters[i] == c["id"]
-                   for i in shown) and len(set(shown)) == len(shown) == min(len(c["typical"]) + 12, c["size"])
+        assert all(clusters[i] == c["id"] for i in shown)
+        assert len(set(shown)) == len(shown) == min(len(c["typical"]) + 12, c["size"])
     # The heads' own opinion says what is typical, where it is that of the run.
     assert any(c["typical"] for c in page["clusters"])
-    assert [t[3] for t in page["clusters"][0]["typical"]] == sorted(
-        (t[3] for t in page["clusters"][0]["typical"]), reverse=True)
+    scores = [t[3] for t in page["clusters"][0]["typical"]]
+    assert scores == sorted(scores, reverse=True)
 
 
 @pytest.fixture(scope="module")
@@ -286,62 +255,55 @@ def photos(tmp_path_factory):
     """Three colours under noise, and a trunk that need not be trained to tell them apart."""
     root, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
     for split, count in (("train", 12), ("val", 5)):
-        for c, name in enumerate(("blue", "green", "red")):
+        for name, colour in COLOURS.items():
             (root / split / name).mkdir(parents=True)
             for i in range(count):
-                pixels = np.full((24, 20, 3), 40.0)
-                pixels[..., 2 - c] = 200
-                Image.fromarray(rng.normal(pixels, 8).clip(0, 255).astype(np.uint8)).save(root / split / name
-                                                                                          / f"{i}.png")
-    torch.manual_seed(0)
-    checkpoint.export_backbone(root / "backbone.pt", resnet10(width=0.125, stem="small"),
-                               {**INFO, "width": 0.125, "resize": 20, "size": 20})
+                pixels = rng.normal(colour, 8, (24, 20, 3)).clip(0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
+    export(root / "backbone.pt", resize=20)
     return root
 
 
 def test_kmeans_on_pooled_features(photos, tmp_path, capsys):
-    options = ["--data", photos, "--kmeans", 3, "--seed", 2, "--workers", 0, "--precision", "float32",
-               "--out", tmp_path]
-    assert cluster_here(photos / "backbone.pt", *options) == 0
-    record = record_of(capsys)
+    command = (eval_cluster, photos / "backbone.pt", "--data", photos, "--kmeans", 3, "--seed", 2, *CPU,
+               "--out", tmp_path)
+    record, _ = evaluate(capsys, *command)
     assert (record["count"], record["clusters_by"]) == (15, "k-means on training features")
     assert record["heads"][0]["nmi"] == pytest.approx(100)  # colours are easy
-    assert cluster_here(photos / "backbone.pt", *options, "--training") == 0
-    assert record_of(capsys)["count"] == 36 and (tmp_path / "gallery_training_kmeans.html").exists()
-    assert cluster_here(photos / "backbone.pt", *options, "--kmeans", 37) == 2
+    record, _ = evaluate(capsys, *command, "--training")
+    assert record["count"] == 36 and (tmp_path / "gallery_training_kmeans.html").exists()
+    assert run_here(*command, "--kmeans", 37) == 2
     assert "--kmeans 37 needs as many images" in capsys.readouterr().err
 
 
 def test_new_images_without_labels(photos, tmp_path, capsys):
-    folder = tmp_path / "new"
+    folder, out = tmp_path / "new", tmp_path / "out"
     shutil.copytree(photos / "val" / "red", folder)
     for path in (photos / "val" / "green").glob("*.png"):
         shutil.copy(path, folder / f'green, "{path.name}')
     (folder / "9.png").write_text("no image")
-    options = ["--images", folder, "--kmeans", 2, "--workers", 0, "--precision", "float32", "--out",
-               tmp_path / "out"]
-    assert cluster_here(photos / "backbone.pt", *options) == 0
-    out = capsys.readouterr().out
-    assert "11 images of" in out and "warning: 1 images cannot be read" in out and "NMI" not in out
-    with open(tmp_path / "out" / "clusters_kmeans.csv", newline="") as file:
+    _, said = evaluate(capsys, eval_cluster, photos / "backbone.pt", "--images", folder, "--kmeans", 2, *CPU,
+                       "--out", out)
+    assert "11 images of" in said and "warning: 1 images cannot be read" in said and "NMI" not in said
+    with open(out / "clusters_kmeans.csv", newline="") as file:
         header, *rows = csv.reader(file)
-    assert header == ["path", "head0",
-                      "score0"] and [row[0] for row in rows] == list(data.open_images(folder).paths)
+    assert header == ["path", "head0", "score0"]
+    assert [row[0] for row in rows] == list(data.open_images(folder).paths)
     found = {name: (int(cluster), score) for name, cluster, score in rows}
-    assert found["9.png"] == (-1, "")
-    groups = [{found[name][0] for name in found if name.startswith("green") == green and name != "9.png"}
-              for green in (True, False)]
-    assert sorted(map(len, groups)) == [1, 1] and groups[0] != groups[1]
-    assert all(float(score) <= 0 for cluster, score in found.values() if cluster >= 0)
-    assert (tmp_path / "out" / "gallery_images_kmeans.html").exists()
+    assert found.pop("9.png") == (-1, "")
+    green = {cluster for name, (cluster, _) in found.items() if name.startswith("green")}
+    red = {cluster for name, (cluster, _) in found.items() if not name.startswith("green")}
+    assert len(green) == len(red) == 1 and green != red and green | red == {0, 1}
+    assert all(float(score) <= 0 for _, score in found.values())
+    assert (out / "gallery_images_kmeans.html").exists()
 
 
 def test_new_images_by_the_heads(run, photos, tmp_path, capsys):
-    assert cluster_here(run, "--images", photos / "val", "--workers", 0, "--out", tmp_path, "--samples",
-                        0) == 0
-    assert "NMI" in capsys.readouterr().out  # the folder has classes
-    assert len((tmp_path / "clusters.csv").read_text().splitlines()) == 16 and not list(
-        tmp_path.glob("*.html"))
+    _, out = evaluate(capsys, eval_cluster, run, "--images", photos / "val", "--workers", 0,
+                      "--out", tmp_path, "--samples", 0)
+    assert "NMI" in out  # the folder has classes
+    assert len((tmp_path / "clusters.csv").read_text().splitlines()) == 16
+    assert not list(tmp_path.glob("*.html"))
 
 
 def test_errors(run, photos, tmp_path, capsys):
@@ -355,7 +317,7 @@ def test_errors(run, photos, tmp_path, capsys):
     (torn / "assignments.npz").write_bytes(b"PK")
     (tmp_path / "file").touch()
     trunk = photos / "backbone.pt"
-    for arguments, code, words in (
+    cases = (
         ((trunk, "--data", photos), 4, "has no heads to cluster with: --kmeans K"),
         ((trunk,), 2, "--data is needed"),
         (("runs/nowhere",), 4, "runs/nowhere does not exist"),
@@ -367,34 +329,29 @@ def test_errors(run, photos, tmp_path, capsys):
         ((run, "--training", "--images", photos), 2, "choose one"),
         ((run, "--images", photos, "--val", photos), 2, "--val"),
         ((run, "--training", "--val", photos), 2, "is not judged beside --training"),
-        ((run, "--images", photos, "--data", photos), 2,
-         "is not looked at beside --images, but with --kmeans"),
+        ((run, "--images", photos, "--data", photos), 2, "not looked at beside --images, but with --kmeans"),
         ((run, "--batch-size", 0), 2, "at least 1 image a batch"),
         ((run, "--kmeans", -1), 2, "nothing below 0"),
-        ((run, "--data", photos / "val" / "red", "--training"), 3, "--data has no labels to compare clusters "
-                                                                   "with"),
+        ((run, "--data", photos / "val" / "red", "--training"), 3, "no labels to compare clusters with"),
         ((run, "--data", tmp_path / "one"), 3, "--val has images of 1 class (n00)"),
-        ((run, "--data", tmp_path / "others", "--training"), 3, "is of other images: it lacks 100 of 100, "
-                                                                "such as"),
+        ((run, "--data", tmp_path / "others", "--training"), 3, "other images: it lacks 100 of 100, such as"),
         ((run, "--data", photos, "--training"), 3, "is of other images: it lacks 36 of 36, such as"),
         ((empty, "--training"), 3, "no image has a cluster yet"),
         ((torn, "--training"), 3, "is not an assignments.npz"),
         ((photos, "--data", photos, "--training"), 3, "assignments.npz does not exist: a run writes it"),
         ((run, "--images", tmp_path / "nothing"), 3, "nothing does not exist"),
         ((run, "--out", tmp_path / "file" / "below"), 2, "cannot be written"),
-    ):
-        given = arguments if "--out" in arguments else (*arguments, "--out", tmp_path / "out")
-        assert cluster_here(*given, "--workers", 0, "--precision", "float32") == code, arguments
-        error = capsys.readouterr().err
-        assert error.startswith("error: ") and words in error and error.count("\n") == 1, error
+    )
+    out = ("--precision", "float32", "--out", tmp_path / "out")  # before the case's own
+    refuses(capsys, eval_cluster, [((first, *out, *rest), *expected) for (first, *rest), *expected in cases])
 
 
 def test_images_that_all_cannot_be_read(run, tmp_path, capsys):
     image_tree(tmp_path, images=2)
     for path in tmp_path.glob("val/*/*"):
         path.write_text("no image")
-    assert cluster_here(run, "--data", tmp_path, "--workers", 0, "--out", tmp_path) == 3
-    assert "no image has both a cluster and a label" in capsys.readouterr().err
+    refuses(capsys, eval_cluster, [((run, "--data", tmp_path, "--out", tmp_path), 3,
+                                    "no image has both a cluster and a label")])
 
 
 def test_typical_images_are_scored_where_the_heads_agree():
@@ -408,20 +365,17 @@ def test_typical_images_are_scored_where_the_heads_agree():
         def forward(self, x):
             return [scores[(x[:, 0, 0, 0] * STD[0] + MEAN[0]).mul(255).round().long()]]
 
-    images = types.SimpleNamespace(read=lambda i: Image.new("RGB", (4, 4), (i, 0, 0)))
-    how = dict(device=torch.device("cpu"))
+    images = types.SimpleNamespace(labels=None, read=lambda i: Image.new("RGB", (4, 4), (i, 0, 0)))
+    how = dict(resize=4, size=4, device=torch.device("cpu"))
     clusters = np.array([0, 0, 1, 1, 1])  # the heads have the last one in cluster 0
-    assert eval_cluster.typical(eval_cluster.Assign(Model()), images, clusters, 0, {"resize": 4, "size": 4},
-                                how, 5).tolist() == pytest.approx([3, 2, 5, 4, np.nan], nan_ok=True)
-    few = eval_cluster.typical(eval_cluster.Assign(Model()), images, clusters, 0, {"resize": 4, "size": 4},
-                               how, 1)
+    all_of_them, few = (eval_cluster.typical(eval_cluster.Assign(Model()), images, clusters, 0, how, most)
+                        for most in (5, 1))
+    assert all_of_them.tolist() == pytest.approx([3, 2, 5, 4, np.nan], nan_ok=True)
     assert np.isfinite(few[:2]).sum() == 1 and np.isfinite(few[2:]).sum() <= 1
 
 
 def test_all_of_a_folder_is_clustered_and_k_means_can_be_of_other_images(photos, tmp_path, capsys):
-    options = ["--images", photos, "--kmeans", 3, "--seed", 2, "--workers", 0, "--precision", "float32",
-               "--samples", 0, "--out", tmp_path]
-    assert cluster_here(photos / "backbone.pt", *options) == 0
-    assert f"{36 + 15} images of" in capsys.readouterr().out  # train/ and val/
-    assert cluster_here(photos / "backbone.pt", *options, "--data", photos) == 0
-    assert "k-means on training features" in capsys.readouterr().out
+    command = (eval_cluster, photos / "backbone.pt", "--images", photos, "--kmeans", 3, "--seed", 2, *CPU,
+               "--samples", 0, "--out", tmp_path)
+    assert f"{36 + 15} images of" in evaluate(capsys, *command)[1]  # train/ and val/
+    assert "k-means on training features" in evaluate(capsys, *command, "--data", photos)[1]

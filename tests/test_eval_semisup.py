@@ -5,40 +5,23 @@ import re
 
 import pytest
 import torch
+from evaluations import CPU, evaluate, export, refuses, run_here
 from helpers import image_tree, ranks
 from torch import nn
 
 import eval_semisup
 from common import data, distributed
-from common.engine import checkpoint
-from common.engine.launch import launch
 from common.evaluation.metrics import accuracy
+from common.evaluation.protocol import Subset
 from common.multicrop import MEAN, STD, Augmentation, MultiCrop
 from common.resnet import resnet10, resnet50
 from common.sources.shapes import Shapes
-from eval_semisup import PRESETS, Model, Part, Preset, draw, finetune
-
-INFO = dict(arch="resnet10", width=0.125, stem="small", channels=3, mean=MEAN, std=STD, method="swav",
-            resize=16, size=16, epoch=5)
-
-
-def semisup_here(*arguments):
-    """Runs the command in this process; returns its exit code."""
-    try:
-        launch(eval_semisup.main, eval_semisup.arguments([str(a) for a in arguments]))
-    except SystemExit as stop:
-        return stop.code
-    finally:
-        torch.use_deterministic_algorithms(False)
-    return 0
+from eval_semisup import PRESETS, Model, Preset, draw, finetune
 
 
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory):
-    path = tmp_path_factory.mktemp("trunk") / "backbone.pt"
-    torch.manual_seed(3)
-    checkpoint.export_backbone(path, resnet10(width=0.125, stem="small"), INFO)
-    return path
+    return export(tmp_path_factory.mktemp("trunk") / "backbone.pt", resize=16, size=16)
 
 
 # ---- the draw
@@ -62,8 +45,6 @@ def test_a_draw_is_a_share_of_each_class_and_a_function_of_the_seed():
 
 
 def test_presets_are_the_published_protocols():
-    # lists, batch, epochs, drops, gamma, lrs, head multiples, weight decay, nesterov, head's deviation,
-    # linear rule
     grid, heads = (0.001, 0.01, 0.1), (1, 10, 100)
     published = {
         "openselfsup_1": (0.01, 256, 20, (12, 16), 0.2, grid, heads, 5e-4, False, 0.01, False),
@@ -73,39 +54,35 @@ def test_presets_are_the_published_protocols():
         "vissl_1": (0.01, 256, 70, (30,), 0.1, (0.05,), (1,), 0, True, 0, True),
         "vissl_10": (0.1, 256, 70, (30,), 0.1, (0.05,), (1,), 0, True, 0, True),
     }
-    names = "fraction batch_size epochs drops gamma lrs heads weight_decay nesterov head_std linear_rule".split()
+    names = "fraction batch_size epochs drops gamma lrs heads weight_decay nesterov head_std linear_rule"
     assert set(PRESETS) == {*published, "small"}
     for name, values in published.items():
-        assert tuple(getattr(PRESETS[name], key) for key in names) == values, name
+        assert tuple(getattr(PRESETS[name], key) for key in names.split()) == values, name
 
 
-@pytest.mark.parametrize(
-    "name, lr, head, expected",
-    [
-        ("swav_10", 0.01, 20, [(0.01, 0.2)] * 12 + [(0.002, 0.04)] * 4 + [(0.0004, 0.008)] * 4),
-        ("swav_1", 0.02, 250, [(0.02, 5.0)] * 12 + [(0.004, 1.0)] * 4 + [(0.0008, 0.2)] * 4),
-        ("openselfsup_1", 0.1, 100, [(0.1, 10.0)] * 12 + [(0.02, 2.0)] * 4 + [(0.004, 0.4)] * 4),
-        ("vissl_10", 0.05, 1, [(0.05, 0.05)] * 30 + [(0.005, 0.005)] * 40),
-    ],
-)
+@pytest.mark.parametrize("name, lr, head, expected", [
+    ("swav_10", 0.01, 20, [(0.01, 0.2)] * 12 + [(0.002, 0.04)] * 4 + [(0.0004, 0.008)] * 4),
+    ("swav_1", 0.02, 250, [(0.02, 5.0)] * 12 + [(0.004, 1.0)] * 4 + [(0.0008, 0.2)] * 4),
+    ("openselfsup_1", 0.1, 100, [(0.1, 10.0)] * 12 + [(0.02, 2.0)] * 4 + [(0.004, 0.4)] * 4),
+    ("vissl_10", 0.05, 1, [(0.05, 0.05)] * 30 + [(0.005, 0.005)] * 40)])
 def test_whole_schedules(monkeypatch, name, lr, head, expected):
     seen, p = [], PRESETS[name]
 
     def epoch(net, optimizer, *arguments):
         seen.append(tuple(group["lr"] for group in optimizer.param_groups))
         for group in optimizer.param_groups:
-            assert (group["momentum"], group["weight_decay"], group["nesterov"]) == (0.9, p.weight_decay,
-                                                                                     p.nesterov)
+            assert group["momentum"] == 0.9 and group["nesterov"] == p.nesterov
+            assert group["weight_decay"] == p.weight_decay
         trunk, top = ([id(x) for x in group["params"]] for group in optimizer.param_groups)
-        assert trunk == [id(x) for x in net.backbone.parameters()] and top == [id(net.fc.weight),
-                                                                               id(net.fc.bias)]
+        assert trunk == [id(x) for x in net.backbone.parameters()]
+        assert top == [id(x) for x in net.fc.parameters()]
         return 1.0
 
     monkeypatch.setattr(eval_semisup, "train_one_epoch", epoch)
     monkeypatch.setattr(eval_semisup, "extract", lambda *a, **k: (torch.eye(6), torch.arange(6)))
     model = Model(resnet10(width=0.125), 6, p.head_std)
-    loader, images = data.Loader([]), Part(Shapes("train", 20), draw(torch.arange(20) % 10, 1, 0))
-    history = list(finetune(model, lr, head, p, loader, images, None, INFO, 0, {}))
+    loader, images = data.Loader([]), Subset(Shapes("train", 20), draw(torch.arange(20) % 10, 1, 0))
+    history = list(finetune(model, lr, head, p, loader, images, None, 0, {}))
     assert history == [(1.0, 100.0, 100.0)] * p.epochs
     assert [pytest.approx(pair, rel=1e-12) for pair in expected] == seen
 
@@ -113,8 +90,8 @@ def test_whole_schedules(monkeypatch, name, lr, head, expected):
 def test_the_head_starts_as_the_protocol_says():
     torch.manual_seed(0)
     ours = Model(resnet10(), 100, 0.01).fc
-    assert ours.weight.std().item() == pytest.approx(0.01, rel=0.02) and ours.weight.shape == (
-        100, 512) and not ours.bias.any()
+    assert ours.weight.std().item() == pytest.approx(0.01, rel=0.02)
+    assert ours.weight.shape == (100, 512) and not ours.bias.any()
     default = Model(resnet10(), 100, 0.0).fc
     assert default.weight.abs().max().item() == pytest.approx(512**-0.5, rel=0.01) and default.bias.any()
 
@@ -126,22 +103,23 @@ def test_rates_follow_the_batch_where_the_protocol_says_so(capsys):
     p, warning = resolved("--preset", "vissl_1", "--batch-size", "2048")
     assert p.lrs == (0.4,) and warning is None
     p, warning = resolved("--preset", "openselfsup_10", "--batch-size", "2048", "--epochs", "5")
-    assert p.lrs == (0.001, 0.01,
-                     0.1) and warning.endswith("for 2048 the linear rule asks for --lr 0.008 0.08 0.8")
+    assert p.lrs == (0.001, 0.01, 0.1)
+    assert warning.endswith("for 2048 the linear rule asks for --lr 0.008 0.08 0.8")
     assert (p.epochs, p.drops) == (5, (3, 4))
     p, warning = resolved("--preset", "swav_1", "--batch-size", "64", "--lr", "0.3", "--head", "2", "3")
     assert (p.lrs, p.heads, p.batch_size, warning) == ((0.3,), (2.0, 3.0), 64, None)
 
 
 def test_settings_have_the_names_of_the_benchmark():
-    assert [eval_semisup.exponent(x) for x in (0.01, 0.001, 0.1, 0.02, 0.015, 1,
-                                               25)] == "1e-2 1e-3 1e-1 2e-2 1.5e-2 1e0 2.5e1".split()
+    names = [eval_semisup.exponent(x) for x in (0.01, 0.001, 0.1, 0.02, 0.015, 1, 25)]
+    assert names == "1e-2 1e-3 1e-1 2e-2 1.5e-2 1e0 2.5e1".split()
 
 
 def test_the_presets_are_listed_with_their_figures(capsys):
-    assert semisup_here("--list-presets") == 0
+    assert run_here(eval_semisup, "--list-presets") == 0
     out = capsys.readouterr().out
-    assert "ODC 58.15 / 82.55 (head10, 1e-1)" in out and "1% of the labels, batch 256, lr 2e-2, head x250, 20 epochs, x0.2 after" in out
+    assert "ODC 58.15 / 82.55 (head10, 1e-1)" in out
+    assert "1% of the labels, batch 256, lr 2e-2, head x250, 20 epochs, x0.2 after" in out
     assert all(name in out for name in PRESETS)
 
 
@@ -163,13 +141,13 @@ def tune(p, dtype=torch.float64):
     everything, queries = Shapes("train", 60), Shapes("val", 60)
     everything.classes = queries.classes = everything.classes[:6]
     everything.labels, queries.labels = everything.labels % 6, queries.labels % 6
-    images = Part(everything, draw(everything.labels, 0.39, 1)[:23])
+    images = Subset(everything, draw(everything.labels, 0.39, 1)[:23])
     loader = data.Loader(eval_semisup.training_crops(images, 16, 1))
-    options = dict(device=torch.device("cpu"), mean=MEAN, std=STD, batch_size=5, workers=0,
-                   precision=torch.float32)
+    how = dict(resize=16, size=16, device=torch.device("cpu"), mean=MEAN, std=STD, batch_size=5, workers=0,
+               precision=torch.float32)
     torch.manual_seed(1)
     model = Model(resnet10(width=0.125, stem="small"), 6, p.head_std).to(dtype)
-    history = list(finetune(model, 0.05, 10, p, loader, images, queries, INFO, 1, options))
+    history = list(finetune(model, 0.05, 10, p, loader, images, queries, 1, how))
     return len(images), history, model.state_dict()
 
 
@@ -192,18 +170,16 @@ def test_an_epoch_is_what_a_few_plain_lines_compute():
     everything = Shapes("train", 60)
     rows = draw(everything.labels % 6, 0.39, 1)[:23]
     crops = MultiCrop(everything, (1,), (16,), ((0.08, 1.0),), Augmentation((0, 0, 0, 0), 0, 0, False, 0), 1)
+    mean, std = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (MEAN, STD))
     torch.manual_seed(1)
-    trunk, head = resnet10(width=0.125, stem="small").double(), nn.Linear(64, 6)
-    head = head.double()
+    trunk, head = resnet10(width=0.125, stem="small").double(), nn.Linear(64, 6).double()
     parameters = [*trunk.parameters(), *head.parameters()]
     momentum = [torch.zeros_like(w) for w in parameters]
     for epoch in range(5):
         losses, rate = [], 0.05 * (1 if epoch < 2 else 0.2 if epoch < 4 else 0.04)
         for batch in data.batches(23, 6, epoch, 1, 0, 1):
-            x = torch.stack([crops[epoch, position,
-                                   int(rows[i])][1][0][0].double() / 255 for position, i in batch])
-            x = (x - torch.tensor(MEAN, dtype=torch.float64).view(3, 1, 1)) / torch.tensor(
-                STD, dtype=torch.float64).view(3, 1, 1)
+            x = torch.stack([crops[epoch, position, int(rows[i])][1][0][0] for position, i in batch])
+            x = (x.double() / 255 - mean) / std
             labels = torch.tensor([int(rows[i]) % 10 % 6 for _, i in batch])
             loss = nn.functional.cross_entropy(head(trunk.train()(x)), labels)
             losses.append(loss.item())
@@ -216,14 +192,10 @@ def test_an_epoch_is_what_a_few_plain_lines_compute():
 
 
 def test_a_grid_on_embedded_images(backbone, capsys):
-    grid = ("--lr", 0.02, 0.02, "--head", 1, 5, "--epochs", 3, "--batch-size", 20, "--fraction", 0.25,
-            "--seed", 4)
-    assert semisup_here(backbone, "--data", "shapes:400", *grid, "--workers", 0, "--precision",
-                        "float32") == 0
-    out = capsys.readouterr().out
-    record = json.loads(out.splitlines()[-1])
-    assert (record["images"], record["of"], record["queries"], record["classes"],
-            record["method"]) == (100, 400, 80, 10, "swav")
+    grid = ("--lr", 0.02, 0.02, "--head", 1, 5, "--epochs", 3, "--batch-size", 20, "--fraction", 0.25)
+    record, out = evaluate(capsys, eval_semisup, backbone, "--data", "shapes:400", *grid, "--seed", 4, *CPU)
+    wanted = {"images": 100, "of": 400, "queries": 80, "classes": 10, "method": "swav"}
+    assert {key: record[key] for key in wanted} == wanted
     assert "100 of 400 images, 0.25 of each class, drawn with seed 4: 10 to 10 of each of 10 classes" in out
     settings = record["settings"]
     assert [s["setting"] for s in settings] == ["head1, 2e-2", "head5, 2e-2"] * 2
@@ -231,34 +203,32 @@ def test_a_grid_on_embedded_images(backbone, capsys):
     assert settings[:2] == settings[2:] and settings[0]["top1"] != settings[1]["top1"]
     for s in settings:
         assert len(s["top1"]) == len(s["top5"]) == 3 and all(a <= b for a, b in zip(s["top1"], s["top5"]))
-        best = max(s["top1"])
-        row = f"{s['setting']:16}  {s['top1'][-1]:17.2f}{s['top5'][-1]:9.2f}{best:21.2f}{s['top5'][s['top1'].index(best)]:9.2f}"
-        assert f"{row}{s['top1'].index(best) + 1:8}" in out
+        best = s["top1"].index(max(s["top1"]))
+        last = f"{s['top1'][-1]:17.2f}{s['top5'][-1]:9.2f}"
+        assert f"{s['setting']:16}  {last}{s['top1'][best]:21.2f}{s['top5'][best]:9.2f}{best + 1:8}" in out
     last = max(settings, key=lambda s: s["top1"][-1])
     assert record["best_setting"]["last"] == last["setting"]
-    assert f"{last['top1'][-1]:.2f} in the last epoch: {last['setting']}, the best of 4 settings, chosen on the same images" in out
+    which = f"{last['setting']}, the best of 4 settings, chosen on the same images"
+    assert f"{last['top1'][-1]:.2f} in the last epoch: {which}" in out
     assert "in the best epoch, chosen on the images it is reported for: " in out
 
 
+FEW = ("--epochs", 1, "--lr", 0.01, "--head", 1, "--workers", 0)
+
+
 def test_random_init_leaves_the_weights_out(backbone, capsys):
-    arguments = ("--data", "shapes:100", "--epochs", 1, "--lr", 0.01, "--head", 1, "--fraction", 0.5,
-                 "--workers", 0)
-    assert semisup_here(backbone, *arguments) == semisup_here(backbone, *arguments, "--random-init") == 0
-    out = capsys.readouterr().out
-    assert [json.loads(line)["method"] for line in out.splitlines()
-            if line.startswith("{")] == ["swav", "random weights"]
-    assert len(set(re.findall(r"loss (\S+) top-1", out))) == 2
+    command = (eval_semisup, backbone, "--data", "shapes:100", "--fraction", 0.5, *FEW)
+    trained, first = evaluate(capsys, *command)
+    random, second = evaluate(capsys, *command, "--random-init")
+    assert [trained["method"], random["method"]] == ["swav", "random weights"]
+    assert len(set(re.findall(r"loss (\S+) top-1", first + second))) == 2
 
 
 def test_a_sobel_trunk_in_a_run_directory(tmp_path, capsys):
-    torch.manual_seed(0)
-    info = dict(INFO, arch="resnet50", sobel=True, method="deepcluster")
-    checkpoint.export_backbone(tmp_path / "backbone.pt", resnet50(width=0.125, stem="small", sobel=True),
-                               info)
+    trunk = resnet50(width=0.125, stem="small", sobel=True)
+    export(tmp_path / "backbone.pt", trunk, arch="resnet50", sobel=True, method="deepcluster", size=16)
     (tmp_path / "config.json").write_text(json.dumps({"data": "shapes:100"}))
-    assert semisup_here(tmp_path, "--epochs", 1, "--lr", 0.01, "--head", 1, "--fraction", 0.2, "--batch-size",
-                        10, "--workers", 0) == 0
-    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    record, _ = evaluate(capsys, eval_semisup, tmp_path, *FEW, "--fraction", 0.2, "--batch-size", 10)
     assert (record["method"], record["arch"], record["images"]) == ("deepcluster", "resnet50", 20)
     assert json.loads((tmp_path / "eval_semisup_small.json").read_text()) == record
 
@@ -266,29 +236,23 @@ def test_a_sobel_trunk_in_a_run_directory(tmp_path, capsys):
 def test_a_list_is_taken_whole(tmp_path, backbone, capsys):
     root = image_tree(tmp_path, classes=3, images=5)
     (tmp_path / "some.txt").write_text("n01/0.JPEG n01\nn00/3.JPEG n00\nn02/1.JPEG n02\nn02/2.JPEG n02\n")
-    arguments = ("--data", tmp_path / "some.txt", "--root", root / "train", "--val", root / "val",
-                 "--workers", 0, "--lr", 0.01)
-    arguments += ("--head", 1, "--epochs", 1, "--batch-size", 2)
-    assert semisup_here(backbone, *arguments) == 0
-    out = capsys.readouterr().out
-    record = json.loads(out.splitlines()[-1])
-    assert (record["images"], record["of"],
-            record["queries"]) == (4, 4, 15) and record["settings"][0]["top5"] == [None]
+    command = (eval_semisup, backbone, "--data", tmp_path / "some.txt", "--root", root / "train",
+               "--val", root / "val", *FEW, "--batch-size", 2)
+    record, out = evaluate(capsys, *command)
+    assert (record["images"], record["of"], record["queries"]) == (4, 4, 15)
+    assert record["settings"][0]["top5"] == [None]
     assert "4 of 4 images, all that --data lists: 1 to 2 of each of 3 classes" in out
-    assert semisup_here(backbone, *arguments, "--fraction", 0.5) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["images"] == 3
+    assert evaluate(capsys, *command, "--fraction", 0.5)[0]["images"] == 3
 
 
 def test_a_setting_that_diverges_is_said_and_the_others_go_on(backbone, capsys):
-    arguments = (backbone, "--data", "shapes:100", "--epochs", 2, "--head", 1, "--fraction", 0.5, "--workers",
-                 0, "--batch-size", 10)
-    assert semisup_here(*arguments, "--lr", 1e30, 0.01) == 0
-    out = capsys.readouterr().out
-    record = json.loads(out.splitlines()[-1])
-    assert [len(s["top1"])
-            for s in record["settings"]] == [0, 2] and record["best_setting"]["last"] == "head1, 1e-2"
+    command = (eval_semisup, backbone, "--data", "shapes:100", *FEW, "--epochs", 2, "--fraction", 0.5,
+               "--batch-size", 10)
+    record, out = evaluate(capsys, *command, "--lr", 1e30, 0.01)
+    assert [len(s["top1"]) for s in record["settings"]] == [0, 2]
+    assert record["best_setting"]["last"] == "head1, 1e-2"
     assert "head1, 1e30       diverged in epoch 1" in out
-    assert semisup_here(*arguments, "--lr", 1e30) == 5
+    assert run_here(*command, "--lr", 1e30) == 5
     assert "the loss of every setting is not finite" in capsys.readouterr().err
 
 
@@ -296,18 +260,14 @@ def test_unreadable_images_are_replaced_and_said(tmp_path, backbone, capsys):
     root = image_tree(tmp_path, classes=2, images=6)
     (root / "train" / "n00" / "2.JPEG").write_text("no image")
     (root / "val" / "n01" / "3.JPEG").write_text("no image")
-    arguments = ("--data", root, "--fraction", 1, "--epochs", 1, "--lr", 0.01, "--head", 1, "--batch-size",
-                 12, "--workers", 0)
-    assert semisup_here(backbone, *arguments) == 0
-    out = capsys.readouterr().out
+    _, out = evaluate(capsys, eval_semisup, backbone, "--data", root, *FEW, "--fraction", 1,
+                      "--batch-size", 12)
     assert "warning: 1 images of --data cannot be read and were replaced by their neighbours" in out
     assert "warning: 1 images of --val cannot be read and are left out" in out
 
 
 def test_deterministic_is_on_by_itself(backbone, capsys, monkeypatch):
-    arguments = (backbone, "--data", "shapes:50", "--epochs", 1, "--lr", 0.01, "--head", 1, "--fraction", 1,
-                 "--workers", 0)
-    seen = []
+    command, seen = (eval_semisup, backbone, "--data", "shapes:50", *FEW, "--fraction", 1), []
 
     def epoch(*arguments):
         seen.append(torch.are_deterministic_algorithms_enabled())
@@ -317,31 +277,29 @@ def test_deterministic_is_on_by_itself(backbone, capsys, monkeypatch):
         return 1.0
 
     monkeypatch.setattr(eval_semisup, "train_one_epoch", epoch)
-    assert semisup_here(*arguments) == 2
+    assert run_here(*command) == 2
     error = capsys.readouterr().err
-    assert error.startswith(
-        "error: --deterministic cannot be kept: some_backward_cuda") and "--no-deterministic" in error
-    assert semisup_here(*arguments, "--no-deterministic") == 0 and seen == [True, False]
+    assert error.startswith("error: --deterministic cannot be kept: some_backward_cuda")
+    assert "--no-deterministic" in error
+    assert run_here(*command, "--no-deterministic") == 0 and seen == [True, False]
 
 
 def test_errors(tmp_path, backbone, capsys):
     image_tree(tmp_path)
     (tmp_path / "flat").mkdir()
     (tmp_path / "train" / "n00" / "0.JPEG").rename(tmp_path / "flat" / "0.JPEG")
-    for arguments, code, words in (
-        (("--data", "shapes:50", "--fraction", 0), 2, "--fraction 0: more than 0 and at most 1"),
-        (("--data", "shapes:50", "--fraction", 1.5), 2, "--fraction 1.5: more than 0 and at most 1"),
-        (("--data", "shapes:50", "--lr", 0.1, 0), 2, "--lr 0.1 0: more than 0"),
-        (("--data", "shapes:50", "--head", "nan"), 2, "--head nan: more than 0"),
-        (("--data", "shapes:50", "--epochs", 0), 2, "--epochs 0"),
-        (("--data", "shapes:50", "--batch-size", 1), 2, "--batch-size 1"),
-        (("--data", "shapes:50", "--preset", "swav"), 2, "invalid choice: 'swav'"),
-        (("--data", "shapes:50"), 3, "10 images are drawn of --data, fewer than one batch: --batch-size 50"),
-        (("--data", tmp_path / "flat", "--val", tmp_path / "val"), 3, "--data has no labels"),
-        (("--data", "shapes:50", "--val", tmp_path / "val"), 3, "n00"),
-        ((), 2, "--data is needed"),
-    ):
-        assert semisup_here(backbone, *arguments, "--workers", 0) == code, arguments
-        error = capsys.readouterr().err
-        assert error.startswith("error: ") and words in error and error.count("\n") == 1, error
+    own = (backbone, "--data", "shapes:50")
+    refuses(capsys, eval_semisup, (
+        ((*own, "--fraction", 0), 2, "--fraction 0: more than 0 and at most 1"),
+        ((*own, "--fraction", 1.5), 2, "--fraction 1.5: more than 0 and at most 1"),
+        ((*own, "--lr", 0.1, 0), 2, "--lr 0.1 0: more than 0"),
+        ((*own, "--head", "nan"), 2, "--head nan: more than 0"),
+        ((*own, "--epochs", 0), 2, "--epochs 0"),
+        ((*own, "--batch-size", 1), 2, "--batch-size 1"),
+        ((*own, "--preset", "swav"), 2, "invalid choice: 'swav'"),
+        (own, 3, "10 images are drawn of --data, fewer than one batch: --batch-size 50"),
+        ((backbone, "--data", tmp_path / "flat", "--val", tmp_path / "val"), 3, "--data has no labels"),
+        ((*own, "--val", tmp_path / "val"), 3, "n00"),
+        ((backbone,), 2, "--data is needed"),
+    ))
     assert distributed.world_size() == 1

@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-import time
 
 import numpy as np
 import pytest
@@ -13,12 +12,12 @@ from PIL import Image
 
 from common.evaluation import gallery
 
-ATTACK = "<img src=x onerror='document.title=1;window.stolen=1'></script><script>window.stolen=1</script>&quot;.png"
+ATTACK = ("<img src=x onerror='document.title=1;window.stolen=1'></script>"
+          "<script>window.stolen=1</script>&quot;.png")
 
 
 class Pictures:
-    """N images of one colour each: classes red, green and blue in turn; the first has a name that attacks the
-    page."""
+    """N images of one colour: red, green and blue in turn. The name of the first attacks the page."""
 
     classes = ("red", "green", "blue <i>")
 
@@ -65,18 +64,18 @@ def test_what_the_page_holds(tmp_path):
     for c in page["clusters"]:
         members = np.flatnonzero(clusters == c["id"])
         scored = [i for i in members[::-1] if i % 2]
-        names = [[0 if name == ATTACK else int(name[:4]) for _, name, *_ in c[kind]] for kind in ("typical",
-                                                                                                  "random")]
-        assert names[0] == [i for i in scored[:4] if i not in (3, 249)]
-        assert len(names[1]) >= 3 and set(names[1]) <= set(members) - set(names[0])
-        unsorted += names[1] != sorted(names[1])
-        assert c["labels"] == sorted(([k, int((members % 3 == k).sum())] for k in range(3)),
-                                     key=lambda x: -x[1])
-        for kind in ("typical", "random"):
-            for thumbnail, i in zip(c[kind], names[0] if kind == "typical" else names[1]):
+        typical, random = ([0 if name == ATTACK else int(name[:4]) for _, name, *_ in c[kind]]
+                           for kind in ("typical", "random"))
+        assert typical == [i for i in scored[:4] if i not in (3, 249)]
+        assert len(random) >= 3 and set(random) <= set(members) - set(typical)
+        unsorted += random != sorted(random)
+        counts = [[k, int((members % 3 == k).sum())] for k in range(3)]
+        assert c["labels"] == sorted(counts, key=lambda pair: -pair[1]) and c["labelled"] == c["size"]
+        for kind, names in (("typical", typical), ("random", random)):
+            for thumbnail, i in zip(c[kind], names):
                 image = picture(page, thumbnail)
-                assert image.size == (96, 96) and image.format == "JPEG" and thumbnail[2:] == [i % 3, i if i
-                                                                                               % 2 else None]
+                assert image.size == (96, 96) and image.format == "JPEG"
+                assert thumbnail[2:] == [i % 3, i if i % 2 else None]
                 assert max(range(3), key=lambda c: image.getpixel((48, 48))[c]) == i % 3
     assert unsorted > 3
 
@@ -102,20 +101,31 @@ def test_a_page_stays_within_its_limits(tmp_path, monkeypatch):
 def test_of_more_clusters_than_fit_the_largest_are_shown(tmp_path, monkeypatch):
     monkeypatch.setattr(gallery, "SIDES", {20: 96, 40: 48})
     clusters = np.repeat(np.arange(30), np.arange(30) + 1)
-    gallery.write(tmp_path / "page.html", Pictures(len(clusters)), clusters, None, 30, ABOUT)
+    none = np.full(len(clusters), np.nan)
+    gallery.write(tmp_path / "page.html", Pictures(len(clusters)), clusters, none, 30, ABOUT)
     page = content(tmp_path / "page.html")
-    assert [c["id"] for c in page["clusters"]] == list(
-        range(10, 30)) and "the largest 20 of 30 clusters" in page["notes"]
+    assert [c["id"] for c in page["clusters"]] == list(range(10, 30))
+    assert "the largest 20 of 30 clusters" in page["notes"]
+    assert not any(c["typical"] for c in page["clusters"])  # without scores
     long = Pictures(40)
     long.paths = [f"{'日' * 400}/{i}.png" for i in range(40)]
-    gallery.write(tmp_path / "page.html", long, np.arange(40) % 2, None, 2, ABOUT)
+    gallery.write(tmp_path / "page.html", long, np.arange(40) % 2, none[:40], 2, ABOUT)
     shown = content(tmp_path / "page.html")["clusters"][0]["random"][0][1]
     assert len(shown) == 150 and shown.startswith("…") and shown.endswith(".png")
 
 
 def test_nothing_to_show(tmp_path):
-    gallery.write(tmp_path / "page.html", Pictures(4, labels=False), np.full(4, -1), None, 5, ABOUT)
+    write = (Pictures(4, labels=False), np.full(4, -1), np.zeros(4), 5, ABOUT)
+    gallery.write(tmp_path / "page.html", *write)
     assert content(tmp_path / "page.html")["clusters"] == []
+
+
+def test_images_without_labels(tmp_path):
+    gallery.write(tmp_path / "page.html", Pictures(4, labels=False), np.zeros(4, int), np.ones(4), 1, ABOUT)
+    page = content(tmp_path / "page.html")
+    (cluster,) = page["clusters"]
+    assert page["classes"] == cluster["labels"] == [] and cluster["labelled"] == 0
+    assert [thumbnail[2:] for thumbnail in cluster["typical"]] == [[-1, 1.0]] * 4
 
 
 # ---- in a browser
@@ -146,23 +156,22 @@ def page(tmp_path_factory):
 
 def press(browser, selector, value=None):
     """Presses a button, or sets a field as a user would."""
-    change = f"e.value = {json.dumps(value)}; for (const kind of ['input', 'change']) e.dispatchEvent(new Event(kind))"
-    browser.run(f"(e => {{ {'e.click()' if value is None else change} "
-                f"}})(document.querySelector({json.dumps(selector)}))")
+    events = "for (const kind of ['input', 'change']) e.dispatchEvent(new Event(kind))"
+    action = "e.click()" if value is None else f"e.value = {json.dumps(value)}; {events}"
+    browser.run(f"(e => {{ {action} }})(document.querySelector({json.dumps(selector)}))")
 
 
 def test_sort_and_filter(browser, page):
     browser.window(1280, 900)
     browser.open(page, READY)
-    assert browser.run(SHOWN) == [4, 3, 2, 1, 0]
-    assert browser.run("document.querySelector('#count').textContent") == "5 of 5 clusters"
+    count = "document.querySelector('#count').textContent"
+    assert browser.run(SHOWN) == [4, 3, 2, 1, 0] and browser.run(count) == "5 of 5 clusters"
     press(browser, "#sort", "smallest")
     assert browser.run(SHOWN) == [0, 1, 2, 3, 4]
     press(browser, "#sort", "purity")
     assert browser.run(SHOWN)[0] == 1
     press(browser, "#purity", "90")
-    assert browser.run(SHOWN) == [1] and browser.run(
-        "document.querySelector('#count').textContent") == "1 of 5 clusters"
+    assert browser.run(SHOWN) == [1] and browser.run(count) == "1 of 5 clusters"
     press(browser, "#purity", "0")
     press(browser, "#size", "100")
     assert browser.run(SHOWN) == [4]
@@ -179,8 +188,8 @@ def test_sort_and_filter(browser, page):
     green = browser.run(SHOWN)
     assert 1 in green and len(green) < 5
     press(browser, "#q", "no such name")
-    assert browser.run(SHOWN) == [] and "No cluster is like this" in browser.run(
-        "document.querySelector('main').textContent")
+    text = browser.run("document.querySelector('main').textContent")
+    assert browser.run(SHOWN) == [] and "No cluster is like this" in text
     # The address brings the same view back.
     press(browser, "#q", "")
     press(browser, ".legend button:nth-child(2)")
@@ -195,17 +204,14 @@ def test_names_are_text_and_nothing_is_fetched(browser, page):
     browser.events.clear()
     browser.open(page, READY)
     press(browser, "#sort", "number")
-    for _ in range(100):
-        if browser.run("document.querySelectorAll('#cluster-0 img').length"):
-            break
-        time.sleep(0.05)
+    browser.wait("document.querySelectorAll('#cluster-0 img').length")
     titles = browser.run("[...document.querySelectorAll('img')].map(e => e.title)")
     assert any(title.startswith(ATTACK) for title in titles)
     assert browser.run("window.stolen") is None and browser.run("document.title") == ABOUT["title"]
     # the page's own two scripts
     assert browser.run("document.querySelectorAll('h1 b, .legend i i, script').length") == 2
-    assert all(browser.run("[...document.querySelectorAll('img')].map(e => e.complete && e.naturalWidth === "
-                           "96)"))
+    whole = "[...document.querySelectorAll('img')].map(e => e.complete && e.naturalWidth === 96)"
+    assert all(browser.run(whole))
     asked = {e["params"]["request"]["url"].partition(":")[0] for e in browser.events
              if e.get("method") == "Network.requestWillBeSent"}
     assert asked <= {"file", "data", "about"}
@@ -235,8 +241,4 @@ def test_three_thousand_clusters_wait_for_their_pictures(browser, tmp_path):
     assert browser.run("document.querySelectorAll('.cluster').length") == 3000
     assert browser.run("document.querySelectorAll('img').length") < 400
     browser.run("document.querySelector('#cluster-2900').scrollIntoView()")
-    for _ in range(100):
-        if browser.run("document.querySelectorAll('#cluster-2900 img').length") == 4:
-            return
-        time.sleep(0.05)
-    raise AssertionError("no pictures came")
+    browser.wait("document.querySelectorAll('#cluster-2900 img').length === 4")

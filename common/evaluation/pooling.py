@@ -1,8 +1,6 @@
-"""The pooled maps that linear probes and SVMs look at, for one pass through the trunk. Imports torch alone:
-one file to lift.
+"""The pooled maps that probes look at, for one pass through the trunk. Torch alone: one file to lift.
 
-    rows = pooled(trunk, x, ["feature1", "feature5", "avgpool"])  # {"feature1": (B, 9216), "feature5": (B,
-    8192), "avgpool": (B, 2048)}
+    maps = pooled(trunk, x, ["feature1", "avgpool"])  # (B, 64, 12, 12) and (B, 2048, 1, 1) of a ResNet-50
 
 Feature1 .. Feature5 are the maps of Goyal et al. 2019 (arXiv 1905.01235), pooled to about 9,000 numbers by
 windows that belong to an input of 224 pixels and a stem of stride 4; conv1 .. conv5 are those of AlexNet,
@@ -11,9 +9,9 @@ averaged as in DeepCluster's evaluation, or their maxima (conv1_max .. conv5_max
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-# Layer: the map that stages(x) gives, its side for 224 pixels, and kernel, stride and padding of the pooling
-# (zeros count).
+# Layer: map in stages(x), its side for 224 pixels; kernel, stride and padding of the pooling (zeros count).
 LAYERS = {
     "feature1": ("conv1", 112, (10, 10, 4)),  # before the max-pool
     "feature2": ("layer1", 56, (16, 8, 0)),
@@ -31,26 +29,24 @@ LAYERS |= {f"conv{i}_max": LAYERS[f"conv{i}"] for i in range(1, 6)}
 FEATURES = ("feature1", "feature2", "feature3", "feature4", "feature5")
 
 
-def pooled_maps(trunk, x, layers):
+def pooled(trunk, x, layers):
     """{layer: (B, C, h, w)} in float32 (float64 for float64 maps) of the named layers, see LAYERS.
 
-    Raises ValueError for a layer that the trunk does not have, or whose map is not the one its windows are
-    for.
+    Raises ValueError for a layer that the trunk lacks, or whose map has another side than its windows need.
     """
     maps, result = trunk.stages(x), {}
     for layer in layers:
         if layer not in LAYERS:
             raise ValueError(f"{layer!r} is no layer: choose from {', '.join(LAYERS)}")
-        if LAYERS[layer][0] not in maps:
-            raise ValueError(f"{layer} needs a trunk with a map {LAYERS[layer][0]!r}, this one has "
-                             f"{', '.join(maps)}")
+        if (stage := LAYERS[layer][0]) not in maps:
+            raise ValueError(f"{layer} needs a trunk with a map {stage!r}, this one has {', '.join(maps)}")
     for layer in layers:
         stage, side, window = LAYERS[layer]
         y = maps[stage]
         if side is not None and tuple(y.shape[2:]) != (side, side):
+            needed = f"a map of {side}x{side} ({stage}, 224 pixels)"
             got = f"{y.shape[2]}x{y.shape[3]}, from {x.shape[2]}x{x.shape[3]} pixels"
-            raise ValueError(f"{layer} is defined on a map of {side}x{side} ({stage}, 224 pixels), this one "
-                             f"is {got}")
+            raise ValueError(f"{layer} is defined on {needed}, this one is {got}")
         y = y.to(torch.promote_types(y.dtype, torch.float32))
         if window is None:
             result[layer] = F.adaptive_avg_pool2d(y, 1)
@@ -59,18 +55,31 @@ def pooled_maps(trunk, x, layers):
     return result
 
 
-def pooled(trunk, x, layers):
-    """{layer: (B, F)} of the named layers: pooled_maps, flattened channel-major as nn.Flatten does."""
-    return {layer: y.flatten(1) for layer, y in pooled_maps(trunk, x, layers).items()}
+def side_by_side(maps):
+    """Pooled maps as rows (B, sum of F), each layer flattened channel-major as nn.Flatten does."""
+    return torch.cat([y.flatten(1) for y in maps.values()], dim=1)
+
+
+class Reading(nn.Module):
+    """A frozen trunk, and what `read` makes of its pooled maps {layer: (B, C, h, w)}, in float32."""
+
+    def __init__(self, trunk, layers, read=side_by_side):
+        super().__init__()
+        self.trunk, self.layers, self.read = trunk, layers, read
+        self.eval().requires_grad_(False)
+
+    def forward(self, x):
+        maps = pooled(self.trunk, x, self.layers)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.read(maps)
 
 
 @torch.inference_mode()
 def shapes(trunk, size, layers):
-    """{layer: (C, h, w)} of what `pooled_maps` gives for images of `size` pixels, from a black one. Raises as
-    it does."""
+    """{layer: (C, h, w)} of what `pooled` gives, or raises, for images of `size` pixels: from a black one."""
     parameter, training = next(trunk.parameters()), trunk.training
     try:
         x = torch.zeros(1, 3, size, size, dtype=parameter.dtype, device=parameter.device)
-        return {layer: tuple(y.shape[1:]) for layer, y in pooled_maps(trunk.eval(), x, layers).items()}
+        return {layer: tuple(y.shape[1:]) for layer, y in pooled(trunk.eval(), x, layers).items()}
     finally:
         trunk.train(training)

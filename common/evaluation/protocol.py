@@ -1,5 +1,4 @@
-"""What the evaluations share: the trunk and the labelled images that their arguments name, and accuracies
-counted over all ranks."""
+"""What the evaluations share: their options, the trunk and the images that these name, their record."""
 
 import argparse
 import json
@@ -11,79 +10,118 @@ import torch
 from .. import data, distributed, weights
 from ..engine.errors import ArgumentError, CheckpointError, DataError, say
 from ..engine.files import writing
+from ..engine.held_out import match_classes, open_queries
 from ..engine.launch import autocast_dtype
 from ..engine.options import Parser
-from ..multicrop import MEAN, STD
+from ..multicrop import MEAN, STD, TRIES
+
+PRECISIONS = ("auto", "bfloat16", "float32")
 
 
-def parser(description, data_help, val_help):
-    """A parser of the options that have one name and meaning in every evaluation."""
-    p = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-               allow_abbrev=False)
-    p.add_argument("trunk", help="a run directory, a backbone.pt or another project's checkpoint")
-    p.add_argument("--data", default="", help=data_help)
+def parser(description, data_help, val_help, batch_size=None, precisions=PRECISIONS):
+    """A parser of the options that have one name and meaning in every evaluation.
+
+    batch_size: the default, where --batch-size says how many images a process looks at in one pass.
+    """
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=description, formatter_class=raw, allow_abbrev=False)
+    add = parser.add_argument
+    add("trunk", help="a run directory, a backbone.pt or another project's checkpoint")
+    add("--data", default="", help=data_help)
     if val_help:
-        p.add_argument("--val", default="", help=val_help)
-        p.add_argument("--root", default="", help="folder that relative paths of list files start from")
-    p.add_argument("--resize", type=int, default=0,
-                   help="short side before the centre crop (default: as trained, 256 for another project's)")
-    p.add_argument("--size", type=int, default=0,
-                   help="side of the images in pixels (default: as trained, 224 for another project's)")
-    p.add_argument("--random-init", action="store_true", help="replace the weights by random ones")
-    p.add_argument("--workers", type=int, default=-1,
-                   help="loader processes per rank (default: its share of the CPU cores, at most 8)")
-    p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    return p
+        add("--val", default="", help=val_help)
+        add("--root", default="", help="folder that relative paths of list files start from")
+    add("--resize", type=int, default=0,
+        help="short side before the centre crop (default: as trained, 256 for another project's)")
+    add("--size", type=int, default=0,
+        help="side of the images in pixels (default: as trained, 224 for another project's)")
+    add("--random-init", action="store_true", help="replace the trunk's weights by random ones: the floor")
+    if batch_size:
+        add("--batch-size", type=int, default=batch_size,
+            help="images at a time on each process (default: %(default)s)")
+    add("--precision", default="auto", choices=precisions,
+        help="arithmetic of the trunk (default: auto, bfloat16 where the hardware has it)")
+    add("--workers", type=int, default=-1,
+        help="loader processes per rank (default: its share of the CPU cores, at most 8)")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"),
+        help="where to compute (default: auto, a GPU if there is one)")
+    return parser
 
 
-def check(args):
-    """Raises ArgumentError if an option of `parser` cannot work."""
-    if args.resize < 0 or args.size < 0 or args.workers < -1:
-        raise ArgumentError(f"--resize {args.resize} --size {args.size} --workers {args.workers}: 0 or more "
-                            f"is needed")
+def add_presets(parser, presets, table):
+    """The options of scripts that train by one of several published protocols."""
+    add = parser.add_argument
+    add("--preset", default="small", choices=presets,
+        help="protocol; options given win over it (default: small)")
+    add("--list-presets", action="version", version=table,
+        help="print the presets with their published figures, and stop")
+    add("--epochs", type=int, help="passes over the images; drops of the rate keep their place among them")
+    add("--batch-size", type=int, help="images a step over all processes")
+    add("--seed", type=int, default=0, help="seed of weights, draws, order and crops (default: 0)")
+
+
+def start(args):
+    """Joins the other processes; returns the device. Raises ArgumentError for options that cannot work."""
+    fine = min(args.resize, args.size, args.workers + 1) >= 0
+    need(fine, args, "resize size workers", "0 or more is needed")
+    return distributed.start(args.device)
+
+
+def need(fine, options, names, needed):
+    """Raises ArgumentError, with the values of the named options and what is needed, unless they are fine."""
+    if not fine:
+        values = {name.replace("_", "-"): words(getattr(options, name)) for name in names.split()}
+        raise ArgumentError(f"{' '.join(f'--{name} {value}' for name, value in values.items())}: {needed}")
+
+
+def words(value):
+    """A value as it is typed."""
+    if isinstance(value, (tuple, list)):
+        return " ".join(map(words, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def given(args, names):
+    """{name: value} of the named options that were given; several values as a tuple."""
+    values = {name: getattr(args, name) for name in names}
+    return {name: tuple(value) if isinstance(value, list) else value
+            for name, value in values.items() if value is not None}
+
+
+def kept_rates(preset, rates, batch_size, wanted):
+    """A warning: the rates of a preset belong to its batch_size and do not follow the one that is wanted."""
+    rule = words([lr * wanted / batch_size for lr in rates])
+    return (f"warning: --lr {words(rates)} of {preset} belongs to batch {batch_size} and is kept: "
+            f"for {wanted} the linear rule asks for --lr {rule}")
 
 
 def is_features(args):
     """Whether the trunk's place is taken by a file of kept features; they need no images."""
     if not args.trunk.endswith(".npz"):
         return False
-    given = [name for name in ("data", "val", "root", "resize", "size", "random_init") if getattr(args, name)]
-    if given:
-        raise ArgumentError(f"--{given[0].replace('_', '-')} needs a trunk: {args.trunk} holds features")
+    for name in ("data", "val", "root", "resize", "size", "random_init"):
+        if getattr(args, name):
+            raise ArgumentError(f"--{name.replace('_', '-')} needs a trunk: {args.trunk} holds features")
     return True
 
 
 def name(info):
     """A line on what is evaluated."""
-    if not info.get("arch"):
-        return "features"
-    width = info.get("width") or 1
-    return f"{info['arch']} x{width:g}, {info['method']}"
+    return f"{info['arch']} x{info.get('width') or 1:g}, {info['method']}" if info.get("arch") else "features"
 
 
-def write(path, record):
-    """Writes the record of an evaluation as JSON. A full disk is a warning: the figures have been printed."""
-    problem = distributed.from_main(_write, path, record)
-    if problem:
-        say(f"warning: {path} cannot be written: {problem}")
-
-
-def _write(path, record):
-    try:
-        with writing(path, text=True) as file:
-            file.write(json.dumps(record, indent=1) + "\n")
-    except OSError as error:
-        return error.strerror or str(error)
-
-
-def open_trunk(args):
-    """(trunk, info) that the arguments name, on every rank; with --random-init one of its architecture with
-    random weights."""
+def open_trunk(args, device):
+    """(trunk, info) that the arguments name, on the device; with --random-init its weights are random."""
     trunk, info = distributed.from_main(weights.load_backbone, args.trunk)
     if args.random_init:
         torch.manual_seed(0)
         trunk, info = weights.build_backbone(info), {**info, "method": "random weights"}
-    return trunk, {**info, "resize": args.resize or info["resize"], "size": args.size or info["size"]}
+    return trunk.to(device, memory_format=torch.channels_last), sized(args, info)
+
+
+def sized(args, info):
+    """info with the sizes of images that were given in place of the trunk's own."""
+    return {**info, "resize": args.resize or info["resize"], "size": args.size or info["size"]}
 
 
 def open_labelled(args):
@@ -99,47 +137,82 @@ def _open_labelled(args):
     if not spec:
         raise ArgumentError("--data is needed: labelled images")
     images = data.open_images(spec, "train", root)
-    queries = data.open_queries(spec, val, root)
+    queries = open_queries(spec, val, root)
     if queries.fingerprint == images.fingerprint and _folder(queries) == _folder(images):
         raise DataError("--data and --val are the same images: each would find itself")
-    for part, name in ((images, "--data"), (queries, "--val")):
+    for part, option in ((images, "--data"), (queries, "--val")):
         if part.labels is None:
-            raise DataError(f"{name} has no labels: class folders, or a list with labels, are needed")
-    data.match_classes(queries, images)
+            raise DataError(f"{option} has no labels: class folders, or a list with labels, are needed")
+    match_classes(queries, images)
     return images, queries
 
 
+def _folder(images):
+    """Where the paths, whose fingerprint a set has, start."""
+    return os.path.realpath(images.root) if hasattr(images, "root") else None
+
+
 def sources(args):
-    """(data, root, val) as the arguments name them, or as the run that the trunk belongs to has them; data is
-    "" if nobody does."""
+    """(data, root, val) that the arguments name, or else the run of the trunk; data is "" if neither does."""
     saved = Path(args.trunk) / "config.json"
     try:
         run = json.loads(saved.read_text()) if saved.is_file() else {}
     except ValueError:
         raise CheckpointError(f"{saved} is damaged") from None
-    spec = args.data or run.get("data") or ("shapes" if run else "")
-    # What the run was trained on comes with its own root and held-out images; other data does not.
-    if args.data:
-        return spec, args.root, args.val
+    if args.data:  # comes without the root and the held-out images of what the run was trained on
+        return args.data, args.root, args.val
+    spec = run.get("data") or ("shapes" if run else "")
     return spec, args.root or run.get("root", ""), args.val or run.get("val", "")
 
 
-def _folder(images):
-    # a fingerprint is that of the paths below it
-    return os.path.realpath(images.root) if hasattr(images, "root") else None
+class Subset:
+    """The images `index` (n,) of a set, as a set."""
+
+    def __init__(self, images, index):
+        self.images, self.index = images, index
+        self.labels = None if images.labels is None else images.labels[index]
+
+    def __len__(self):
+        return len(self.index)
+
+    def read(self, i):
+        return self.images.read(int(self.index[i]))
 
 
-def extraction(args, info, device):
+def extraction(args, info, device, batch_size=256):
     """The keywords of features.extract that the arguments and the trunk's info set."""
-    return dict(device=device, mean=info.get("mean", MEAN), std=info.get("std", STD),
-                batch_size=args.batch_size, workers=args.workers,
+    return dict(resize=info["resize"], size=info["size"], device=device, mean=info.get("mean", MEAN),
+                std=info.get("std", STD), batch_size=batch_size, workers=args.workers,
                 precision=autocast_dtype(args.precision, device))
 
 
-def warn_of_unreadable(images, labels, name):
-    """Says how many images of a set were left out, from this rank's labels as features.extract returned
-    them."""
-    # STL-10 has images without a label
-    unreadable = int(distributed.all_sum((labels < 0).sum())) - int((images.labels < 0).sum())
+def check_readable(loader):
+    """Raises DataError if a loader of --data, on any rank, could read none of TRIES images in a row."""
+    if distributed.all_max(torch.tensor(int(loader.lost))):
+        raise DataError(f"{TRIES} images of --data in a row cannot be read")
+
+
+def warn_of_unreadable(images, labels, option):
+    """Says how many images of a set were left out. labels: this rank's, as features.extract returned them."""
+    missing = int((images.labels < 0).sum())  # STL-10 has images without a label
+    unreadable = int(distributed.all_sum((labels < 0).sum())) - missing
     if unreadable:
-        say(f"warning: {unreadable} images of {name} cannot be read and are left out")
+        say(f"warning: {unreadable} images of {option} cannot be read and are left out")
+
+
+def finish(args, info, name, record, folder=None):
+    """The end of an evaluation: prints its record and writes NAME.json into folder (default: the run's, if
+    the trunk is one). A full disk is a warning: the figures have been printed."""
+    record = {"trunk": args.trunk, **{key: info.get(key) for key in ("method", "arch", "epoch")}, **record}
+    say(json.dumps(record))
+    if folder or Path(args.trunk).is_dir():
+        path = Path(folder or args.trunk, f"{name}{'_random' * args.random_init}.json")
+        try:
+            distributed.from_main(_write, path, json.dumps(record, indent=1) + "\n")
+        except OSError as error:
+            say(f"warning: {path} cannot be written: {error.strerror or error}")
+
+
+def _write(path, text):
+    with writing(path, text=True) as file:
+        file.write(text)
