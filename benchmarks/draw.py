@@ -8,8 +8,8 @@ DARK.update(blue="#58a6ff", orange="#f0883e", green="#3fb950", purple="#bc8cff")
 
 def page(width, height, parts, size=13):
     """The whole file. Other functions make its parts, each a line; `size` is that of the letters."""
-    light, dark = ("".join(f" --{name}: {value};" for name, value in colours.items()) for colours in (LIGHT,
-                                                                                                      DARK))
+    light, dark = ("".join(f" --{name}: {value};" for name, value in colours.items())
+                   for colours in (LIGHT, DARK))
     css = f":root {{{light} }} @media (prefers-color-scheme: dark) {{ :root {{{dark} }} }}"
     head = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
             f'height="{height}">']
@@ -34,7 +34,9 @@ def line(points, colour, dashes=""):
 
 def text(x, y, words, anchor="start", colour=""):
     """Words; coloured ones may stand on lines, which they push aside."""
-    style = f' style="fill: var(--{colour}); stroke: var(--page); stroke-width: 6; paint-order: stroke"' if colour else ""
+    style = ""
+    if colour:
+        style = f' style="fill: var(--{colour}); stroke: var(--page); stroke-width: 6; paint-order: stroke"'
     return f'<text x="{x}" y="{y}" text-anchor="{anchor}"{style}>{words}</text>'
 
 

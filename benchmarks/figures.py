@@ -1,11 +1,11 @@
 """The pictures and tables of docs/methods.md: one picture for each step from DeepCluster to SwAV, what breaks
 them, what SwAV costs.
 
-    python -m benchmarks.figures                 # drawn anew from {figures,ablations_cpu,multicrop_cpu}.json in benchmarks/results
+    python -m benchmarks.figures                 # drawn anew from files in benchmarks/results (see FILES)
     python -m benchmarks.figures --runs runs     # before that figures.json is made anew
 
-It holds the few hundred numbers that the pictures need of the runs in RUNS/ablations and RUNS/stability,
-which these make:
+figures.json holds the few hundred numbers that the pictures need of the runs in RUNS/ablations and
+RUNS/stability, which these make:
 
     python -m benchmarks.ablations
     python -m benchmarks.stability --recipe cifar --data cifar10 --epochs 10
@@ -42,8 +42,8 @@ BROKEN = {  # a method, and itself without what keeps it from collapse
     "sela": "sela, the likeliest label",
     "deepclusterv2": "deepclusterv2, clustered once",
 }
-LEFT_OUT = [name for name in ablations.EXPERIMENTS if name.startswith("deepclusterv2")
-            and name not in BROKEN.values()]
+LEFT_OUT = [name for name in ablations.EXPERIMENTS
+            if name.startswith("deepclusterv2") and name not in BROKEN.values()]
 WIDTH, SIZE = 560, 16  # of a picture and of its letters: on a phone they are two thirds of that
 
 
@@ -52,12 +52,12 @@ WIDTH, SIZE = 560, 16  # of a picture and of its letters: on a phone they are tw
 
 def gather(runs):
     """What the pictures show: a few hundred numbers of the runs in a folder, and the first step of a SwAV."""
-    folders = {name: ablations.folder(runs / "ablations", name) for name in ("deepcluster", "sela",
-                                                                             BROKEN["sela"], "deepclusterv2")}
+    folders = {name: ablations.folder(runs / "ablations", name)
+               for name in ("deepcluster", "sela", BROKEN["sela"], "deepclusterv2")}
     for name, folder in folders.items():
         if not (folder / "done.json").exists():
-            raise SystemExit(f'error: {folder} is no finished run: python -m benchmarks.ablations --only '
-                             f'"{name}"')
+            raise SystemExit(f"error: {folder} is no finished run: "
+                             f'python -m benchmarks.ablations --only "{name}"')
     clusters = clusters_of(folders["deepcluster"])
     order = deepcluster.uniform_order(torch.from_numpy(clusters), len(clusters),
                                       torch.Generator().manual_seed(0))
@@ -66,8 +66,9 @@ def gather(runs):
     return {**origin("figures", torch.device("cpu")),
             "deepcluster": {"images": sizes[largest_first].tolist(), "draws": draws[largest_first].tolist()},
             "odc": {name: losses_of(runs / "stability" / f"{name.lower()}_{STEADINESS}.npz")
-                    for name in ("DeepCluster", "ODC")}, "sela": {name: sorted(np.bincount(clusters_of(
-                        folders[name])).tolist(), reverse=True) for name in ("sela", BROKEN["sela"])},
+                    for name in ("DeepCluster", "ODC")},
+            "sela": {name: sorted(np.bincount(clusters_of(folders[name])).tolist(), reverse=True)
+                     for name in ("sela", BROKEN["sela"])},
             "untrained": curve_of(folders["deepclusterv2"])[0][1],
             "swav": [[round(score, 3) for score in row] for row in first_scores().tolist()]}
 
@@ -163,19 +164,19 @@ def sela_picture(found):
     shares = [[100 * count / sum(counts) for count in counts] for counts in found["figures"]["sela"].values()]
     labels = max(map(len, shares))
     likeliest, balanced = (share + [0] * (labels - len(share)) for share in reversed(shares))
-    words = [f"{name}: at most {max(share):.3g}" for name, share in (("likeliest label", likeliest),
-                                                                     ("balanced assignment", balanced))]
+    words = [f"{name}: at most {max(share):.3g}"
+             for name, share in (("likeliest label", likeliest), ("balanced assignment", balanced))]
     counts = [(words[0], "grey", likeliest), (words[1], "green", balanced)]
-    levels = range(0, int(max(likeliest)) + 1,
-                   20 if max(likeliest) > 50 else 10 if max(likeliest) > 20 else 2)
+    distance = 20 if max(likeliest) > 50 else 10 if max(likeliest) > 20 else 2
+    levels = range(0, int(max(likeliest)) + 1, distance)
     return sorted_counts(counts, max(likeliest), levels, "share of the images with each label, %",
                          f"{labels} labels, the most used first")
 
 
 def deepclusterv2_picture(found):
     left, right, high, row = 192, WIDTH - 60, 40, 30
-    accuracies = {name.partition(", ")[2] or "all of it": value(found, "ablations",
-                                                                f"{name}: 20-NN %") for name in LEFT_OUT}
+    accuracies = {name.partition(", ")[2] or "all of it": value(found, "ablations", f"{name}: 20-NN %")
+                  for name in LEFT_OUT}
     low = high + row * len(accuracies)
     x, floor = draw.scale(0, max(accuracies.values()), left, right), found["figures"]["untrained"]
     parts = [draw.text(8, 24, "20-NN accuracy, %, of DeepCluster-v2 with")]
@@ -219,8 +220,8 @@ def swav_picture(found):
         for fifth in range(1, 6):
             cells = ((q > 0.05) & ((5 * q).ceil() == fifth)).nonzero().tolist()
             squares = "".join(f"M{left + cell * k} {top + cell * b}h{cell}v{cell}h-{cell}" for b, k in cells)
-            parts += [
-                f'<path d="{squares}" style="fill: var(--blue)" fill-opacity="{(fifth + 2) / 7:.2f}"/>'] if cells else []
+            opacity = f'fill-opacity="{(fifth + 2) / 7:.2f}"'
+            parts += [f'<path d="{squares}" style="fill: var(--blue)" {opacity}/>'] if cells else []
         parts += [draw.text((left + right) / 2, top + cell * B + 24, f"{K} prototypes", "middle")]
         left = right + 16
     return draw.page(WIDTH, top + cell * B + 38, parts, SIZE)
@@ -244,8 +245,8 @@ def outcomes(found, title, rows):
     lines = [f"| {title} | loss / ln K | clusters in use | the largest has | 20-NN |",
              "|---|---|---|---|---|"]
     for name, words in rows.items():
-        loss, used, largest, knn = (value(found, "ablations",
-                                          f"{name}: {what}") for what in ablations.COLUMNS)
+        loss, used, largest, knn = (value(found, "ablations", f"{name}: {what}")
+                                    for what in ablations.COLUMNS)
         method = ablations.METHODS[name.split(",")[0]]
         K = recipe(method.Config, method.RECIPES, found["ablations"]["settings"]["recipe"]).prototypes
         lines.append(f"| {words} | {loss:.2f} | {used:.3g} of {K} | {largest:.1f} % | {knn:g} % |")
@@ -259,7 +260,8 @@ def leave_one_out(found):
 
 def break_it(found):
     names = [name for pair in BROKEN.items() for name in pair]
-    about = f"Recipe `{found['ablations']['settings']['recipe']}`, one run each; {found['ablations']['machine']}. The commands:"
+    trained, machine = found["ablations"]["settings"]["recipe"], found["ablations"]["machine"]
+    about = f"Recipe `{trained}`, one run each; {machine}. The commands:"
     commands = [f'    python -m benchmarks.ablations --only "{name}"' for name in BROKEN.values()]
     return "\n".join([*outcomes(found, "experiment", dict(zip(names, names))), "", about, "", *commands])
 
@@ -285,13 +287,12 @@ def crops(found):
 def batches(found):
     lines = ["| batch | steps | no queue | queue of 1,024 |", "|---|---|---|---|"]
     for batch in multicrop.BATCHES:
-        accuracies = [value(found, "multicrop",
-                            f"batch {batch}, queue {queue}: 20-NN %") for queue in multicrop.QUEUES]
+        accuracies = [f"{value(found, 'multicrop', f'batch {batch}, queue {queue}: 20-NN %'):g} %"
+                      for queue in multicrop.QUEUES]
         steps = value(found, "multicrop", f"batch {batch}: steps")
-        lines.append(f"| {batch:,} | {steps:.0f} | "
-                     f"{' | '.join(f'{accuracy:g} %' for accuracy in accuracies)} |")
-    return "\n".join([*lines, f"| untrained trunk | | {value(found, 'multicrop', 'untrained: 20-NN %'):g} % "
-                              f"| |"])
+        lines.append(f"| {batch:,} | {steps:.0f} | {' | '.join(accuracies)} |")
+    untrained = value(found, "multicrop", "untrained: 20-NN %")
+    return "\n".join([*lines, f"| untrained trunk | | {untrained:g} % | |"])
 
 
 def state(found):
@@ -300,8 +301,8 @@ def state(found):
     for name in multicrop.METHODS:
         total = [value(found, "multicrop", f"{name}: GiB at {size}") for size in multicrop.SIZES]
         an_image = f"{value(found, 'multicrop', f'{name}: bytes an image'):,.0f} B"
-        lines.append(f"| `{name}.py` | {an_image} | "
-                     f"{' | '.join(f'{t:,.0f} GiB' if t >= 100 else f'{t:.3g} GiB' for t in total)} |")
+        cells = " | ".join(f"{t:,.0f} GiB" if t >= 100 else f"{t:.3g} GiB" for t in total)
+        lines.append(f"| `{name}.py` | {an_image} | {cells} |")
     return "\n".join(lines)
 
 
@@ -317,8 +318,8 @@ def drawn():
     found, page = {}, PAGE.read_text()
     for benchmark, name in FILES.items():
         if not (RESULTS / f"{name}.json").exists():
-            raise SystemExit(f"error: no {RESULTS / name}.json: python -m "
-                             f"benchmarks.{benchmark}{' --runs runs' * (benchmark == 'figures')}")
+            words = f"benchmarks.{benchmark}{' --runs runs' * (benchmark == 'figures')}"
+            raise SystemExit(f"error: no {RESULTS / name}.json: python -m {words}")
         found[benchmark] = json.loads((RESULTS / f"{name}.json").read_text())
     for name, table in TABLES.items():
         page = between(page, name, table(found), "figures")

@@ -1,9 +1,10 @@
 """k-means against faiss-cpu and scikit-learn: same rows, same first centroids, same number of iterations, in
 one run.
 
-    python -m benchmarks.kmeans                     # on a CPU 200,000 x 128, K 3,000 and 100,000 x 256, K 10,000: half an hour
-    python -m benchmarks.kmeans --problems 20000x128x3000 --iterations 3        # minutes
+    python -m benchmarks.kmeans                                            # on a CPU half an hour
+    python -m benchmarks.kmeans --problems 20000x128x3000 --iterations 3   # minutes
 
+On a CPU the problems are 200,000 x 128, K 3,000 and 100,000 x 256, K 10,000.
 Each contender averages `iterations` times and then assigns once more. The objective is recomputed from the
 centroids that each returns, in the same way for all. Rates count the products alone, 2 (iterations + 1) N K D
 operations, and are compared with what torch.mm reaches on square matrices in the same rounds. On a GPU ours
@@ -80,8 +81,8 @@ def with_faiss(x, init, iterations):
 def with_sklearn(x, init, iterations):
     from sklearn.cluster import KMeans
 
-    return torch.from_numpy(KMeans(len(init), init=init.numpy(), n_init=1, max_iter=iterations,
-                                   tol=0).fit(x.numpy()).cluster_centers_)
+    clustering = KMeans(len(init), init=init.numpy(), n_init=1, max_iter=iterations, tol=0)
+    return torch.from_numpy(clustering.fit(x.numpy()).cluster_centers_)
 
 
 def square_product(device):
@@ -97,8 +98,8 @@ def race(problem, args, device):
     init = x[torch.randperm(N, generator=torch.Generator().manual_seed(1))[:K].to(device)]
     contenders = {"ours": ours, "ours, spherical": spherical}
     if device.type == "cpu":
-        contenders.update({name: f for name, f in {"faiss": with_faiss, "scikit-learn": with_sklearn}.items()
-                           if name not in args.without})
+        others = {"faiss": with_faiss, "scikit-learn": with_sklearn}
+        contenders.update({name: f for name, f in others.items() if name not in args.without})
     centroids = {}
 
     def timed(name, function):
@@ -119,8 +120,8 @@ def race(problem, args, device):
     figures = {f"{label}torch.mm, GFLOP/s": rate / 1e9}
     for name in contenders:
         figures[f"{label}{name}, s"] = taken[name]
-        figures[f"{label}{name}, share of torch.mm"] = 2 * (args.iterations
-                                                            + 1) * N * K * D / taken[name] / rate
+        products = 2 * (args.iterations + 1) * N * K * D
+        figures[f"{label}{name}, share of torch.mm"] = products / taken[name] / rate
     for name in contenders.keys() - {"ours", "ours, spherical"}:
         figures[f"{label}ours / {name}, time"] = taken["ours"] / taken[name]
         figures[f"{label}ours / {name} - 1, objective"] = float(objectives["ours"] / objectives[name] - 1)
@@ -155,8 +156,9 @@ def main():
     settings = dict(iterations=args.iterations, rounds=args.rounds)
     if device.type == "cpu":
         settings["threads"] = args.threads
-        settings.update({name: version(package) for name, package in {
-            "faiss": "faiss-cpu", "scikit-learn": "scikit-learn"}.items() if name not in args.without})
+        packages = {"faiss": "faiss-cpu", "scikit-learn": "scikit-learn"}
+        settings.update({name: version(package) for name, package in packages.items()
+                         if name not in args.without})
         if "faiss" not in args.without:
             import faiss
 

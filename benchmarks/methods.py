@@ -1,15 +1,17 @@
 """All methods side by side: same trunk, images, epochs and evaluations, between a floor and a ceiling and
 beside a peer.
 
-    python -m benchmarks.methods --data list.txt --root train --val val     # 10,000 images: hours on two CPU cores
-    python -m benchmarks.methods --data shapes:400 --epochs 1 --out runs/try --results runs/try/methods.json       # minutes
+    # 10,000 images: hours on two CPU cores
+    python -m benchmarks.methods --data list.txt --root train --val val
+    # minutes
+    python -m benchmarks.methods --data shapes:400 --epochs 1 --out runs/try --results runs/try/methods.json
 
 Every run is made by its own script with its recipe `cifar`, in OUT/NAME_SEED; a finished one is not made
 again, and a stopped one goes on, so the same command resumes. Then each is judged by the evaluation scripts,
 and timed in turns on a machine that should do nothing else. Floors: the network with random weights, and the
 pixels themselves. Ceiling: the network trained with labels. Peer: lightly's SwAV. Whatever finished runs OUT
-holds come into benchmarks/results/methods.json and, from that file, into the README's table and the figure of
-learning curves.
+holds come into benchmarks/results/methods.json and, from that file, into the table of docs/results.md and the
+figure of learning curves.
 """
 
 import argparse
@@ -30,6 +32,7 @@ import eval_cluster
 from benchmarks import report
 from benchmarks.record import command, curve_of, finished, metrics, origin
 from common import data, distributed, features
+from common.engine.held_out import match_classes, open_queries
 from common.engine.launch import autocast_dtype, launch
 from common.engine.options import recipe
 from common.evaluation import store
@@ -63,7 +66,7 @@ def arguments(argv=None):
     parser.add_argument("--rounds", type=int, default=3, help="in which all are timed; 0: none (default: 3)")
     parser.add_argument("--train-only", action="store_true", help="make the runs, and stop")
     parser.add_argument("--results", type=Path, default=report.RESULTS,
-                        help="the README follows the default one")
+                        help="docs/results.md follows the default one")
     return parser.parse_args(argv)
 
 
@@ -83,9 +86,8 @@ def config_of(name, args, seed):
 
 def training(name, args, seed, out, **others):
     """What follows `python -m` to make a run."""
-    options = {key: getattr(args, key) for key in ("data", "root", "val", "arch", "width", "epochs",
-                                                   "workers")}
-    options |= dict(recipe="cifar", seed=seed)
+    names = ("data", "root", "val", "arch", "width", "epochs", "workers")
+    options = {key: getattr(args, key) for key in names} | dict(recipe="cifar", seed=seed)
     options |= dict(eval_every=max(1, args.epochs // 4), out=out) | others
     words = [(f"--{key.replace('_', '-')}", str(value)) for key, value in options.items() if value != ""]
     return [module_of(name).__name__, *(word for pair in words for word in pair)]
@@ -159,14 +161,15 @@ def judge(trunk, info, images, queries, folder, linear_words, workers, precision
     classes, fitted to the training images, sorts the held-out ones. Kept in the folder until the trunk there
     is a younger one. linear_words: what eval_linear.py takes; without any it gets the features. precision:
     that of the run."""
-    kept, file, saved = folder / f"figures_{info['size']}.json", folder / f"features_{info['size']}.npz", folder / "backbone.pt"
+    kept, file = folder / f"figures_{info['size']}.json", folder / f"features_{info['size']}.npz"
+    saved = folder / "backbone.pt"
     if kept.exists() and not (saved.exists() and saved.stat().st_mtime > kept.stat().st_mtime):
         return json.loads(kept.read_text())
     folder.mkdir(parents=True, exist_ok=True)
     device, classes = distributed.start(), len(images.classes)
     how = dict(workers=workers, precision=autocast_dtype(precision, device))
-    sets = (features.extract(trunk.to(device), part, info["resize"], info["size"], device,
-                             **how) for part in (images, queries))
+    sets = (features.extract(trunk.to(device), part, info["resize"], info["size"], device, **how)
+            for part in (images, queries))
     bank, held_out = ([t.cpu() for t in part] for part in sets)
     if not linear_words:
         store.save(file, bank, held_out, info)
@@ -229,8 +232,8 @@ def collect(args, images, queries, seconds):
 
 def main(args):
     images = data.open_images(args.data, "train", args.root)
-    queries = data.open_queries(args.data, args.val, args.root)
-    data.match_classes(queries, images)
+    queries = open_queries(args.data, args.val, args.root)
+    match_classes(queries, images)
     for name in args.methods:
         for seed in args.seeds or SEVERAL.get(name, [0]):
             if not made(name, args, seed):

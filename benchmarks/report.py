@@ -1,4 +1,5 @@
-"""What benchmarks/results/methods.json says, as the README's table and as learning curves, docs/curves.svg.
+"""What benchmarks/results/methods.json says, as the table of docs/results.md and as learning curves,
+docs/curves.svg.
 
 python -m benchmarks.report
 """
@@ -12,19 +13,24 @@ from benchmarks import draw
 from common.engine.files import writing
 
 ROOT = Path(__file__).parents[1]
-RESULTS, README, FIGURE = ROOT / "benchmarks/results/methods.json", ROOT / "README.md", ROOT / "docs/curves.svg"
+RESULTS = ROOT / "benchmarks/results/methods.json"
+PAGE, FIGURE = ROOT / "docs/results.md", ROOT / "docs/curves.svg"
 COLUMNS = {"knn": "20-NN", "linear": "linear", "nmi": "NMI", "ami": "AMI", "hungarian": "matched"}
 
 
-# ---------------------------------------------------------------------------------------------------------- figures
+# ---------------------------------------------------------------------------------------------------- figures
 
 
 def curve(method):
-    """[(epoch, mean, least, most)] of the 20-NN accuracies that the runs measured on their way, over seeds."""
+    """[(epoch, mean, least, most)] over seeds of the 20-NN accuracies that the runs measured on their way."""
     if len({tuple(epoch for epoch, _ in run["curve"]) for run in method["runs"]}) > 1:
         raise SystemExit(f"error: the runs of {method['title']} were evaluated at different epochs")
     rows = zip(*(run["curve"] for run in method["runs"]))
-    return [(row[0][0], statistics.mean(a for _, a in row), min(a for _, a in row), max(a for _, a in row)) for row in rows]
+    points = []
+    for row in rows:
+        accuracies = [accuracy for _, accuracy in row]
+        points.append((row[0][0], statistics.mean(accuracies), min(accuracies), max(accuracies)))
+    return points
 
 
 def seconds(method, epochs):
@@ -60,21 +66,22 @@ def epochs_to(method, accuracy):
 def shortest(results):
     """Seconds of the quickest method's whole training; None without times."""
     epochs = results["settings"]["epochs"]
-    times = [seconds(m, epochs) for name, m in results["methods"].items() if "epoch_s" in m and name not in ("lightly_swav", "supervised")]
-    return min(times, default=None)
+    ours = [m for name, m in results["methods"].items() if name not in ("lightly_swav", "supervised")]
+    return min((seconds(m, epochs) for m in ours if "epoch_s" in m), default=None)
 
 
-# ------------------------------------------------------------------------------------------------------------ table
+# ------------------------------------------------------------------------------------------------------ table
 
 
 def table(results):
-    """The README's section: what was measured, the table, and the peer."""
+    """What was measured, the table, and the peer."""
     s, methods, time = results["settings"], results["methods"], shortest(results)
     timed = f" minutes | 20-NN at {time / 60:.0f} minutes |" if time else ""
     lines = [
-        f"{s['images']:,} images of {s['classes']} classes, {s['epochs']} epochs ({s['images'] * s['epochs']:,} images seen), {s['trunk']},"
-        f" judged on {s['held_out']:,} held-out images of {s['px']} px; {results['machine']}. In percent; with several seeds the"
-        f" mean and half the range. `{results['command']}`",
+        f"{s['images']:,} images of {s['classes']} classes, {s['epochs']} epochs"
+        f" ({s['images'] * s['epochs']:,} images seen), {s['trunk']}, judged on {s['held_out']:,} held-out"
+        f" images of {s['px']} px; {results['machine']}. In percent; with several seeds the mean and half the"
+        f" range. `{results['command']}`",
         "",
         f"| method | seeds | crops | {' | '.join(COLUMNS.values())} |{timed}",
         "|---" * (3 + len(COLUMNS) + 2 * bool(time)) + "|",
@@ -82,21 +89,26 @@ def table(results):
     for method in sorted(methods.values(), key=lambda m: -statistics.mean(run["knn"] for run in m["runs"])):
         cells = [spread([run[key] for run in method["runs"]]) for key in COLUMNS]
         if time:
-            cells += [f"{seconds(method, s['epochs']) / 60:.0f}", f"{accuracy_at(method, epochs_in(method, time)):.1f}"]
-        lines.append(f"| {method['title']} | {len(method['runs'])} | {method['crops']} | {' | '.join(cells)} |")
+            minutes = seconds(method, s["epochs"]) / 60
+            cells += [f"{minutes:.0f}", f"{accuracy_at(method, epochs_in(method, time)):.1f}"]
+        cells = [method["title"], str(len(method["runs"])), str(method["crops"]), *cells]
+        lines.append(f"| {' | '.join(cells)} |")
     for title, floor in results["floors"].items():
         title += ", at 32 px" if title == "pixels" else ""
-        lines.append(f"| {title} | | | {' | '.join(f'{floor[key]:.1f}' for key in COLUMNS)} |{' |' * 2 * bool(time)}")
+        cells = " | ".join(f"{floor[key]:.1f}" for key in COLUMNS)
+        lines.append(f"| {title} | | | {cells} |{' |' * 2 * bool(time)}")
     return "\n".join([*lines, *peer(results)])
 
 
 def spread(values):
-    return f"{statistics.mean(values):.1f}" + (f" ± {(max(values) - min(values)) / 2:.1f}" if len(values) > 1 else "")
+    half = f" ± {(max(values) - min(values)) / 2:.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{half}"
 
 
 def peer(results):
     """A paragraph on SwAV beside lightly's, where both were run and timed."""
-    ours, theirs, epochs = results["methods"].get("swav"), results["methods"].get("lightly_swav"), results["settings"]["epochs"]
+    ours, theirs = results["methods"].get("swav"), results["methods"].get("lightly_swav")
+    epochs = results["settings"]["epochs"]
     if not ours or not theirs or not shortest(results):
         return []
     mine, other = (statistics.mean(run["knn"] for run in m["runs"]) for m in (ours, theirs))
@@ -106,10 +118,12 @@ def peer(results):
     reached = {epoch: epochs_to(ours, accuracy) for epoch, accuracy, *_ in curve(theirs) if epoch}
     reached = {epoch: seconds(ours, needed) for epoch, needed in reached.items() if needed}
     if epochs in reached:
-        slow, halved = (listed(f"{seconds(m, epoch) / time:.1f}" for epoch, time in reached.items()) for m in (theirs, theirs["bfloat16"]))
-        text += f" lightly's {epochs} epochs take {seconds(theirs, epochs) / 60:.1f} minutes, ours are where they end after"
-        text += f" {reached[epochs] / 60:.1f}. What lightly's has after {listed(reached)} epochs, ours has {slow} times as fast;"
-        text += f" if lightly's ran in bfloat16, as ours does (timed, not trained), {halved} times."
+        slow, halved = (listed(f"{seconds(m, epoch) / time:.1f}" for epoch, time in reached.items())
+                        for m in (theirs, theirs["bfloat16"]))
+        text += f" lightly's {epochs} epochs take {seconds(theirs, epochs) / 60:.1f} minutes, ours are where"
+        text += f" they end after {reached[epochs] / 60:.1f}. What lightly's has after {listed(reached)}"
+        text += f" epochs, ours has {slow} times as fast; if lightly's ran in bfloat16, as ours does (timed,"
+        text += f" not trained), {halved} times."
     return ["", text]
 
 
@@ -118,15 +132,18 @@ def listed(words):
     return f"{', '.join(first)} and {last}" if first else last
 
 
-# ----------------------------------------------------------------------------------------------------------- figure
+# ----------------------------------------------------------------------------------------------------- figure
 
 # A colour for what belongs together, the older or foreign one dashed: (colour, dashes).
-STYLES = {"swav": ("blue", ""), "lightly_swav": ("blue", "6 4"), "deepclusterv2": ("orange", ""), "deepcluster": ("orange", "6 4")}
-STYLES |= {"selav2": ("green", ""), "sela": ("green", "6 4"), "odc": ("purple", ""), "supervised": ("grey", ""), "pixels": ("grey", "1 5")}
+STYLES = {"swav": ("blue", ""), "lightly_swav": ("blue", "6 4")}
+STYLES |= {"deepclusterv2": ("orange", ""), "deepcluster": ("orange", "6 4")}
+STYLES |= {"selav2": ("green", ""), "sela": ("green", "6 4"), "odc": ("purple", "")}
+STYLES |= {"supervised": ("grey", ""), "pixels": ("grey", "1 5")}
 
 
 def figure(results):
-    """Learning curves as SVG: 20-NN accuracy against images seen, means over seeds, shaded what lies between the seeds."""
+    """Learning curves as SVG: 20-NN accuracy against images seen, means over seeds, shaded what lies between
+    the seeds."""
     width, height, left, right, top, bottom = 780, 440, 52, 588, 34, 392
     methods, settings, pixels = results["methods"], results["settings"], results["floors"]["pixels"]["knn"]
     curves = {name: curve(method) for name, method in methods.items()}
@@ -146,37 +163,41 @@ def figure(results):
     for name, points in curves.items():
         colour, dashes = STYLES[name]
         if any(least < most for _, _, least, most in points):
-            band = [(x(e), y(most)) for e, _, _, most in points] + [(x(e), y(least)) for e, _, least, _ in reversed(points)]
-            parts.append(draw.path(band, f"fill: var(--{colour})", fill_opacity="0.2"))
+            above = [(x(e), y(most)) for e, _, _, most in points]
+            below = [(x(e), y(least)) for e, _, least, _ in reversed(points)]
+            parts.append(draw.path(above + below, f"fill: var(--{colour})", fill_opacity="0.2"))
         line = [(x(e), y(mean)) for e, mean, *_ in points]
         parts.append(draw.line(line, colour, dashes))
-        parts += [f'<circle cx="{a}" cy="{b}" r="3" style="fill: var(--{colour})"/>' for a, b in line if name in methods]
+        if name in methods:
+            parts += [f'<circle cx="{a}" cy="{b}" r="3" style="fill: var(--{colour})"/>' for a, b in line]
     free = height
-    for end, name in sorted((points[-1][1], name) for name, points in curves.items()):  # from below, each as near its line as it can be
+    # names from below, each as near its line as it can be
+    for end, name in sorted((points[-1][1], name) for name, points in curves.items()):
         free = min(y(end), free - 17)
-        title = methods[name]["title"] if name in methods else name
-        parts.append(draw.path([(right + 5, y(end)), (right + 20, free)], f"stroke: var(--{STYLES[name][0]})"))
+        title, (colour, _) = methods[name]["title"] if name in methods else name, STYLES[name]
+        parts.append(draw.path([(right + 5, y(end)), (right + 20, free)], f"stroke: var(--{colour})"))
         parts.append(draw.text(right + 25, free + 4, f"{title} {end:.1f}"))
     return draw.page(width, height, parts)
 
 
 def main():
     results = json.loads(RESULTS.read_text())
-    page = between(README.read_text(), "results", content(results))
-    with writing(README, text=True) as file:
+    page = between(PAGE.read_text(), "results", content(results))
+    with writing(PAGE, text=True) as file:
         file.write(page)
     FIGURE.write_text(figure(results))
-    print(f"written to {README.name} and {FIGURE.relative_to(ROOT)}")
+    print(f"written to {PAGE.relative_to(ROOT)} and {FIGURE.relative_to(ROOT)}")
 
 
 def content(results):
-    """What stands in the README between the marks."""
-    return f"{table(results)}\n\n![Learning curves](docs/{FIGURE.name})"
+    """What stands in the page between the marks."""
+    return f"{table(results)}\n\n![Learning curves]({FIGURE.name})"
 
 
 def between(page, name, content, script="report"):
     """The page with this content between the two lines that are there for it."""
-    begin, end = f"<!-- {name}: python -m benchmarks.{script} writes what stands here -->\n", f"<!-- end of {name} -->"
+    begin = f"<!-- {name}: python -m benchmarks.{script} writes what stands here -->\n"
+    end = f"<!-- end of {name} -->"
     before, _, rest = page.partition(begin)
     _, found, after = rest.partition(end)
     if not found:

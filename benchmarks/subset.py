@@ -1,11 +1,11 @@
-"""10,000 images of CIFAR-10 as files, 1,000 a class, and 5,000 held-out ones: the size that the README's
-figures are made at.
+"""10,000 images of CIFAR-10 as files, 1,000 a class, and 5,000 held-out ones: the size that the figures of
+docs/results.md are made at.
 
     python -m benchmarks.subset cifar       # downloads CIFAR-10 into cifar/download; PNG files, a few MB
     make results DATA=cifar/list.txt ROOT=cifar/train VAL=cifar/val
 
-The first images of every class in the order of the data set. The README's own figures are of another choice
-of as many, saved as JPEG, so other decimals are to be expected.
+The first images of every class in the order of the data set. Those figures are of another choice of as many,
+saved as JPEG, so other decimals are to be expected.
 """
 
 import argparse

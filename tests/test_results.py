@@ -1,5 +1,5 @@
-"""What the README and the walk through the methods say and show is what their files say, and what is computed
-from the files."""
+"""What the pages of recipes and results and the walk through the methods say and show is what their files
+say, and what is computed from the files."""
 
 import itertools
 import json
@@ -20,6 +20,7 @@ import sela
 import swav
 from benchmarks import ablations, figures, methods, multicrop, report, subset, supervised
 from common import data
+from common.engine.held_out import match_classes, open_queries
 from common.engine.launch import launch
 from common.engine.options import parse, recipe
 
@@ -35,8 +36,8 @@ def method(title, *finals, first_epoch_s=60.0, epoch_s=50.0):
 
 @pytest.fixture
 def results():
-    floors = {name: dict(knn=20.0, linear=30.0, nmi=1.0, ami=0.5,
-                         hungarian=11.0) for name in ("random weights", "pixels")}
+    floors = {name: dict(knn=20.0, linear=30.0, nmi=1.0, ami=0.5, hungarian=11.0)
+              for name in ("random weights", "pixels")}
     found = {
         "swav": method("SwAV", 58.0, 60.0, 62.0),
         "odc": method("ODC", 40.0, first_epoch_s=25.0, epoch_s=25.0),
@@ -54,9 +55,9 @@ def row(table, title):
     return next(line for line in table.splitlines() if line.startswith(f"| {title} |"))
 
 
-def test_readme_and_figure_are_those_of_the_file():
+def test_page_and_figure_are_those_of_the_file():
     saved = json.loads(report.RESULTS.read_text())
-    page = report.README.read_text()
+    page = report.PAGE.read_text()
     assert report.between(page, "results", report.content(saved)) == page
     assert report.figure(saved) == report.FIGURE.read_text()
 
@@ -111,22 +112,22 @@ def test_without_times_the_table_has_no_times(results):
 def test_the_figure_names_every_curve_once_and_apart(results):
     svg = report.figure(results)
     labels = [line for line in svg.splitlines() if line.startswith('<text x="613"')]
-    assert [label.split(">")[1].rpartition(" ")[0] for label in labels] == ["pixels", "SwAV of lightly",
-                                                                            "ODC", "SwAV", "with labels"]
+    names = [label.split(">")[1].rpartition(" ")[0] for label in labels]
+    assert names == ["pixels", "SwAV of lightly", "ODC", "SwAV", "with labels"]
     heights = [float(label.split('y="')[1].split('"')[0]) for label in labels]
     assert all(lower - upper >= 17 for lower, upper in itertools.pairwise(heights))
     # one method has several seeds
     assert svg.count("fill-opacity") == 1 and "prefers-color-scheme: dark" in svg
 
 
-def test_recipes_and_readme_report_what_the_files_hold():
+def test_recipes_and_their_page_report_what_the_files_hold():
     shapes = json.loads((report.RESULTS.parent / "ablations_cpu.json").read_text())["figures"]
     compared = json.loads(report.RESULTS.read_text())["methods"]
-    said, page = {}, report.README.read_text()
+    said, page = {}, (report.ROOT / "docs/recipes.md").read_text()
     for name in ("swav", "deepclusterv2", "deepcluster", "odc", "sela", "selav2"):
         recipes = methods.module_of(name).RECIPES
-        said[name] = {images: re.match(r"20-NN ([\d.]+) ", recipes[images][0])[1] for images in ("shapes",
-                                                                                                 "cifar")}
+        said[name] = {images: re.match(r"20-NN ([\d.]+) ", recipes[images][0])[1]
+                      for images in ("shapes", "cifar")}
         assert float(said[name]["cifar"]) == pytest.approx(compared[name]["runs"][0]["knn"], abs=0.051)
         if name not in ("swav", "selav2"):  # the first's is `make demo`, the second is not among these
             assert float(said[name]["shapes"]) == pytest.approx(shapes[f"{name}: 20-NN %"], abs=0.051)
@@ -144,8 +145,8 @@ def test_the_walk_shows_what_its_files_say():
     pictures, page = figures.drawn()
     assert page == figures.PAGE.read_text()
     for name, picture in pictures.items():
-        assert picture == (figures.PAGE.parent
-                           / name).read_text(), f"docs/{name}: python -m benchmarks.figures"
+        drawn = (figures.PAGE.parent / name).read_text()
+        assert picture == drawn, f"docs/{name}: python -m benchmarks.figures"
 
 
 def saved_run(folder, counts):
@@ -154,8 +155,8 @@ def saved_run(folder, counts):
     folder.mkdir(parents=True)
     (folder / "done.json").write_text("{}")
     logged = [{"step": 0, "epoch": 0, "knn_k": 20, "knn_top1": 30.25}]
-    logged += [{"step": step, "epoch": step / 100,
-                "loss_per_ln_k": loss} for step, loss in ((80, 0.9), (100, 0.8), (180, 0.6), (200, 0.1))]
+    logged += [{"step": step, "epoch": step / 100, "loss_per_ln_k": loss}
+               for step, loss in ((80, 0.9), (100, 0.8), (180, 0.6), (200, 0.1))]
     logged += [{"step": 200, "epoch": 2, "knn_k": 20, "knn_top1": 40.5}]
     (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in logged))
     clusters = np.repeat(np.arange(len(counts)), counts)
@@ -205,11 +206,9 @@ def found(numbers):
 
 def test_the_numbers_of_the_walk_are_those_of_the_runs(numbers, tmp_path):
     assert numbers["deepcluster"]["images"] == [700, 200, 100, 0]
-    assert all(abs(draws - 1000 / 3) < 20
-               for draws in numbers["deepcluster"]["draws"][:3]) and numbers["deepcluster"]["draws"][3] == 0
-    assert sum(numbers["deepcluster"]["draws"]) == 1000
-    assert numbers["odc"]["ODC"] == [[0.5] * 26] * 10 and numbers["odc"]["DeepCluster"] == [[1.0] + [0.5]
-                                                                                            * 25] * 10
+    draws = numbers["deepcluster"]["draws"]
+    assert all(abs(count - 1000 / 3) < 20 for count in draws[:3]) and draws[3] == 0 and sum(draws) == 1000
+    assert numbers["odc"] == {"ODC": [[0.5] * 26] * 10, "DeepCluster": [[1.0] + [0.5] * 25] * 10}
     assert numbers["sela"] == {"sela": [250] * 4, "sela, the likeliest label": [900, 100, 0]}
     assert numbers["untrained"] == 30.25 and str(tmp_path) not in json.dumps(numbers)
     scores = torch.tensor(numbers["swav"])
@@ -227,11 +226,11 @@ def test_what_is_taken_away_is_gone(monkeypatch):
     """The functions that stand in for a script's own do what their names say, and are in its place while it
     runs only."""
     targets = torch.tensor([0, 0, 0, 0, 1])
-    assert ablations.drawn_from_all_images(targets, 5,
-                                           torch.Generator()).sort().values.tolist() == list(range(5))
+    order = ablations.drawn_from_all_images(targets, 5, torch.Generator())
+    assert order.sort().values.tolist() == list(range(5))
 
-    heads, rows = torch.nn.ModuleList(torch.nn.Linear(3, 3, bias=False)
-                                      for _ in range(2)), torch.eye(3)[[2, 2, 2, 1]]
+    heads = torch.nn.ModuleList(torch.nn.Linear(3, 3, bias=False) for _ in range(2))
+    rows = torch.eye(3)[[2, 2, 2, 1]]
     heads[1].weight.data = torch.eye(3)
     memory = sela.Memory(4, 2, 3, 0)
     before = memory.targets[0].tolist()
@@ -244,8 +243,8 @@ def test_what_is_taken_away_is_gone(monkeypatch):
         ablations.clustered_once(memory, heads, 5, torch.Generator())
         memory.epoch = epoch
         found.append((memory.targets.clone(), heads[0].weight.clone()))
-    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1],
-                                                                 found[1][1]) and (found[0][0] >= 0).all()
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+    assert (found[0][0] >= 0).all()
 
     inside, linear = [], "deepclusterv2, linear head"
     monkeypatch.setattr(deepclusterv2, "main", lambda config: inside.append(deepclusterv2.Model(config)))
@@ -257,8 +256,8 @@ def test_what_is_taken_away_is_gone(monkeypatch):
 
 def test_runs_that_cost_is_measured_with_follow_its_rules(tmp_path, monkeypatch):
     configs, shapes = {}, recipe(swav.Config, swav.RECIPES, "shapes")
-    monkeypatch.setattr(multicrop, "train", lambda config,
-                        out: configs.setdefault(out.name, config) and [30.0, 50.0])
+    monkeypatch.setattr(multicrop, "train",
+                        lambda config, out: configs.setdefault(out.name, config) and [30.0, 50.0])
     monkeypatch.setattr(multicrop, "last_loss", lambda folder: 0.5)
     (tmp_path / "seconds.json").write_text(json.dumps({"2": 1.0, "4": 2.0, "2 + 4": 1.5, "2 + 6": 1.8}))
     args = SimpleNamespace(data="", root="", val="", recipe="shapes", seed=0, workers=0, out=tmp_path,
@@ -268,10 +267,10 @@ def test_runs_that_cost_is_measured_with_follow_its_rules(tmp_path, monkeypatch)
     assert [c.epochs for name, c in configs.items() if "crops" in name] == [5, 9, 5, 4, 5, 6, 5]
     assert configs["4_crops_4_epochs"].crops == (4,) and found["4 crops: epochs at equal time"] == 4
     batch = configs["batch_256_queue_1024"]
-    assert (batch.batch_size, batch.queue_length, batch.queue_start_epoch, batch.prototypes) == (256, 1024, 1,
-                                                                                                 256)
-    assert batch.lr == pytest.approx(8**0.5 * shapes.lr) and batch.final_lr == pytest.approx(
-        8**0.5 * shapes.final_lr)
+    assert (batch.batch_size, batch.queue_length) == (256, 1024)
+    assert (batch.queue_start_epoch, batch.prototypes) == (1, 256)
+    rates = 8**0.5 * shapes.lr, 8**0.5 * shapes.final_lr
+    assert (batch.lr, batch.final_lr) == pytest.approx(rates)
     assert found["batch 64: steps"] == 5 * 156 and found["batch 1024: steps"] == 45
 
 
@@ -280,8 +279,8 @@ def test_every_picture_is_small_readable_and_shown_by_the_page(found):
     for name, picture in figures.PICTURES.items():
         svg = picture(found)
         ElementTree.fromstring(svg)
-        assert len(
-            svg) < 40_000 and "font: 16px" in svg and 'width="560"' in svg and "prefers-color-scheme: dark" in svg
+        assert len(svg) < 40_000 and "font: 16px" in svg and 'width="560"' in svg
+        assert "prefers-color-scheme: dark" in svg
         assert f"]({name})" in page
 
 
@@ -294,13 +293,12 @@ def test_the_codes_shown_are_balanced_by_the_iterations(found):
 def test_tables_of_the_walk_set_every_method_beside_its_broken_self(found):
     table = figures.break_it(found)
     names = [line.split(" | ")[0].removeprefix("| ") for line in table.splitlines() if " of " in line]
-    assert [name.split(",")[0] for name in names[::2]] == names[::2] == [name.split(",")[0]
-                                                                         for name in names[1::2]]
-    assert row(
-        table,
-        "swav, 0 Sinkhorn iterations") == "| swav, 0 Sinkhorn iterations | 0.50 | 7 of 32 | 25.0 % | 31 % |"
-    assert all(name in ablations.EXPERIMENTS for name in re.findall('--only "(.*)"',
-                                                                    table)) and table.count("--only") == 5
+    methods_of = [name.split(",")[0] for name in names]
+    assert methods_of[::2] == names[::2] == methods_of[1::2]
+    line = row(table, "swav, 0 Sinkhorn iterations")
+    assert line == "| swav, 0 Sinkhorn iterations | 0.50 | 7 of 32 | 25.0 % | 31 % |"
+    commands = re.findall('--only "(.*)"', table)
+    assert len(commands) == table.count("--only") == 5 and set(commands) <= set(ablations.EXPERIMENTS)
     table = figures.leave_one_out(found)
     assert row(table, "all of it").endswith("| 38 % |") and row(table, "two crops").endswith("| 45 % |")
     assert row(table, "untrained trunk").endswith("| 30.25 % |") and "clustered once" not in table
@@ -308,15 +306,14 @@ def test_tables_of_the_walk_set_every_method_beside_its_broken_self(found):
 
 def test_tables_of_cost_show_every_figure_in_its_place(found):
     table = figures.crops(found)
-    assert row(
-        table,
-        "2 + 4") == "| 2 + 4 | 6.00 | 3.00 (3.00 s) | 3.00 (3.00 GiB) | 43 % (5 epochs) | 53 % (7 epochs) |"
+    line = "| 2 + 4 | 6.00 | 3.00 (3.00 s) | 3.00 (3.00 GiB) | 43 % (5 epochs) | 53 % (7 epochs) |"
+    assert row(table, "2 + 4") == line
     table = figures.batches(found)
-    assert (row(table, "1,024") == "| 1,024 | 1024 | 1024 % | 2048 % |"
-            and row(table, "untrained trunk") == "| untrained trunk | | 30.25 % | |")
+    assert row(table, "1,024") == "| 1,024 | 1024 | 1024 % | 2048 % |"
+    assert row(table, "untrained trunk") == "| untrained trunk | | 30.25 % | |"
     table = figures.state(found)
-    assert row(table, "`sela.py`") == "| `sela.py` | 3,000 B | 3 GiB | 3 GiB | 3 GiB |" and len(
-        table.splitlines()) == 8
+    assert row(table, "`sela.py`") == "| `sela.py` | 3,000 B | 3 GiB | 3 GiB | 3 GiB |"
+    assert len(table.splitlines()) == 8
 
 
 def test_a_run_that_is_missing_is_named_and_nothing_is_drawn(found, tmp_path, monkeypatch):
@@ -352,8 +349,8 @@ def test_a_subset_has_the_first_images_of_every_class(tmp_path, monkeypatch, cap
     subset.main()
     assert "8 images in" in capsys.readouterr().out
     images = data.open_images(str(tmp_path / "list.txt"), "train", str(tmp_path / "train"))
-    held_out = data.open_queries(str(tmp_path / "list.txt"), str(tmp_path / "val"), "")
-    data.match_classes(held_out, images)
+    held_out = open_queries(str(tmp_path / "list.txt"), str(tmp_path / "val"), "")
+    match_classes(held_out, images)
     assert (len(images), len(held_out), tuple(images.classes)) == (8, 4, ("bird", "cat"))
     pixels = sorted((int(images.labels[i]), images.read(i).getpixel((0, 0))) for i in range(8))
     assert pixels == [(label, (2 * n + label, 100, 0)) for label in (0, 1) for n in range(4)]
@@ -382,8 +379,8 @@ def test_the_command_line_of_a_run_means_its_recipe(name, args):
     config = parse(methods.module_of(name).Config, methods.module_of(name).RECIPES, "", words)
     free = dict(data="shapes:64", workers=0, eval_every=1, out=str(args.out / "x"))
     assert config == replace(methods.config_of(name, args, 5), **free)
-    assert module == methods.module_of(name).__name__ and (config.epochs, config.seed,
-                                                           config.recipe) == (3, 5, "cifar")
+    assert module == methods.module_of(name).__name__
+    assert (config.epochs, config.seed, config.recipe) == (3, 5, "cifar")
 
 
 def test_a_finished_run_is_not_made_again_and_one_of_other_options_is_refused(args):
@@ -415,12 +412,12 @@ def test_the_peer_draws_by_position_and_learns(tmp_path):
     pytest.importorskip("lightly")
     from benchmarks import lightly_swav
 
-    config = methods.config_of("lightly_swav", SimpleNamespace(data="", root="", val="", arch="resnet10",
-                                                               width=0.5, epochs=1), 0)
+    args = SimpleNamespace(data="", root="", val="", arch="resnet10", width=0.5, epochs=1)
+    config = methods.config_of("lightly_swav", args, 0)
     views = lightly_swav.Views(data.open_images("shapes:8"), config)
     draws = [views[key][1][0] for key in ((0, 3, 5), (0, 3, 5), (0, 4, 5), (1, 3, 5))]  # (2, 3, 32, 32)
-    assert draws[0].shape == (2, 3, 32, 32) and torch.equal(draws[0], draws[1]) and not torch.equal(
-        draws[0][0], draws[0][1])
+    assert draws[0].shape == (2, 3, 32, 32) and torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0][0], draws[0][1])
     assert not any(torch.equal(draws[0], other) for other in draws[2:])
     options = [*TINY, "--width", 0.25, "--prototypes", 10, "--lr", 0.01, "--epochs", 6]
     assert run_here(lightly_swav, "--recipe", "cifar", "--data", "shapes:64", *options, "--out",
@@ -437,16 +434,16 @@ def test_the_whole_comparison_is_made_once(tmp_path, monkeypatch, capsys):
              "supervised", "--out", tmp_path]
     monkeypatch.setattr("sys.argv",
                         ["methods", *map(str, words), "--results", str(tmp_path / "results.json")])
-    readme = report.README.read_text()
+    page = report.PAGE.read_text()
     methods.main(methods.arguments())
     results = json.loads((tmp_path / "results.json").read_text())
-    assert list(results["methods"]) == ["sela", "supervised"] and list(results["floors"]) == [
-        "random weights", "pixels"]
+    assert list(results["methods"]) == ["sela", "supervised"]
+    assert list(results["floors"]) == ["random weights", "pixels"]
     for found in [*results["floors"].values(), *(m["runs"][0] for m in results["methods"].values())]:
         assert all(-10 < found[key] <= 100 for key in report.COLUMNS)  # by chance AMI is 0 on average
     run = results["methods"]["sela"]["runs"][0]
     assert len(run["curve"]) == 2 and results["methods"]["sela"]["epoch_s"] > 0
-    assert str(tmp_path) not in json.dumps(results) and report.README.read_text() == readme
+    assert str(tmp_path) not in json.dumps(results) and report.PAGE.read_text() == page
     capsys.readouterr()
 
     def refuse(words, **how):
