@@ -39,7 +39,7 @@ bench: .venv/bench  ## against lightly, faiss, scikit-learn, POT: PHOTOS=folder 
 	$(BIN)/python -m benchmarks.odc_memory
 	$(if $(PHOTOS),$(BIN)/python -m benchmarks.pipeline --data $(PHOTOS),@echo "make bench PHOTOS=folder also measures the input pipeline")
 
-results: .venv/bench  ## all methods side by side, hours: DATA=folder or list, ROOT=, VAL= (default: cifar10); writes README's table
+results: .venv/bench  ## all methods side by side, hours: DATA=folder or list, ROOT=, VAL= (default: cifar10); writes the table of docs/results.md
 	$(BIN)/python -m benchmarks.methods $(if $(DATA),--data $(DATA)) $(if $(ROOT),--root $(ROOT)) $(if $(VAL),--val $(VAL))
 
 figures: .venv/run  ## what breaks the methods, what SwAV costs, and the pictures of docs/methods.md, hours: DATA=, ROOT= (default: cifar10)
@@ -55,5 +55,5 @@ diff:  ## changed lines between neighbouring methods, after `diff --ignore-all-s
 	@set -- swav selav2  selav2 deepclusterv2  deepclusterv2 deepcluster  deepcluster odc  deepcluster sela; while [ $$# -gt 0 ]; do \
 	  printf '%s -> %s: ' $$1.py $$2.py; diff -w $$1.py $$2.py | grep -c '^[<>]'; shift 2; done
 
-loc:  ## lines of code
-	@wc -l *.py $$(find common -name '*.py') | sort -n
+loc: .venv/run  ## lines of each file against its budget
+	@$(BIN)/python -m benchmarks.loc

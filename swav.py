@@ -4,43 +4,40 @@ Two views of an image should fall into the same cluster. Every step the large cr
 assigned to K learnt prototypes so that the whole batch spreads evenly over them, and the other crops of an
 image predict where.
 
-    z_v = head(trunk(crop_v)) / |.|                                   unit embedding of crop v, D = 128
-    q_u = Sinkhorn(z_u C^T / epsilon)                                 codes of the large crops; no gradient
+    z_v = head(trunk(crop_v)) / |.|                         unit embedding of crop v, D = 128
+    q_u = Sinkhorn(z_u C^T / epsilon)                       codes of the large crops; no gradient
     L   = mean over u, v != u of  - sum_k q_uk log softmax_k(z_v C^T / temperature)
 
-Equal mass per prototype is what prevents collapse: no negatives, no momentum encoder, no memory bank of the
-data set, no k-means. When a batch has fewer images than prototypes, a queue of past embeddings joins the
-balancing.
+Equal mass per prototype prevents collapse: no negatives, no momentum encoder, no memory bank of the data set,
+no k-means. When a batch has fewer images than prototypes, a queue of past embeddings joins the balancing.
 
 Published recipe, 75.3 % ImageNet linear top-1 reported by the authors (no full ImageNet run was made here):
 
     torchrun --nproc_per_node=8 --nnodes=8 swav.py --data /imagenet --recipe swav_800ep
 
-One node of 8 GPUs (74.3 %):           torchrun --nproc_per_node=8 swav.py --data /imagenet
-On a CPU, in minutes:                  python swav.py --eval-every 5    (embedded images, needs no data)
-Your photos, no labels:                python swav.py --data ~/photos --recipe small
+One node of 8 GPUs (74.3 %):   torchrun --nproc_per_node=8 swav.py --data /imagenet
+On a CPU, in minutes:          python swav.py --eval-every 5    (embedded images, needs no data)
+Your photos, no labels:        python swav.py --data ~/photos --recipe small
 """
 
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from common import data, distributed
-from common.batchnorm import parallel
-from common.engine.errors import ArgumentError, DataError, say
-from common.engine.launch import autocast_dtype, launch, start
-from common.engine.log import Meter
-from common.engine.options import option, parse, recipe
+from common.engine.errors import ArgumentError, say
+from common.engine.launch import launch, prepare, report, setup
+from common.engine.options import RunOptions, option, parse, recipe
 from common.engine.run import Run
-from common.multicrop import MEAN, STD, Augmentation, MultiCrop, to_device
+from common.multicrop import Augmentation, MultiCrop, to_device
 from common.optim import LARC, warmup_cosine
 from common.resnet import ARCHITECTURES
 from common.sinkhorn import sinkhorn
 
-# Letters in shapes: B images of this rank, W ranks, V crops (first U large), F features, D embedding, K
-# prototypes, L queue, N data set.
+# Letters in shapes: B images of this rank, W ranks, V crops of an image (the first U large), V_r of size r,
+# s pixels wide, F features of the trunk, D embedding, H heads of K prototypes, L queue, N data set (n here).
+# Crop-major: crop 0 of all B images, then crop 1. params (V, B, 8): what was drawn for each crop.
 
 # ---------------------------------------------------------------------------------------------------- recipes
 
@@ -53,13 +50,14 @@ W5 = dict(WIDE, width=5.0, hidden=10240, batch_size=1536, start_lr=0.1875, final
           queue_start_epoch=0)
 TWO_CROPS = dict(crops=(2,), sizes=(224,), scales=(0.08, 1.0))
 TINY = dict(arch="resnet10", width=0.5, stem="small", hidden=256, dim=64, crops=(4,), sizes=(32,),
-            eval_size=48)
-TINY.update(scales=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), blur_p=0.0, prototypes=32, queue_length=0,
-            freeze_prototypes_iters=100)
-TINY.update(batch_size=32, lr=0.8, final_lr=0.0008)
+            scales=(0.2, 1.0), eval_size=48, jitter=(0.4, 0.4, 0.4, 0.1), blur_p=0.0, prototypes=32,
+            queue_length=0, freeze_prototypes_iters=100, batch_size=32, lr=0.8, final_lr=0.0008)
 SHAPES = dict(TINY, sizes=(24,), eval_size=32, scales=(0.4, 1.0), jitter=(0.4, 0.4, 0.4, 0.2),
               freeze_prototypes_iters=50, epochs=5)
-RECIPES = {  # name: (ImageNet linear top-1 reported by the authors, what differs from the defaults of Config)
+RECIPES = {  # name: (ImageNet linear top-1 reported by the authors, what differs from the first row)
+    "swav_400ep_8x32": ("74.3, one node of 8 GPUs; the default with --data", dict(
+        crops=(2, 6), sizes=(224, 96), scales=(0.14, 1.0, 0.05, 0.14), jitter=(0.8, 0.8, 0.8, 0.2),
+        blur_p=0.5, prototypes=3000, temperature=0.1, epochs=400, batch_size=256, lr=0.6, weight_decay=1e-6)),
     "swav_800ep": ("75.3, 64 GPUs", dict(BATCH_4096, epochs=800)),
     "swav_400ep": ("74.6, 64 GPUs", dict(BATCH_4096, epochs=400)),
     "swav_200ep": ("73.9, 64 GPUs", dict(BATCH_4096, epochs=200)),
@@ -67,7 +65,6 @@ RECIPES = {  # name: (ImageNet linear top-1 reported by the authors, what differ
     "swav_400ep_2x224": ("70.1, 64 GPUs", dict(BATCH_4096, epochs=400, **TWO_CROPS)),
     "swav_400ep_bs256": ("74.3, 4 GPUs", dict(epochs=400)),
     "swav_200ep_bs256": ("72.7, 4 GPUs", dict(epochs=200)),
-    "swav_400ep_8x32": ("74.3, one node of 8 GPUs; the default with --data", dict(epochs=400)),
     "swav_rn50w2": ("77.3, 128 GPUs", dict(WIDE, width=2.0)),
     "swav_rn50w4": ("77.9, 64 GPUs", W4),
     "swav_rn50w5": ("78.5, 128 GPUs", W5),
@@ -77,114 +74,63 @@ RECIPES = {  # name: (ImageNet linear top-1 reported by the authors, what differ
     "small": ("20-NN 54.0 from 5,000 images of CIFAR-10, untrained 33.7: measured here",
               dict(TINY, epochs=50)),
 }
-REMEDY = """  try in this order: fewer --prototypes (ten per class you expect, a tenth of the images, batch + queue at most);
-  --epsilon 0.03; more --freeze-prototypes-iters; no or a later queue (--queue-length 0, --queue-start-epoch);
-  a lower --lr; milder --jitter and --scales. README.md says more: "When the loss sits at ln K\""""
+REMEDY = """  try in this order: fewer --prototypes (ten per class you expect, a tenth of the images,
+  batch + queue at most); --epsilon 0.03; more --freeze-prototypes-iters; no or a later queue (--queue-length,
+  --queue-start-epoch); a lower --lr; milder --jitter and --scales. See docs/log.md."""
 
 
 @dataclass
-class Config:
-    data: str = option("", "folder, list file, shapes, cifar10, cifar100, svhn or stl10 (default: shapes)",
-                       group="data", free=True)
-    val: str = option("", "held-out images for --eval-every; none: the val split of --data", free=True)
-    root: str = option("", "folder that relative paths of a list file start from", free=True)
-    workers: int = option(-1, "loader processes per rank; -1: its share of the CPU cores, at most 8",
-                          free=True)
-    max_bad: int = option(-1, "unreadable images to put up with; -1: one in a thousand, at least 10",
-                          free=True)
+class Config(RunOptions):
+    hidden: int = option(2048, "width of the projection head's hidden layer", group="model", least=1)
+    dim: int = option(128, "size D of the embedding", group="model", least=1)
 
-    arch: str = option("resnet50", "trunk", group="model", choices=tuple(ARCHITECTURES))
-    width: float = option(1.0, "multiplies the trunk's channels")
-    stem: str = option("imagenet", "first layers: imagenet, or small for images of 32 to 64 pixels",
-                       choices=("imagenet", "small"))
-    hidden: int = option(2048, "width of the projection head's hidden layer")
-    dim: int = option(128, "size D of the embedding")
-
-    crops: tuple[int, ...] = option((2, 6), "crops of each size; those of the first, largest size are "
-                                            "assigned", group="multi-crop")
-    sizes: tuple[int, ...] = option((224, 96), "sides of the crops in pixels")
-    scales: tuple[float, ...] = option((0.14, 1.0, 0.05, 0.14),
-                                       "smallest and largest share of the image's area, for each size")
-    eval_size: int = option(0, "side of the images that evaluations see; 0: that of the large crops",
-                            free=True)
-    jitter: tuple[float, ...] = option((0.8, 0.8, 0.8, 0.2), "brightness, contrast, saturation, hue")
-    blur_p: float = option(0.5, "probability of blur")
-
-    prototypes: int = option(3000, "number K of prototypes, one a cluster", group="method")
-    temperature: float = option(0.1, "of the predictions")
-    epsilon: float = option(0.05, "of Sinkhorn: smaller makes sharper codes")
-    sinkhorn_iterations: int = option(3, "of Sinkhorn")
-    queue_length: int = option(3840, "past embeddings that join the balancing, over all ranks; 0: none")
-    queue_start_epoch: int = option(15, "epoch in which the queue begins to fill; it is used once full")
+    epsilon: float = option(0.05, "epsilon of Sinkhorn: smaller makes sharper codes", above=0)
+    sinkhorn_iterations: int = option(3, "iterations of Sinkhorn", least=0)
+    queue_length: int = option(3840, "past embeddings that join the balancing, over all ranks", least=0)
+    queue_start_epoch: int = option(15, "epoch in which the queue begins to fill; used once full", least=0)
     freeze_prototypes_iters: int = option(5005, "steps before the prototypes begin to learn")
 
-    epochs: int = option(400, "passes over the data", group="optimisation")
-    max_steps: int = option(0, "stop, saved, after this many steps; 0: never", free=True)
-    batch_size: int = option(256,
-                             "images a step over all ranks; the recipe's learning rates follow it linearly")
-    lr: float = option(0.6, "peak learning rate at this batch size (LARC)")
-    final_lr: float = option(0.0006, "learning rate that the cosine ends at")
-    warmup_epochs: int = option(0, "epochs of linear warm-up")
-    start_lr: float = option(0.0, "learning rate that the warm-up starts from")
-    momentum: float = option(0.9, "of SGD")
-    weight_decay: float = option(1e-6, "of every parameter")
-
-    recipe: str = option("swav_400ep_8x32", "named settings; options given on the command line win",
-                         group="run", free=True)
-    out: str = option("", "run directory; the same command resumes (default: runs/METHOD_RECIPE)", free=True)
-    fresh: bool = option(False, "start over, deleting what the run directory holds", free=True)
-    init_from: str = option("", "trunk to start from: a run, a backbone.pt or another project's checkpoint",
-                            free=True)
-    precision: str = option("auto", "auto is bfloat16 where the hardware is made for it, else float32",
-                            choices=("auto", "bfloat16", "float32", "float64"))
-    compile: bool = option(False, "compile the trunk with torch.compile", free=True)
-    deterministic: bool = option(False, "the same bits on a GPU too: slower, or stops at an operation that "
-                                        "cannot", free=True)
-    seed: int = option(0, "of weights, order and crops")
-    device: str = option("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"), free=True)
-    log_every: int = option(20, "steps between log lines", free=True)
-    save_every: float = option(10.0, "minutes between checkpoints", free=True)
-    keep_every: int = option(0, "epochs between backbone_EPOCH.pt files; 0: none", free=True)
-    eval_every: int = option(0, "epochs between k-NN evaluations, where labels exist; 0: none", free=True)
-    tensorboard: bool = option(False, "also write TensorBoard events", free=True)
+    final_lr: float = option(0.0006, "learning rate that the cosine ends at", group="optimisation", least=0)
+    warmup_epochs: int = option(0, "epochs of linear warm-up", group="optimisation", least=0)
+    start_lr: float = option(0.0, "learning rate when the warm-up starts", group="optimisation", least=0)
 
 
 # ------------------------------------------------------------------------------------------------------ model
 
 
 class Model(nn.Module):
-    """Trunk, two-layer head, prototypes: a list of crop groups to unit embeddings and their cosines to the
-    prototypes."""
+    """Trunk, two-layer head, prototypes: crops to unit embeddings and their cosines to the prototypes."""
 
     def __init__(self, config):
         super().__init__()
         self.backbone = ARCHITECTURES[config.arch](width=config.width, stem=config.stem)
-        self.projection_head = nn.Sequential(nn.Linear(self.backbone.feature_dim, config.hidden),
-                                             nn.BatchNorm1d(config.hidden), nn.ReLU(inplace=True),
-                                             nn.Linear(config.hidden, config.dim))
+        self.projection_head = nn.Sequential(
+            nn.Linear(self.backbone.feature_dim, config.hidden),
+            nn.BatchNorm1d(config.hidden),
+            nn.ReLU(inplace=True),
+            nn.Linear(config.hidden, config.dim),
+        )
         self.prototypes = nn.Linear(config.dim, config.prototypes, bias=False)  # weight (K, D), unit rows
 
-    def forward(self, crops, autocast=torch.float32):
+    def forward(self, crops):
         """crops: one (V_r B, 3, s, s) a resolution, crop-major. Returns z (V B, D) and scores (V B, K)."""
-        with torch.autocast(crops[0].device.type, dtype=torch.bfloat16, enabled=autocast == torch.bfloat16):
-            # One pass per resolution: batch-norm statistics of large and small crops stay apart. The head
-            # sees all.
-            features = torch.cat([self.backbone(group) for group in crops])  # (V B, F)
-            z = self.projection_head(features)
-        z = F.normalize(z.to(self.prototypes.weight.dtype))  # (V B, D): full precision from here on
-        return z, self.prototypes(z)
+        # One pass per resolution: batch-norm statistics of large and small crops stay apart.
+        features = torch.cat([self.backbone(group) for group in crops])  # (V B, F)
+        z = self.projection_head(features)  # (V B, D)
+        with torch.autocast(z.device.type, enabled=False):  # full precision from here on
+            z = nn.functional.normalize(z.to(self.prototypes.weight.dtype))
+            return z, self.prototypes(z)
 
     @torch.no_grad()
     def normalize_prototypes(self):
-        self.prototypes.weight.copy_(F.normalize(self.prototypes.weight))
+        self.prototypes.weight.copy_(nn.functional.normalize(self.prototypes.weight))
 
 
 # -------------------------------------------------------------------------------------------------- algorithm
 
 
-class Memory:
-    """The queue: past embeddings of the U assigning crops, newest first. They are balanced with the batch,
-    not trained on.
+class Queue:
+    """Past embeddings of the U assigning crops, newest first: balanced with the batch, not trained on.
 
     length: rows L over all ranks, a multiple of the global batch. Saved as one (U, L, D), newest global batch
     first, each in the order of its images, so that another world size can load it.
@@ -215,8 +161,8 @@ class Memory:
         U, rows, D = self.queue.shape
         ranks = distributed.gather_rows(self.queue[None])  # (W, U, L / W, D)
         ranks = ranks.view(-1, U, rows // self.batch, self.batch, D)  # (W, U, pushes, B, D)
-        return {"queue": ranks.permute(1, 2, 0, 3, 4).reshape(U, -1, D).cpu(), "filled": self.filled,
-                "batch": self.batch * len(ranks)}
+        queue = ranks.permute(1, 2, 0, 3, 4).reshape(U, -1, D).cpu()  # (U, L, D)
+        return {"queue": queue, "filled": self.filled, "batch": self.batch * len(ranks)}
 
     def load_state_dict(self, state):
         self.filled = state["filled"]
@@ -228,26 +174,24 @@ class Memory:
 
 
 @torch.no_grad()
-def assign(scores, memory, prototypes, epsilon, iterations):
-    """Codes (U, B, K) of the assigning crops' scores (U, B, K), balanced over all ranks' batches and
-    queues."""
+def assign(scores, queue, prototypes, epsilon, iterations):
+    """Codes (U, B, K) of the assigning crops' scores (U, B, K): over all ranks, queues included."""
     codes = []
     for u, batch in enumerate(scores):
-        rows = torch.cat([memory.rows(u) @ prototypes.T, batch]) if memory.full else batch  # (L / W + B, K)
+        rows = torch.cat([queue.rows(u) @ prototypes.T, batch]) if queue.full else batch  # (L / W + B, K)
         codes.append(sinkhorn(rows, epsilon, iterations)[-len(batch) :])  # (B, K), rows sum to 1
     return torch.stack(codes)
 
 
 def prediction_loss(scores, codes, temperature):
-    """Every code is predicted from every other crop of its image: mean cross-entropy over the U (V - 1)
-    pairs.
+    """Predicts every code from every other crop of its image: mean cross-entropy over the U (V - 1) pairs.
 
     scores: (V, B, K) cosines; codes: (U, B, K) of the first U crops, without gradient. Equation 2 of the
     paper, averaged over crops as main_swav.py of facebookresearch/swav does, so the learning rate does not
     depend on their number.
     """
     (V, B, _), U = scores.shape, len(codes)
-    log_p = F.log_softmax(scores / temperature, dim=2)  # (V, B, K)
+    log_p = nn.functional.log_softmax(scores / temperature, dim=2)  # (V, B, K)
     pairs = -torch.einsum("ubk,vbk->uv", codes, log_p) / B  # (U, V): code of crop u predicted from crop v
     return (pairs.sum() - pairs.diagonal().sum()) / (U * (V - 1))
 
@@ -255,12 +199,9 @@ def prediction_loss(scores, codes, temperature):
 # --------------------------------------------------------------------------------------------------- training
 
 
-def train_one_epoch(net, optimizer, memory, loader, run, config, epoch):
+def train_one_epoch(net, optimizer, queue, loader, run, config, epoch):
     model = getattr(net, "module", net)
-    dtype = autocast_dtype(config.precision, run.device)
-    full_precision = model.prototypes.weight.dtype
-    batches = data.batches(len(run.images), config.batch_size, epoch, config.seed, distributed.rank(),
-                           distributed.world_size())
+    batches = data.batches(len(run.images), config.batch_size, epoch, config.seed)
     U = config.crops[0]
     for step, (index, crops, params) in run.steps(loader, batches, epoch):
         # schedule
@@ -270,27 +211,29 @@ def train_one_epoch(net, optimizer, memory, loader, run, config, epoch):
             group["lr"] = lr
 
         # move: uint8 crops to the device, where the whole batch is jittered, blurred and normalised
-        crops = to_device(crops, params, run.device, full_precision)  # one (V_r B, 3, s, s) a resolution
+        dtype = model.prototypes.weight.dtype
+        crops = to_device(crops, params, run.device, dtype)  # one (V_r B, 3, s, s) a resolution
 
         # forward
         model.normalize_prototypes()
-        z, scores = net(crops, dtype)
-        # (V, B, D), (V, B, K)
-        z, scores = z.view(-1, len(index), z.shape[1]), scores.view(-1, len(index), scores.shape[1])
+        with run.autocast():
+            z, scores = net(crops)
+        z = z.view(-1, len(index), z.shape[1])  # (V, B, D)
+        scores = scores.view(-1, len(index), scores.shape[1])  # (V, B, K)
 
         # assign
-        codes = assign(scores[:U].detach(), memory, model.prototypes.weight, config.epsilon,
-                       config.sinkhorn_iterations)
+        prototypes = model.prototypes.weight  # (K, D)
+        codes = assign(scores[:U].detach(), queue, prototypes, config.epsilon, config.sinkhorn_iterations)
 
         # loss
         loss = prediction_loss(scores, codes, config.temperature)
 
         # memory: after its use, so a batch never meets itself
-        if memory.length and epoch >= config.queue_start_epoch:
-            was_full = memory.full
-            memory.push(z[:U].detach())
-            if memory.full and not was_full:
-                say(f"queue of {memory.length} is full: used from step {step + 2} on")
+        if queue.length and epoch >= config.queue_start_epoch:
+            was_full = queue.full
+            queue.push(z[:U].detach())
+            if queue.full and not was_full:
+                say(f"queue of {queue.length} is full: used from step {step + 2} on")
 
         # update
         optimizer.zero_grad()
@@ -300,55 +243,33 @@ def train_one_epoch(net, optimizer, memory, loader, run, config, epoch):
         optimizer.step()
 
         # log
-        run.log(loss.detach(), lr, z[0].detach(), index, scores[0].argmax(dim=1), queue_filled=memory.filled)
+        run.log(loss.detach(), lr, z[0].detach(), index, scores[0].argmax(dim=1), queue_filled=queue.filled)
 
 
 def main(config):
-    device = start(config)
-    images = distributed.from_main(data.open_images, config.data or "shapes", "train", config.root)
-    steps_per_epoch = len(images) // config.batch_size
-    if not steps_per_epoch:
-        raise DataError(f"--data has {len(images)} images, fewer than one batch: --batch-size "
-                        f"{config.batch_size}")
+    device, images = setup(config)
     if sum(config.crops) < 2:
-        raise ArgumentError(f"--crops {sum(config.crops)}: at least 2 crops are needed, to predict one from "
-                            f"another")
-    queue_length = config.queue_length // config.batch_size * config.batch_size
-    if queue_length != config.queue_length:
+        raise ArgumentError(f"--crops {sum(config.crops)}: 2 crops are needed, to predict one from another")
+    length = config.queue_length // config.batch_size * config.batch_size
+    if length != config.queue_length:
         say(f"warning: --queue-length {config.queue_length} is no multiple of --batch-size "
-            f"{config.batch_size}: {queue_length} is used")
+            f"{config.batch_size}: {length} is used")
 
     model = Model(config)
-    model.to(device, torch.float64 if config.precision == "float64" else torch.float32,
-             memory_format=torch.channels_last)
-    if config.compile:
-        model.backbone.compile()
-    net = parallel(model)
+    net = prepare(model, config, device)
     optimizer = LARC(model.parameters(), config.lr, config.momentum, config.weight_decay)
-    memory = Memory(queue_length, config.crops[0], config.dim, device, model.prototypes.weight.dtype)
+    queue = Queue(length, config.crops[0], config.dim, device, model.prototypes.weight.dtype)
 
     scales = list(zip(config.scales[::2], config.scales[1::2]))
     augmentation = Augmentation(jitter=config.jitter, blur_p=config.blur_p)
     crops = MultiCrop(images, config.crops, config.sizes, scales, augmentation, config.seed)
     loader = data.Loader(crops, config.workers, device.type == "cuda")
 
-    size = config.eval_size or config.sizes[0]
-    info = dict(arch=config.arch, width=config.width, stem=config.stem, channels=3, mean=MEAN, std=STD,
-                method="swav")
-    info.update(recipe=config.recipe, resize=size if config.stem == "small" else round(size * 8 / 7),
-                size=size)
-    objects = {"model": model, "optimizer": optimizer, "memory": memory}
-    meter = Meter(config.prototypes, len(images), device=device)
-    run = Run(config, info["method"], images, steps_per_epoch, meter, objects, model.backbone, info, device,
-              REMEDY)
-    parameters = sum(p.numel() for p in model.parameters())
-    held = 4 * config.crops[0] * config.dim * queue_length + 8 * len(images)  # queue; assignments
-    run.report(recipe(Config, RECIPES, config.recipe), parameters, config.batch_size + queue_length, held)
-    run.resume()
+    run = Run(config, "swav", images, model, optimizer, queue, REMEDY)
+    report(run, recipe(Config, RECIPES, config.recipe), balanced=config.batch_size + length)
     for epoch in run.epochs():
-        train_one_epoch(net, optimizer, memory, loader, run, config, epoch)
+        train_one_epoch(net, optimizer, queue, loader, run, config, epoch)
         run.end_epoch(epoch)
-    run.finish()
 
 
 if __name__ == "__main__":

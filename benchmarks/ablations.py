@@ -47,7 +47,7 @@ def likeliest(memory, prototypes, features, heads, *settings):
 def clustered_once(memory, *settings, assign=deepclusterv2.assign):
     if memory.epoch < 0:
         assign(memory, *settings)
-    memory.filled.fill_(False)
+    memory.filled.local.fill_(False)
 
 
 class LinearHead(deepclusterv2.Model):

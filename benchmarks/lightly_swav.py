@@ -19,11 +19,10 @@ from lightly.transforms import SwaVTransform
 from torch import nn
 
 from common import data
-from common.engine.launch import autocast_dtype, launch, start
-from common.engine.log import Meter
+from common.engine.launch import launch, report, setup
 from common.engine.options import parse, recipe
 from common.engine.run import Run
-from common.multicrop import MEAN, STD, generator, read_or_next
+from common.multicrop import generator, read_or_next
 from common.resnet import ARCHITECTURES
 from swav import Config
 
@@ -77,13 +76,12 @@ class Model(nn.Module):
 
 
 def train_one_epoch(model, criterion, optimizer, loader, run, config, epoch):
-    batches = data.batches(len(run.images), config.batch_size, epoch, config.seed, 0, 1)
-    dtype = autocast_dtype(config.precision, run.device)
+    batches = data.batches(len(run.images), config.batch_size, epoch, config.seed)
     lr = config.lr / 2 * (1 + math.cos(math.pi * epoch / config.epochs))
     optimizer.param_groups[0]["lr"] = lr
     for step, (index, (views,), _) in run.steps(loader, batches, epoch):
         model.prototypes.normalize()
-        with torch.autocast(run.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with run.autocast():
             z = [model.projection_head(model.backbone(view)) for view in views.to(run.device)]
         z = [F.normalize(x.float()) for x in z]  # V (B, D)
         scores = [model.prototypes(x, step) for x in z]  # V (B, K)
@@ -95,26 +93,16 @@ def train_one_epoch(model, criterion, optimizer, loader, run, config, epoch):
 
 
 def main(config):
-    device = start(config)
-    images = data.open_images(config.data or "shapes", "train", config.root)
+    device, images = setup(config)
     model = Model(config).to(device)
     criterion = SwaVLoss(config.temperature, config.sinkhorn_iterations, config.epsilon)
     optimizer = torch.optim.Adam(model.parameters(), config.lr, weight_decay=config.weight_decay)
     loader = data.Loader(Views(images, config), config.workers, device.type == "cuda")
-    info = dict(arch=config.arch, width=config.width, stem=config.stem, channels=3, mean=MEAN, std=STD,
-                method="lightly_swav")
-    info.update(recipe=config.recipe, resize=config.eval_size, size=config.eval_size)
-    objects, meter = {"model": model, "optimizer": optimizer}, Meter(config.prototypes, len(images),
-                                                                     device=device)
-    run = Run(config, "lightly_swav", images, len(images) // config.batch_size, meter, objects,
-              model.backbone, info, device)
-    parameters = sum(p.numel() for p in model.parameters())
-    run.report(recipe(Config, RECIPES, config.recipe), parameters, config.batch_size, 8 * len(images))
-    run.resume()
+    run = Run(config, "lightly_swav", images, model, optimizer)
+    report(run, recipe(Config, RECIPES, config.recipe), config.batch_size)
     for epoch in run.epochs():
         train_one_epoch(model, criterion, optimizer, loader, run, config, epoch)
         run.end_epoch(epoch)
-    run.finish()
 
 
 if __name__ == "__main__":

@@ -34,9 +34,8 @@ import swav
 from benchmarks.record import curve_of, finished, last_loss, medians, resident, write
 from benchmarks.step import Synthetic, ours, seconds
 from common import data, distributed
-from common.engine.launch import launch
+from common.engine.launch import held_bytes, launch
 from common.engine.options import recipe
-from common.engine.run import Run
 
 CROPS = {"2": (2,), "4": (4,), "2 + 4": (2, 4), "2 + 6": (2, 6)}
 BATCHES, QUEUES = (64, 256, 1024), (0, 1024)
@@ -104,8 +103,8 @@ def costs(args, device):
     published = replace(published, batch_size=args.batch_size or (8 if device.type == "cpu" else 256))
     configs = {name: with_crops(published, crops) for name, crops in CROPS.items()}
     image = flops(published, (1,), (224,))
-    figures = {f"{name} crops: FLOPs / one full image": flops(c, c.crops,
-                                                              c.sizes) / image for name, c in configs.items()}
+    figures = {f"{name} crops: FLOPs / one full image": flops(c, c.crops, c.sizes) / image
+               for name, c in configs.items()}
     taken = step_times(configs, device, args.rounds)
     figures |= {f"{name} crops: ms a step": 1000 * value for name, value in taken.items()}
     figures |= {f"{name} crops: step time / 2 crops": value / taken["2"] for name, value in taken.items()}
@@ -153,8 +152,8 @@ def accuracies(args, device):
         frozen = round(config.freeze_prototypes_iters / more)
         c = replace(configs["2"], batch_size=batch, prototypes=256, freeze_prototypes_iters=frozen,
                     queue_start_epoch=1, **rates)
-        figures[f"batch {batch}: steps"] = c.epochs * (len(data.open_images(c.data or "shapes", "train",
-                                                                            c.root)) // batch)
+        images = data.open_images(c.data or "shapes", "train", c.root)
+        figures[f"batch {batch}: steps"] = c.epochs * (len(images) // batch)
         for queue in QUEUES:
             accuracy = train(replace(c, queue_length=queue), args.out / f"batch_{batch}_queue_{queue}")[-1]
             figures[f"batch {batch}, queue {queue}: 20-NN %"] = accuracy
@@ -167,25 +166,21 @@ def accuracies(args, device):
 def held(method, images):
     """Bytes beside the network that the method's script announces for so many images with its default
     recipe."""
-    announced = []
-
     class Announced(BaseException):
         pass
 
-    class Announcing(Run):
-        def report(self, recipe, parameters, balanced, held):
-            announced.append(held)
-            raise Announced
+    def announce(run, published, balanced, passing=0):
+        raise Announced(held_bytes(run, passing))
 
-    own, method.Run = method.Run, Announcing
+    own, method.report = method.report, announce
+    default = recipe(method.Config, method.RECIPES, next(iter(method.RECIPES)))
     with tempfile.TemporaryDirectory() as out:
         try:
-            method.main(replace(recipe(method.Config, method.RECIPES, method.Config().recipe),
-                                data=f"shapes:{images}", out=out))
-        except Announced:
-            return announced[0]
+            method.main(replace(default, data=f"shapes:{images}", out=out))
+        except Announced as announced:
+            return announced.args[0]
         finally:
-            method.Run = own
+            method.report = own
 
 
 def states():

@@ -21,7 +21,9 @@ import torch
 import sela
 from benchmarks.record import curve_of, write
 from common import data, distributed, features
+from common.engine.held_out import match_classes, open_queries
 from common.engine.launch import autocast_dtype
+from common.evaluation.store import read_assignments
 from common.multicrop import Augmentation, MultiCrop, to_device
 from common.weights import load_backbone
 
@@ -54,7 +56,8 @@ def train(config, images, targets, device, evaluate):
     for epoch in range(config.epochs):
         for index, views, params in loader.epoch(epoch, data.batches(len(images), config.batch_size, epoch,
                                                                      config.seed, 0, 1)):
-            _, scores = model(to_device(views, params, device, torch.float32), dtype)
+            with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+                _, scores = model(to_device(views, params, device))
             scores = [s.view(-1, len(index), s.shape[1]) for s in scores]  # H (V, B, K)
             loss = sela.prediction_loss(scores, targets[:, index].to(device), config.temperature)
             optimizer.zero_grad()
@@ -80,10 +83,10 @@ def main():
                  if name in names}
         config = sela.Config(**{**saved, "epochs": args.epochs, "seed": args.seed, "workers": args.workers})
         images = data.open_images(config.data or "shapes", "train", config.root)
-        queries = data.open_queries(config.data or "shapes", config.val, config.root)
-        data.match_classes(queries, images)
+        queries = open_queries(config.data or "shapes", config.val, config.root)
+        match_classes(queries, images)
         # (H, N)
-        targets = torch.from_numpy(data.read_assignments(args.run / "assignments.npz", images)).long()
+        targets = torch.from_numpy(read_assignments(args.run / "assignments.npz", images)).long()
     except (OSError, ValueError) as error:
         sys.exit(f"error: {args.run}: {error}")
     targets[targets < 0] = -100

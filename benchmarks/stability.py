@@ -63,8 +63,8 @@ def train(method, config, out):
             losses.append(float(loss))
             super().log(loss, *others, **figures)
 
-        def end_epoch(self, epoch):
-            super().end_epoch(epoch)
+        def end_epoch(self, epoch, assignments=None):
+            super().end_epoch(epoch, assignments)
             clusters.append(self.meter.assignments[0].numpy().copy())
 
     method.Run = Watched
@@ -83,7 +83,7 @@ def figures_of(losses, clusters, K):
         kept = both[linear_sum_assignment(both, maximize=True)].sum() / len(new)
         start, tenth = epoch * steps, max(1, steps // 10)
         jump = losses[start : start + tenth].mean() - losses[start - tenth : start].mean()
-        found.append([nmi(torch.from_numpy(old), torch.from_numpy(new)), 100 * (1 - kept),
+        found.append([nmi(old, new), 100 * (1 - kept),
                       jump / math.log(K)])
     return np.mean(found, axis=0)
 

@@ -41,11 +41,11 @@ def arguments():
 
 
 class Synthetic:
-    """Stands for common.run.Run in swav.train_one_epoch: gives it the same batch `count` times, and writes
-    nothing."""
+    """Stands for Run in swav.train_one_epoch: gives it the same batch `count` times, and writes nothing."""
 
     def __init__(self, config, device):
         self.images, self.device, self.count = range(1000 * config.batch_size), device, 0
+        self.dtype = autocast_dtype(config.precision, device)
         draw, rng, augmentation = torch.Generator().manual_seed(0), random.Random(0), Augmentation()
         shapes = [(v, config.batch_size, 3, s, s) for v, s in zip(config.crops, config.sizes)]
         crops = [torch.randint(0, 256, shape, generator=draw, dtype=torch.uint8) for shape in shapes]
@@ -57,6 +57,9 @@ class Synthetic:
     def steps(self, loader, batches, epoch):
         for step in range(self.count):
             yield step, (torch.arange(self.params.shape[1]), self.crops, self.params)
+
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
     def log(self, *arguments, **figures):
         pass
@@ -81,11 +84,11 @@ def ours(config, synthetic, compiled=False, convert=None):
     if compiled:
         model.backbone.compile()
     optimizer = LARC(model.parameters(), config.lr, config.momentum, config.weight_decay)
-    memory = swav.Memory(0, config.crops[0], config.dim, synthetic.device)
+    queue = swav.Queue(0, config.crops[0], config.dim, synthetic.device)
 
     def run(count):
         synthetic.count = count
-        swav.train_one_epoch(model, optimizer, memory, None, synthetic, config, 0)
+        swav.train_one_epoch(model, optimizer, queue, None, synthetic, config, 0)
 
     return run
 

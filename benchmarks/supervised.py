@@ -6,17 +6,18 @@ as swav.py.
 A linear classifier on the trunk's features and plain cross-entropy over all crops. The options are swav.py's.
 """
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import swav
 from common import data
-from common.engine.launch import autocast_dtype, launch, start
-from common.engine.log import Meter
+from common.engine.launch import launch, report, setup
 from common.engine.options import parse, recipe
 from common.engine.run import Run
-from common.multicrop import MEAN, STD, Augmentation, MultiCrop, to_device
+from common.multicrop import Augmentation, MultiCrop, to_device
 from common.optim import warmup_cosine
 from common.resnet import ARCHITECTURES
 from swav import Config
@@ -33,14 +34,13 @@ class Model(nn.Module):
 
 
 def train_one_epoch(model, optimizer, loader, run, config, epoch):
-    dtype = autocast_dtype(config.precision, run.device)
-    batches = data.batches(len(run.images), config.batch_size, epoch, config.seed, 0, 1)
+    batches = data.batches(len(run.images), config.batch_size, epoch, config.seed)
     for step, (index, crops, params) in run.steps(loader, batches, epoch):
         lr = warmup_cosine(step, len(batches), config.epochs, config.lr, config.final_lr,
                            config.warmup_epochs, config.start_lr)
         optimizer.param_groups[0]["lr"] = lr
         (crops,) = to_device(crops, params, run.device)  # (V B, 3, s, s)
-        with torch.autocast(run.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with run.autocast():
             features = model.backbone(crops)  # (V B, F)
         scores = model.classifier(features.float())  # (V B, C)
         loss = F.cross_entropy(scores, run.images.labels[index].repeat(config.crops[0]).to(run.device))
@@ -52,28 +52,19 @@ def train_one_epoch(model, optimizer, loader, run, config, epoch):
 
 
 def main(config):
-    device = start(config)
-    images = data.open_images(config.data or "shapes", "train", config.root)
+    device, images = setup(config)
+    config = replace(config, prototypes=len(images.classes))  # the clusters of the log
     model = Model(config, len(images.classes)).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), config.lr, config.momentum,
                                 weight_decay=config.weight_decay, nesterov=True)
     augmentation = Augmentation(jitter=config.jitter, blur_p=config.blur_p)
     crops = MultiCrop(images, config.crops, config.sizes, (config.scales,), augmentation, config.seed)
     loader = data.Loader(crops, config.workers, device.type == "cuda")
-    info = dict(arch=config.arch, width=config.width, stem=config.stem, channels=3, mean=MEAN, std=STD,
-                method="supervised")
-    info.update(recipe=config.recipe, resize=config.eval_size, size=config.eval_size)
-    objects, meter = {"model": model, "optimizer": optimizer}, Meter(len(images.classes), len(images),
-                                                                     device=device)
-    run = Run(config, "supervised", images, len(images) // config.batch_size, meter, objects, model.backbone,
-              info, device)
-    parameters = sum(p.numel() for p in model.parameters())
-    run.report(recipe(Config, RECIPES, config.recipe), parameters, len(images), 8 * len(images))
-    run.resume()
+    run = Run(config, "supervised", images, model, optimizer)
+    report(run, recipe(Config, RECIPES, config.recipe), len(images))
     for epoch in run.epochs():
         train_one_epoch(model, optimizer, loader, run, config, epoch)
         run.end_epoch(epoch)
-    run.finish()
 
 
 if __name__ == "__main__":

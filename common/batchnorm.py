@@ -16,9 +16,9 @@ class _SyncedBatchNorm(torch.autograd.Function):
     def forward(ctx, x, weight, bias, eps):
         dims = [d for d in range(x.dim()) if d != 1]
         exact = torch.promote_types(x.dtype, torch.float32)  # statistics of a bf16 map are float32
-        # (C,) (C,)
-        var, mean = torch.var_mean(x.to(exact), dims,
-                                   correction=0) if x.numel() else x.new_zeros(2, x.shape[1], dtype=exact)
+        mean = var = x.new_zeros(x.shape[1], dtype=exact)
+        if x.numel():
+            var, mean = torch.var_mean(x.to(exact), dims, correction=0)  # (C,) (C,)
         count = mean.new_full((1,), x.numel() // x.shape[1], dtype=torch.float64)
         # Moments about zero add up over ranks; float64 keeps the difference below exact.
         mean, var = mean.double(), var.double()

@@ -1,7 +1,7 @@
 """Where images come from, and which images form step t of epoch e.
 
-    images = open_images("/imagenet", "train")     # also: a flat or nested folder, a list file, shapes, cifar10, ...
-    batches = batches(len(images), 256, epoch=3, seed=0, rank=0, world_size=8)
+    images = open_images("/imagenet", "train")  # or a flat or nested folder, a list file, shapes, cifar10
+    batches = batches(len(images), 256, epoch=3, seed=0)
 
 Order is stateless: step t of epoch e depends on (seed, e, t) alone, so there is no sampler state to save, and
 any number of ranks and workers sees the same global batches.
@@ -10,20 +10,16 @@ any number of ranks and workers sees the same global batches.
 import atexit
 import os
 import signal
-import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch.utils.data import DataLoader
 
+from . import distributed
 from .engine.errors import DataError
 from .multicrop import TRIES, collate
-from .sources.files import scan
-from .sources.lists import open_list
-from .sources.named import TORCHVISION, Torchvision
-from .sources.shapes import Shapes, count
+
+NAMED = ("cifar10", "cifar100", "svhn", "stl10")  # torchvision's
 
 
 def open_images(spec, split="train", root=""):
@@ -42,99 +38,46 @@ def open_images(spec, split="train", root=""):
     """
     name, _, argument = str(spec).partition(":")
     if name == "shapes":
+        from .sources.shapes import Shapes, count
+
         return Shapes(split, *([count(argument)] if argument else []))
-    if name in TORCHVISION:
+    if name in NAMED:
+        from .sources.named import Torchvision
+
         return Torchvision(name, split, argument or os.path.join("data", name))
     path = Path(spec)
     if path.is_dir():
         if split == "val" and not (path / "val").is_dir():
             raise DataError(f"{path} has no val/ folder to evaluate on")
+        from .sources.files import scan
+
         inner = path / split
         return scan(inner if inner.is_dir() else path)
     if path.is_file():
         if split == "val":
             raise DataError(f"{path} is a list of images: name the list or folder to evaluate on with --val")
-        return open_list(path, root, split)
-    raise DataError(f"{spec} does not exist (a folder, a list file, shapes, {', '.join(TORCHVISION)})")
+        return _open_list(path, root, split)
+    raise DataError(f"{spec} does not exist (a folder, a list file, shapes, {', '.join(NAMED)})")
 
 
-def open_queries(spec, val="", root=""):
-    """The images to judge by: those that `val` names (its "val" split, if it has one), else the "val" split
-    of spec."""
-    if val and Path(val).is_file():
-        return open_list(Path(val), root, "val")
-    return open_images(val or spec, "val" if not val or has_split(val, "val") else "train", root)
+def _open_list(path, root, split):
+    from .sources.lists import open_list
+
+    return open_list(path, root, split)
 
 
-def has_split(spec, split):
-    """Whether open_images(spec, split) would find something to open."""
-    return str(spec).partition(":")[0] in ("shapes", *TORCHVISION) or (Path(spec) / split).is_dir()
-
-
-def match_classes(queries, bank):
-    """Numbers the labels of `queries` as those of `bank`, so that both have one table of classes.
-
-    Classes are matched by name. Where one of the two is a list with numbers and the other has names, number i
-    is the i-th name in the order of its bytes, as everywhere for ImageNet. Raises DataError for a class that
-    bank lacks.
-    """
-    number = {name: i for i, name in enumerate(bank.classes)}
-    asked = [queries.classes[i] for i in queries.labels.unique().tolist() if i >= 0]
-    if _numbered(queries) != _numbered(bank) and any(name not in number for name in asked):
-        if _numbered(queries):
-            number = {str(i): i for i in range(len(bank.classes))}
-        elif len(queries.classes) == len(bank.classes):
-            number = {name: i for i, name in enumerate(queries.classes)}
-    votes = set(bank.labels.unique().tolist())  # the numbers of a list may have gaps
-    unknown = [name for name in asked if number.get(name) not in votes]
-    if unknown:
-        example = f" ({', '.join(bank.classes[:2])}, ...)"
-        raise DataError(f"class {unknown[0]!r} of the images to classify is not among the "
-                        f"{len(votes - {-1})} classes of the training images{example}")
-    numbers = torch.tensor([number.get(name, -1) for name in queries.classes])
-    queries.labels = torch.where(queries.labels >= 0, numbers[queries.labels], queries.labels)
-    queries.classes = bank.classes
-
-
-def read_assignments(path, images):
-    """The clusters of a set's images in each head, (H, N) int32, -1 for none, from the assignments.npz of a
-    run: matched by path.
-
-    Raises DataError if path is no such file, or if it lacks an image of the set.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            table, paths = file["assignments"], bytes(file["paths"]).decode(errors="surrogateescape").split(
-                "\0")
-        if table.ndim != 2 or table.shape[1] != len(paths):
-            raise ValueError
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist: a run writes it at the end of its first epoch") from None
-    except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, zlib.error):
-        raise DataError(f"{path} is not an assignments.npz that a run wrote") from None
-    columns = {name: column for column, name in enumerate(paths)}
-    found = np.array([columns.get(name, -1) for name in images.paths])
-    if (found < 0).any():
-        lacking = int((found < 0).sum())
-        example = f"it lacks {lacking} of {len(images)}, such as {images.paths[int((found < 0).argmax())]!r}, and holds {paths[0]!r}"
-        raise DataError(f"{path} is of other images: {example}")
-    return table[:, found].astype(np.int32)
-
-
-def _numbered(images):
-    return getattr(images, "numbered", False)
-
-
-def batches(n, batch_size, epoch, seed, rank, world_size, order=None, drop_last=True):
-    """This rank's part of every global batch of an epoch, as a sequence of lists of (position, index).
+def batches(n, batch_size, epoch, seed, rank=None, world_size=None, order=None, drop_last=True):
+    """A rank's part of every global batch of an epoch, as a sequence of lists of (position, index).
 
     position: place in the epoch's order, 0 .. n-1, which together with the epoch seeds the augmentation.
-    order: (n,) indices to take instead of a permutation drawn from (seed, epoch); an index may occur more
-    than once. Rank r takes the r-th contiguous slice of each global batch; drop_last leaves out the last,
-    partial one.
+    rank, world_size: default, this process's. Rank r takes the r-th contiguous slice of each global batch.
+    order: (n,) indices in place of a permutation drawn from (seed, epoch); an index may occur more than once.
+    drop_last: leave out the last, partial batch.
     """
     if order is None:
         order = np.random.default_rng((seed, epoch)).permutation(n)
+    if rank is None:
+        rank, world_size = distributed.rank(), distributed.world_size()
     return _Batches(np.asarray(order), batch_size, rank, world_size, drop_last)
 
 
@@ -151,8 +94,7 @@ class _Batches:
             raise IndexError(step)
         start = step * self.batch_size
         size = min(self.batch_size, len(self.order) - start)
-        first, last = start + self.rank * size // self.world_size, start + (self.rank
-                                                                            + 1) * size // self.world_size
+        first, last = (start + edge for edge in distributed.rows_of(size, self.rank, self.world_size))
         return list(zip(range(first, last), self.order[first:last].tolist()))
 
 
@@ -210,7 +152,6 @@ class _Keys:
 
 
 def _ignore_signals(worker):
-    # A stop signal often reaches the whole process group. The main process decides; its workers go on until
-    # it ends.
+    # A stop signal often reaches the whole process group. The main process decides when its workers end.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

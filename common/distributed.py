@@ -31,8 +31,7 @@ def start(device="auto"):
         torch.cuda.set_device(local_rank)
     if "RANK" in os.environ and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-        # When torchrun restarts a failed job, the store still has the addresses of the dead processes: look
-        # elsewhere.
+        # The store of a restarted job still has the addresses of the dead processes: look elsewhere.
         store, rank, world_size = next(rendezvous("env://"))
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         # Clustering a data set between two steps can take longer than the default 10 minutes.
@@ -124,3 +123,56 @@ def from_main(function, *arguments):
 def rows_of(n, rank, world_size):
     """First and last + 1 of the data-set rows that a rank holds."""
     return rank * n // world_size, (rank + 1) * n // world_size
+
+
+class ShardedRows:
+    """A table with one row for each of n images, of which rank r holds the rows [rn/W, (r+1)n/W).
+
+    shape: of a row. fill: what the rows hold at first. state() is in data-set order, for any number of ranks.
+    """
+
+    def __init__(self, n, *shape, device=None, dtype=torch.float32, fill=0):
+        self.first, self.last = rows_of(n, rank(), world_size())
+        # The last row is a dummy for images of other ranks: filtering them out would make the GPU wait.
+        self.table = torch.full((self.last - self.first + 1, *shape), fill, device=device, dtype=dtype)
+        self.nbytes = self.table.nbytes
+
+    @property
+    def local(self):
+        """The rows that this rank holds."""
+        return self.table[:-1]
+
+    def place(self, index):
+        """Row of table for each image of index (B,): the dummy for an image of another rank."""
+        here = (index >= self.first) & (index < self.last)
+        return torch.where(here, index - self.first, self.last - self.first)
+
+    def write(self, index, values):
+        """Puts values, a number or (B, *shape), into the rows of the images index (B,) of all ranks."""
+        self.table[self.place(index)] = values
+
+    def state(self):
+        """The rows of all ranks, (n, *shape), on the CPU."""
+        return gather_rows(self.local).cpu()
+
+    def load(self, rows):
+        """Takes this rank's rows of those of all ranks."""
+        self.local.copy_(rows[self.first : self.last])
+
+
+class Votes:
+    """Whether any rank wants something, without waiting: several ranks hear the answer one call later."""
+
+    def __init__(self):
+        self.posted = None
+
+    def any(self, *wishes):
+        """wishes: booleans of this rank. Returns which of them any rank had, the same on every rank."""
+        flags = torch.tensor(wishes, dtype=torch.int32)
+        if world_size() == 1:
+            return flags.tolist()
+        before, self.posted = self.posted, (dist.all_reduce(flags, dist.ReduceOp.MAX, async_op=True), flags)
+        if before is None:
+            return [0] * len(wishes)
+        before[0].wait()
+        return before[1].tolist()

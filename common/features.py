@@ -1,5 +1,4 @@
-"""Features of a whole data set by index, sharded over ranks, and the weighted k-NN classifier that judges
-them."""
+"""Features of a whole data set by index, sharded over ranks, and the k-NN classifier that judges them."""
 
 import math
 
@@ -14,8 +13,7 @@ from .multicrop import MEAN, STD, CenterCrop, photometric
 @torch.inference_mode()
 def extract(model, images, resize, size, device, mean=MEAN, std=STD, batch_size=256, workers=0,
             precision=torch.float32, bad=None, agree=None, view=CenterCrop):
-    """Features of this rank's rows of a set, by data-set index, from its centre crops with the model in eval
-    mode.
+    """Features of this rank's rows of a set, by data-set index: of centre crops, the model in eval mode.
 
     model: (B, 3, size, size) -> (B, D). precision: torch.bfloat16 for autocast. bad: a set that takes the
     indices of images that cannot be read. agree: called now and then, on all ranks equally often. view:
@@ -33,7 +31,7 @@ def extract(model, images, resize, size, device, mean=MEAN, std=STD, batch_size=
     model.eval()
     every_rank = len(images) // distributed.world_size() // batch_size  # batches that all ranks have
 
-    def look(x):
+    def forward(x):
         with torch.autocast(device.type, dtype=precision, enabled=precision == torch.bfloat16):
             return model(x)
 
@@ -41,14 +39,13 @@ def extract(model, images, resize, size, device, mean=MEAN, std=STD, batch_size=
     for step, (wanted, (index, crops, params)) in enumerate(zip(batches, loader.epoch(0, batches))):
         if agree and step < every_rank:
             agree()
-        # (B, D)
-        block = look(photometric(crops[0].flatten(0, 1).to(device, non_blocking=True), params.flatten(0, 1),
-                                 mean, std, dtype))
+        crops = crops[0].flatten(0, 1).to(device, non_blocking=True)  # (B, 3, size, size)
+        block = forward(photometric(crops, params.flatten(0, 1), mean, std, dtype))  # (B, D)
         features = block.new_empty(last - first, block.shape[1]) if features is None else features
         features[step * batch_size :][: len(block)] = block
         unreadable += [position for (position, i), got in zip(wanted, index.tolist()) if got != i]
     if features is None:  # a rank without rows: of the others' width and type
-        features = look(torch.zeros(view.views, 3, size, size, device=device, dtype=dtype))[:0]
+        features = forward(torch.zeros(view.views, 3, size, size, device=device, dtype=dtype))[:0]
     if bad is not None:
         bad.update(loader.bad)
     loader.close()

@@ -1,11 +1,11 @@
-"""Multi-crop in two halves: the worker decodes once and cuts uint8 crops, the device does everything
-photometric.
+"""Multi-crop in two halves: a worker cuts uint8 crops from an image, the device changes their colours.
 
-    sample = MultiCrop(images, crops=(2, 6), sizes=(224, 96), scales=((0.14, 1), (0.05, 0.14)), ...)[epoch,
-    position, index] x = photometric(crops, params, MEAN, STD)
+    crops = MultiCrop(images, (2, 6), (224, 96), [(0.14, 1), (0.05, 0.14)], Augmentation(), seed=0)
+    index, views, params = crops[epoch, position, index]  # [(2, 3, 224, 224), (6, 3, 96, 96)] uint8, (8, 8)
+    large, small = to_device(*collate([...])[1:], device)  # (2 B, 3, 224, 224), (6 B, 3, 96, 96)
 
 All randomness of a draw comes from (seed, epoch, position): the same on any rank, in any worker, and after a
-resume.
+resume. Imports torch, torchvision and Pillow's images alone: one file to lift.
 """
 
 import itertools
@@ -21,8 +21,7 @@ from torchvision.transforms import functional as TF
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet, RGB in [0, 1]
 STD = (0.229, 0.224, 0.225)
 TRIES = 100  # unreadable images in a row before a sample is given up
-# (24, 4): brightness 0, contrast 1, saturation 2, hue 3
-ORDERS = torch.tensor(list(itertools.permutations(range(4))))
+ORDERS = torch.tensor(list(itertools.permutations(range(4))))  # (24, 4) brightness, contrast, saturation, hue
 
 
 @dataclass(frozen=True)
@@ -48,8 +47,8 @@ class Augmentation:
         """Parameters of one crop: brightness, contrast, saturation, hue, order 0..23 (-1 off), grey (0 off, 1
         after the jitter, 2 before it), blur sigma (0 off), angle. Takes the same number of draws whatever
         their outcome."""
-        factors = [rng.uniform(max(0, 1 - j), 1 + j) for j in self.jitter[:3]] + [rng.uniform(-self.jitter[3],
-                                                                                              self.jitter[3])]
+        factors = [rng.uniform(max(0, 1 - j), 1 + j) for j in self.jitter[:3]]
+        factors.append(rng.uniform(-self.jitter[3], self.jitter[3]))
         order = rng.randrange(24)
         if rng.random() >= self.jitter_p:
             factors, order = [1.0, 1.0, 1.0, 0.0], -1
@@ -103,7 +102,8 @@ class RandomCrop:
     central square of that side, a random square of `size` pixels in it, flipped half of the time."""
 
     def __init__(self, images, resize, size, augmentation, seed):
-        self.images, self.resize, self.size, self.augmentation, self.seed = images, resize, size, augmentation, seed
+        self.images, self.resize, self.size = images, resize, size
+        self.augmentation, self.seed = augmentation, seed
 
     def __len__(self):
         return len(self.images)
@@ -154,8 +154,8 @@ class TenCrop(CenterCrop):
     views = 10
 
     def cut(self, image):
-        return torch.stack([to_tensor(crop) for crop in TF.ten_crop(TF.resize(image, self.resize),
-                                                                    self.size)])
+        crops = TF.ten_crop(TF.resize(image, self.resize), self.size)
+        return torch.stack([to_tensor(crop) for crop in crops])
 
 
 class Warp(CenterCrop):
@@ -167,24 +167,20 @@ class Warp(CenterCrop):
 
 
 def collate(samples):
-    """Samples (index, [(V_r, 3, s, s)], (V, 8)) to (B,), [(V_r, B, 3, s, s)] and (V, B, 8): one tensor a
-    resolution."""
+    """Samples (index, [(V_r, 3, s, s)], (V, 8)) to (B,), one (V_r, B, 3, s, s) a resolution, (V, B, 8)."""
     index, crops, params = zip(*samples)
-    return torch.tensor(index), [torch.stack(group, dim=1) for group in zip(*crops)], torch.stack(params,
-                                                                                                  dim=1)
-
+    crops = [torch.stack(group, dim=1) for group in zip(*crops)]
+    return torch.tensor(index), crops, torch.stack(params, dim=1)
 
 
 def read_or_next(images, index):
-    """(index, image) of the first readable image from `index` on, or (index, None) if TRIES in a row are
-    not."""
+    """(index, image) of the first readable image from `index` on; (index, None) if TRIES in a row are not."""
     for i in range(min(TRIES, len(images))):
         try:
             return (index + i) % len(images), images.read((index + i) % len(images))
         except Exception:  # Pillow's plug-ins raise a dozen kinds for damaged files
             continue
     return index, None
-
 
 
 def generator(seed, epoch, position):
@@ -203,8 +199,7 @@ def resize(pixels, size):
 
 
 def center(image, resize, size):
-    """PIL image to (3, size, size) uint8: short side to `resize`, then the central square of `size`
-    pixels."""
+    """PIL image to (3, size, size) uint8: short side to `resize`, then the central `size` x `size` pixels."""
     return to_tensor(TF.center_crop(TF.resize(image, resize), size))
 
 

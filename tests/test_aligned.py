@@ -9,7 +9,11 @@ import re
 import subprocess
 
 import pytest
+import torch
 from helpers import ROOT
+
+from common.engine.options import recipe
+from common.sinkhorn import sinkhorn
 
 METHODS = ["swav", "selav2", "deepclusterv2", "deepcluster", "odc", "sela"]
 # As `make diff` has them: steps that the documentation tells.
@@ -19,7 +23,7 @@ BANNERS = ["recipes", "model", "algorithm", "training"]
 STEPS = ["assign", "schedule", "move", "forward", "assign", "loss", "memory", "update", "log"]
 # Options whose help names what the method does with them; everything else is said in the same words
 # everywhere.
-OWN_WORDS = {"prototypes", "crops", "eval_size", "kmeans_iterations", "lr", "momentum"}
+OWN_WORDS = {"eval_size", "kmeans_iterations"}
 
 
 def source(method):
@@ -45,9 +49,9 @@ def test_anatomy(method):
         docstring.splitlines()) <= 25 and "arXiv" in docstring and f"{method}.py --eval-every 5" in docstring
     assert re.findall(r"^# -+ (\w+)$", text, re.M) == BANNERS
     names = list(functions(method))
-    assert [n for n in names if n in (
-        "Config", "Model", "Memory", "assign", "prediction_loss", "train_one_epoch",
-        "main")] == ["Config", "Model", "Memory", "assign", "prediction_loss", "train_one_epoch", "main"]
+    wanted = ["Config", "Model", "Queue" if method == "swav" else "Memory", "assign", "prediction_loss",
+              "train_one_epoch", "main"]
+    assert [n for n in names if n in wanted] == wanted
     assert names[0] == "Config" and names[-2:] == ["train_one_epoch", "main"]
     assert text.index("\nRECIPES = ") < text.index("\nREMEDY = ")
 
@@ -97,7 +101,7 @@ def test_no_option_is_dead(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_every_letter_of_a_shape_is_in_the_legend(method):
     text = source(method)
-    legend = re.search(r"^# Letters in shapes: (.*)$", text, re.M)[1]
+    legend = re.search(r"^# Letters in shapes: (.*\n(# .*\n)+)", text, re.M)[1]
     shapes = re.findall(r"\(([A-Zn](?: [A-Z])?(?:, [^()]*)?|[A-Z], [^()]*)\)",
                         text[text.index("class Model") :])
     used = {letter for shape in shapes for letter in re.findall(r"\b[A-Zn]\b", shape)}
@@ -119,25 +123,92 @@ def test_what_is_the_same_is_the_same_text():
         bodies = [[ast.unparse(line) for line in ast.parse(functions(m)[name]).body[0].body[1:]]
                   for m in methods]
         assert all(body == bodies[0] for body in bodies), name
-    for lines in ("def train_one_epoch(net, optimizer, memory, loader, run, config, epoch):\n",
-                  "    for step, (index, crops, params) in run.steps(loader, batches, epoch):\n",
-                  '    run = Run(config, info["method"], images, steps_per_epoch, meter, objects, '
-                  'model.backbone, info, device, REMEDY)\n', "    net = parallel(model)\n",
-                  "    run.resume()\n    for epoch in run.epochs():\n",
-                  '    loader = data.Loader(crops, config.workers, device.type == "cuda")\n',
-                  "    launch(main, parse(Config, RECIPES, __doc__))\n",
-                  "        optimizer.zero_grad()\n        loss.backward()\n"):
+    for lines in (
+        "    for step, (index, crops, params) in run.steps(loader, batches, epoch):\n",
+        "        crops = to_device(crops, params, run.device, dtype)  # one (V_r B, 3, s, s) a resolution\n",
+        "    device, images = setup(config)\n",
+        "    net = prepare(model, config, device)\n",
+        "    for epoch in run.epochs():\n",
+        '    loader = data.Loader(crops, config.workers, device.type == "cuda")\n',
+        "    launch(main, parse(Config, RECIPES, __doc__))\n",
+        "        optimizer.zero_grad()\n        loss.backward()\n",
+    ):
         assert all(source(method).count(lines) == 1 for method in METHODS), lines
+    too_few = 'raise DataError(f"--prototypes {K}: more than the {readable} images that can be read")'
     for methods, lines in (
-        ("selav2 deepclusterv2 deepcluster odc sela", 'raise DataError(f"--prototypes {K}: more than the '
-                                                      '{readable} images that can be read")'),
-        ("selav2 deepclusterv2 odc", "row = torch.where((index >= self.first) & (index < self.last), index - "
-                                     "self.first, self.own)"),
+        ("selav2 deepclusterv2 deepcluster odc sela", too_few),
+        ("selav2 deepclusterv2 deepcluster odc sela",
+         "def train_one_epoch(net, optimizer, memory, loader, run, config, epoch):\n"),
         ("selav2 deepclusterv2 sela", '; a lower --lr may help") from None\n'),
-        ("selav2 deepclusterv2 deepcluster odc", '            with run.phase("clusters"):\n'),
-        ("deepcluster sela", "--arch {config.arch} takes images of 224 pixels and has no other width or "
-                             "stem: --sizes 224 --eval-size 0")):
+        ("selav2 deepclusterv2 deepcluster odc", '            with run.timed("clusters"):\n'),
+        ("deepcluster sela", "takes images of 224 pixels and has no other width or"),
+    ):
         assert all(source(method).count(lines) == 1 for method in methods.split()), lines
+
+
+def test_a_loop_asks_seven_things_of_its_run():
+    for method in METHODS:
+        asked = set(re.findall(r"\brun\.(\w+)", source(method).split("def main(")[0]))
+        assert asked <= {"images", "device", "steps", "autocast", "log", "features", "timed", "save"}, method
+        assert "save" not in asked or method == "sela"  # before a pass that moves running statistics
+
+
+def imported(path):
+    """The project's modules that a file imports at the top, and those that it imports inside functions."""
+    package = path.relative_to(ROOT).with_suffix("").parts
+    found = [set(), set()]
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        base = list(package[: len(package) - node.level]) if node.level else []
+        base += node.module.split(".") if node.module else []
+        names = [".".join([*base, alias.name]) for alias in node.names]
+        names = [name if (ROOT / (name.replace(".", "/"))).is_dir()
+                 or (ROOT / f"{name.replace('.', '/')}.py").exists()
+                 else ".".join(base) for name in names]
+        found[node not in tree.body] |= {name for name in names if name.startswith("common")}
+    return found
+
+
+# Each line may import what stands above it.
+LAYERS = ["engine.errors engine.files", "resnet alexnet sinkhorn kmeans optim multicrop distributed",
+          "sources",
+          "data batchnorm", "features", "engine", "weights", "evaluation"]
+
+
+def layer(module):
+    """Place of a module of common in LAYERS."""
+    name = module.removeprefix("common.")
+    whole = [i for i, names in enumerate(LAYERS) if name in names.split()]
+    return whole[0] if whole else next(i for i, names in enumerate(LAYERS)
+                                       if name.split(".")[0] in names.split())
+
+
+def test_imports_go_one_way():
+    inside = set()
+    for path in (ROOT / "common").rglob("*.py"):
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        if module == "common":
+            assert imported(path) == [set(), set()]
+            continue
+        top, later = imported(path)
+        folder = module.split(".")[1]
+        for other in top:
+            beside = other.split(".")[1] == folder and len(other.split(".")) + len(module.split(".")) > 4
+            assert layer(other) < layer(module) or beside or other == module, f"{module} imports {other}"
+        inside |= {(module, other) for other in later}
+    alone = {"resnet", "alexnet", "sinkhorn", "kmeans", "optim", "multicrop", "evaluation/pooling",
+             "weights/preact"}
+    assert all(imported(ROOT / "common" / f"{name}.py") == [set(), set()] for name in alone)
+    assert {other for _, other in inside} <= {"common.weights", "common.sources.files",
+                                              "common.sources.lists",
+                                              "common.sources.named", "common.sources.shapes",
+                                              "common.engine.held_out"}, inside
+    for path in ROOT.glob("*.py"):
+        scripts = {node.module for node in ast.walk(ast.parse(path.read_text()))
+                   if isinstance(node, ast.ImportFrom)}
+        assert not scripts & {*METHODS, *(p.stem for p in ROOT.glob("eval_*.py"))}, path
 
 
 def test_make_diff_compares_all_methods():
@@ -145,12 +216,14 @@ def test_make_diff_compares_all_methods():
     assert f"@set -- {'  '.join(map(' '.join, PAIRS))}; while" in (ROOT / "Makefile").read_text()
 
 
-def test_readme_counts_what_make_diff_counts():
-    rows = re.findall(r"^\| `(\w+\.py) (\w+\.py)` \| (\d+) \|", (ROOT / "README.md").read_text(), re.M)
+def test_the_page_counts_what_make_diff_counts():
+    page = (ROOT / "docs/layout.md").read_text()
+    rows = re.findall(r"^\| `(\w+\.py) (\w+\.py)` \| (\d+) \|", page, re.M)
     assert [(a, b) for a, b, _ in rows] == [(f"{a}.py", f"{b}.py") for a, b in PAIRS]
     for a, b, lines in rows:
         found = subprocess.run(["diff", "-w", a, b], cwd=ROOT, capture_output=True, text=True).stdout
-        assert int(lines) == len(re.findall("^[<>]", found, re.M)), f"diff -w {a} {b}: README.md says {lines}"
+        number = len(re.findall("^[<>]", found, re.M))
+        assert int(lines) == number, f"diff -w {a} {b}: {number} lines, docs/layout.md says {lines}"
 
 
 def test_docs_link_to_the_lines_they_name():
@@ -163,3 +236,23 @@ def test_docs_link_to_the_lines_they_name():
         assert int(number) in here, f"docs/methods.md: {name} of {path} is now in line {here}, not {number}"
     for path in re.findall(r"\]\((\.\./[\w/.]+)", text):
         assert (ROOT / "docs" / path).exists(), path
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_behind_the_head_all_has_the_precision_of_the_weights(method):
+    """The trunk computes in bfloat16 under autocast; embeddings, scores, codes and loss do not."""
+    script = importlib.import_module(method)
+    config = dataclasses.replace(recipe(script.Config, script.RECIPES, "shapes"), width=0.125, prototypes=4)
+    model, trunk = script.Model(config), []
+    model.backbone.register_forward_hook(lambda module, x, y: trunk.append(y.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        z, scores = model([torch.randn(8, 3, 24, 24)])
+    heads = scores if isinstance(scores, list) else [scores]
+    heads = [s.view(2, 4, -1) for s in heads]  # two crops of four images
+    targets = torch.zeros(len(heads), 4, dtype=torch.int64)
+    arguments = {"swav": (heads[0], heads[0].detach().softmax(2)), "deepcluster": (heads[0], targets[0]),
+                 "odc": (heads[0], targets[0], torch.full((4,), 0.25))}.get(method, (heads, targets))
+    loss = script.prediction_loss(*arguments, 0.1)
+    codes = sinkhorn(heads[0][0].detach())
+    assert trunk == [torch.bfloat16]
+    assert {z.dtype, loss.dtype, codes.dtype, *(s.dtype for s in heads)} == {torch.float32}

@@ -20,9 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from common import data
 from common.data import Loader, batches, open_images
 from common.engine.errors import DataError
+from common.engine.held_out import has_split, match_classes
 from common.multicrop import TRIES, Augmentation, CenterCrop, MultiCrop, collate, read_or_next
 from common.sources import files, named
 from common.sources.files import Files, decode
@@ -76,7 +76,7 @@ def test_train_and_val_folders(tmp_path):
     assert list(train.paths) == ["cat/1.png", "dog/2.png"]
     assert list(val.paths) == ["cat/3.png", "dog/4.png", "dog/5.png"]
     assert train.classes == val.classes == ["cat", "dog"] and val.labels.tolist() == [0, 1, 1]
-    assert data.has_split(tmp_path, "val") and not data.has_split(tmp_path / "train", "val")
+    assert has_split(tmp_path, "val") and not has_split(tmp_path / "train", "val")
 
 
 @pytest.mark.parametrize(
@@ -115,14 +115,14 @@ def test_classes_are_matched_by_name(tmp_path):
          "odd/emu/6.png")
     bank, queries = open_images(tmp_path), open_images(tmp_path, "val")
     assert queries.labels.tolist() == [0, 1]
-    data.match_classes(queries, bank)
+    match_classes(queries, bank)
     assert queries.labels.tolist() == [0, 2] and queries.classes == bank.classes == ["cat", "dog", "owl"]
     with pytest.raises(DataError, match="class 'emu' of the images to classify is not among the 3 classes"):
-        data.match_classes(open_images(tmp_path / "odd"), bank)
+        match_classes(open_images(tmp_path / "odd"), bank)
 
 
-ODD = ["two words.png", "ä ö 图 😀.png", "comma, then.png", "a,b.png", "quote'\"s.png", "#%&?*.png", "1 2.png",
-       "<img onerror=x>.png"]
+ODD = ["two words.png", "ä ö 图 😀.png", "comma, then.png", "a,b.png", "quote'\"s.png", "#%&?*.png",
+       "1 2.png", "<img onerror=x>.png"]
 
 
 def test_odd_names_in_folders_and_lists(tmp_path):
@@ -143,7 +143,7 @@ def test_shapes():
     assert (len(train), len(val), len(open_images("shapes:1", "val"))) == (50, 10, 1)
     assert len(train.labels) == len(train.paths) == 50 and len(train.classes) == 10
     assert train.fingerprint not in (val.fingerprint, open_images("shapes:51").fingerprint)
-    assert data.has_split("shapes:50", "val")
+    assert has_split("shapes:50", "val")
 
 
 def test_torchvision_sets(monkeypatch):

@@ -188,11 +188,12 @@ def assign_on_a_rank(K):
     x = torch.randn(40, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     x[[3, 25]] = float("nan")  # images that cannot be read
     memory, head = deepcluster.Memory(40), nn.Linear(12, K).double()
-    first, last = distributed.rank() * 40 // distributed.world_size(), (distributed.rank()
-                                                                        + 1) * 40 // distributed.world_size()
+    first, last = distributed.rows_of(40, distributed.rank(), distributed.world_size())
     for epoch in range(2):
         whitened = deepcluster.whiten(x[first:last].clone(), 6)
-        deepcluster.assign(memory, head, whitened, 20, torch.Generator().manual_seed(epoch))
+        generator = torch.Generator().manual_seed(epoch)
+        deepcluster.assign(memory, whitened, K, 20, generator)
+        deepcluster.reset_classifier(head, generator)
     return memory.targets, memory.figures, head.weight.detach(), head.bias.detach()
 
 
@@ -268,7 +269,9 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path, when):
     line = command(*shared, "--out", tmp_path / "killed", script=SCRIPT)
     if when == "while clustering":  # the third epoch's k-means never returns
         code = "import sys, time, deepcluster as m; k, n = m.kmeans, []; sys.argv = sys.argv[1:]\n"
-        code += "def kmeans(*a, **o):\n n.append(0)\n if len(n) == 3: print('clustering', flush=True); time.sleep(99)\n return k(*a, **o)\n"
+        code += "def kmeans(*a, **o):\n n.append(0)\n"
+        code += " if len(n) == 3: print('clustering', flush=True); time.sleep(99)\n"
+        code += " return k(*a, **o)\n"
         code += "m.kmeans = kmeans; m.launch(m.main, m.parse(m.Config, m.RECIPES, m.__doc__))"
         line = [line[0], "-c", code, *line[1:]]
     killed = start(*line, cwd=ROOT)
@@ -333,13 +336,13 @@ def stopping_in_the_pass(folder, epoch):
     script.write_text(f"""import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 import deepcluster as m
-look, passes = m.Run.look, []
+look, passes = m.Run.features, []
 def looked(*arguments):
     passes.append(1)
     if len(passes) == {epoch + 1} and m.distributed.rank() == m.distributed.world_size() - 1:
         os.kill(os.getpid(), signal.SIGTERM)
     return look(*arguments)
-m.Run.look = looked
+m.Run.features = looked
 m.launch(m.main, m.parse(m.Config, m.RECIPES, m.__doc__))
 """)
     return script
@@ -414,13 +417,15 @@ def test_other_pixels_to_cluster_are_another_run(tmp_path, capsys):
 
 
 def test_options_that_cannot_work(tmp_path, capsys):
-    for options, message in {("--prototypes", 81): "--prototypes 81: more than the 80 images", (
-        "--pca-dim", 100): "--pca-dim 100: the trunk has only 64 features", (
-            "--pca-dim", 0): "--pca-dim 0: more than 0", ("--grey-p", 1.5): "between 0 and 1",
-                             ("--rotate", -3): "--rotate -3.0: 0 or more",
-                             ("--arch", "alexnet"): "--arch alexnet takes images of 224 pixels",
-                             ("--arch", "alexnet", "--sizes", 224, "--eval-size",
-                              256): "--arch alexnet takes images of 224 pixels"}.items():
+    for options, message in {
+        ("--prototypes", 81): "--prototypes 81: more than the 80 images",
+        ("--pca-dim", 100): "--pca-dim 100: the trunk has only 64 features",
+        ("--pca-dim", 0): "--pca-dim 0: at least 1",
+        ("--grey-p", 1.5): "--grey-p 1.5: at least 0 and at most 1",
+        ("--rotate", -3): "--rotate -3: at least 0",
+        ("--arch", "alexnet"): "--arch alexnet takes images of 224 pixels",
+        ("--arch", "alexnet", "--sizes", 224, "--eval-size", 256): "alexnet takes images of 224 pixels",
+    }.items():
         assert here(*SHARED, *options, "--out", tmp_path) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1, error
@@ -438,7 +443,7 @@ def test_published_recipes():
     for c, lr in ((sobel, 0.1), (rgb, 0.3)):
         assert (c.arch, c.epochs, c.batch_size, c.lr) == ("resnet50", 200, 512, lr)
         assert (c.jitter, c.jitter_p, c.grey_p, c.rotate) == ((0.4, 0.4, 1.0, 0.5), 1, 0.2, 2)
-    assert (sobel.sobel, rgb.sobel) == (True, False) and sobel.recipe == deepcluster.Config().recipe
+    assert (sobel.sobel, rgb.sobel) == (True, False) and next(iter(deepcluster.RECIPES)) == sobel.recipe
     assert (paper.arch, paper.sobel, paper.epochs, paper.batch_size, paper.lr) == ("alexnet", True, 500, 256,
                                                                                    0.05)
     assert not any(paper.jitter) and (paper.jitter_p, paper.grey_p, paper.rotate) == (0, 0, 0)

@@ -67,9 +67,9 @@ def test_an_epoch_of_the_official_code(monkeypatch, dtype):
         torch.testing.assert_close(z.grad, expected, rtol=0, atol=tolerance)
         memory.update(index, z[:2].detach())
     after = numbers["memory_index_after"]
-    torch.testing.assert_close(memory.banks[:, after].float(), numbers["memory_embeddings_after"], rtol=0,
-                               atol=1e-7)
-    assert sorted(memory.filled[:-1].nonzero().flatten().tolist()) == sorted(after.tolist())
+    banks = memory.banks.local[after].transpose(0, 1).float()  # (U, images, D)
+    torch.testing.assert_close(banks, numbers["memory_embeddings_after"], rtol=0, atol=1e-7)
+    assert sorted(memory.filled.local.nonzero().flatten().tolist()) == sorted(after.tolist())
 
 
 # ---- parts
@@ -167,7 +167,9 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path, when):
     line = command(*shared, "--out", tmp_path / "killed", script=SCRIPT)
     if when == "while clustering":  # the third epoch's k-means never returns
         code = "import sys, time, deepclusterv2 as m; k, n = m.kmeans, []; sys.argv = sys.argv[1:]\n"
-        code += "def kmeans(*a, **o):\n n.append(0)\n if len(n) == 8: print('clustering', flush=True); time.sleep(99)\n return k(*a, **o)\n"
+        code += "def kmeans(*a, **o):\n n.append(0)\n"
+        code += " if len(n) == 8: print('clustering', flush=True); time.sleep(99)\n"
+        code += " return k(*a, **o)\n"
         code += "m.kmeans = kmeans; m.launch(m.main, m.parse(m.Config, m.RECIPES, m.__doc__))"
         line = [line[0], "-c", code, *line[1:]]
     killed = start(*line, cwd=ROOT)
@@ -235,7 +237,7 @@ def test_weights_that_diverge_unseen_end_the_run_before_they_are_clustered(tmp_p
 def test_heads_and_iterations_are_checked(tmp_path, capsys):
     for option in ("--heads", "--kmeans-iterations"):
         assert here(*SHARED, option, 0, "--out",
-                    tmp_path) == 2 and f"{option} 0: more than 0" in capsys.readouterr().err
+                    tmp_path) == 2 and f"{option} 0: at least 1" in capsys.readouterr().err
 
 
 def test_published_recipes():

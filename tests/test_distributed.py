@@ -197,7 +197,8 @@ def test_bfloat16_maps_have_float32_statistics(synced):
     expected = two_steps(norm_of("2d").float(), "2d", torch.bfloat16, 2, slice(None))
     expected = {key: value.double() for key, value in expected.items()}
     assert synced[0]["bfloat16"]["y0"].dtype == synced[0]["bfloat16"]["x grad 0"].dtype == torch.bfloat16
-    assert synced[0]["bfloat16"]["weight"].dtype == synced[0]["bfloat16"]["running_mean"].dtype == torch.float32
+    state = synced[0]["bfloat16"]
+    assert state["weight"].dtype == state["running_mean"].dtype == torch.float32
     check(synced, "bfloat16", expected, 0.04, 1e-5)
 
 

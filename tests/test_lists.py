@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from common.data import match_classes, open_images, open_queries
+from common.data import open_images
 from common.engine.errors import DataError
+from common.engine.held_out import match_classes, open_queries
 
 # Class folder: its images. Names sort as bytes (n1 after n02), and train has them in another order than val.
 TRAIN = {"n02": ["n02_7.JPEG", "n02_30.JPEG"], "n01": ["n01_10026.JPEG"],

@@ -63,7 +63,7 @@ def test_sinkhorn_of_two_ranks(shape):
         check_codes(golden(name), result, f"_rank{r}")
 
 
-# ---- SwAV: assign, loss, memory
+# ---- SwAV: assign, loss, queue
 
 
 def small_model(prototypes, dtype):
@@ -80,7 +80,7 @@ def small_model(prototypes, dtype):
 def test_swav_loss_without_queue(crops, epsilon, dtype):
     numbers = golden(f"swav_loss_noqueue_{crops}_eps{epsilon}")
     scores = numbers["scores"].to(dtype).requires_grad_()
-    codes = swav.assign(scores[:2], swav.Memory(0, 2, 1), None, epsilon, 3)
+    codes = swav.assign(scores[:2], swav.Queue(0, 2, 1), None, epsilon, 3)
     loss = swav.prediction_loss(scores, codes, 0.1)
     loss.backward()
     assert not codes.requires_grad
@@ -92,7 +92,7 @@ def test_swav_loss_without_queue(crops, epsilon, dtype):
 def steps_with_queue(name, dtype):
     numbers = golden(name)
     embeddings = numbers["embeddings"][rank()].to(dtype)  # (S, V, B, D)
-    memory = swav.Memory(int(numbers["queue_length_total"]), 2, embeddings.shape[-1], dtype=dtype)
+    memory = swav.Queue(int(numbers["queue_length_total"]), 2, embeddings.shape[-1], dtype=dtype)
     model, steps = small_model(numbers["prototypes_raw"][0], dtype), []
     for raw, stored in zip(numbers["prototypes_raw"], embeddings):
         with torch.no_grad():
@@ -136,7 +136,7 @@ def test_swav_gradients(name, dtype):
     model = small_model(numbers["prototypes_raw"], dtype)
     model.normalize_prototypes()
     queue = numbers.get("queue_before", torch.zeros(2, 0, z_raw.shape[-1])).to(dtype)
-    memory = swav.Memory(queue.shape[1], 2, queue.shape[2], dtype=dtype)
+    memory = swav.Queue(queue.shape[1], 2, queue.shape[2], dtype=dtype)
     memory.push(queue)
     assert memory.full == ("queue_before" in numbers)
     z = F.normalize(z_raw, dim=-1)
@@ -267,7 +267,8 @@ def test_resnet50(name, mode, dtype):
         for key in probes:
             close(state[key.removeprefix("train_after__")][:64], of(numbers, key, dtype), dtype, *tolerance)
         assert state["bn1.num_batches_tracked"] == numbers["train_after__num_batches_tracked"]
-        assert state["projection_head.1.num_batches_tracked"] == numbers["train_after__head_num_batches_tracked"]
+        tracked = numbers["train_after__head_num_batches_tracked"]
+        assert state["projection_head.1.num_batches_tracked"] == tracked
 
 
 @PRECISIONS

@@ -35,13 +35,15 @@ from common.alexnet import alexnet
 from common.distributed import rows_of
 from common.engine.errors import DataError, Diverged
 from common.engine.options import recipe
+from common.evaluation.store import read_assignments
 from common.multicrop import center
 from common.optim import drops
 from common.sources.files import Files
 from common.weights import load_backbone
 
 SCRIPT = "sela.py"
-TINY = "--recipe shapes --width 0.125 --sizes 16 --prototypes 5 --heads 2 --batch-size 16 --workers 0 --log-every 1".split()
+TINY = "--recipe shapes --width 0.125 --sizes 16 --prototypes 5 --heads 2 --batch-size 16".split()
+TINY += "--workers 0 --log-every 1".split()
 SHARED = ["--data", "shapes:80", *TINY, "--epochs", 4, "--relabellings", 6]
 
 
@@ -186,7 +188,9 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path, when, labelling):
     line = command(*shared, "--out", tmp_path / "killed", script=SCRIPT)
     if when == "while labelling":  # the third relabelling never returns
         code = "import sys, time, sela as m; a, n = m.assign, []; sys.argv = sys.argv[1:]\n"
-        code += "def assign(*x):\n n.append(0)\n if len(n) == 3: print('labelling', flush=True); time.sleep(99)\n a(*x)\n"
+        code += "def assign(*x):\n n.append(0)\n"
+        code += " if len(n) == 3: print('labelling', flush=True); time.sleep(99)\n"
+        code += " a(*x)\n"
         code += "m.assign = assign; m.launch(m.main, m.parse(m.Config, m.RECIPES, m.__doc__))"
         line = [line[0], "-c", code, *line[1:]]
     killed = start(*line, cwd=ROOT)
@@ -231,7 +235,7 @@ def test_labels_are_read_back_by_path(tmp_path):
     assert len(wanted) == len(images)
     backwards = Files(str(folder), list(images.paths)[::-1])
     for some in (images, backwards):
-        found = data.read_assignments(file, some)
+        found = read_assignments(file, some)
         assert [[str(c) for c in column] for column in found.T.tolist()] == [wanted[path]
                                                                              for path in some.paths]
     others = data.open_images("shapes:20")
@@ -240,7 +244,7 @@ def test_labels_are_read_back_by_path(tmp_path):
                           tmp_path / "run" / "assignments.csv": "is not an assignments.npz",
                           tmp_path / "run": "is not an assignments.npz"}.items():
         with pytest.raises(DataError, match=re.escape(message)):
-            data.read_assignments(path, others)
+            read_assignments(path, others)
 
 
 def csv_rows(path):
@@ -326,10 +330,10 @@ def test_levels_of_augmentation(tmp_path):
 def test_options_that_cannot_work(tmp_path, capsys):
     for options, message in {
         ("--prototypes", 81): "--prototypes 81: more than the 80 images",
-        ("--relabellings", 0): "--relabellings 0: more than 0",
-        ("--lam", 0): "--lam 0.0: more than 0",
-        ("--tolerance", 0): "--tolerance 0.0: more than 0",
-        ("--heads", 0): "--heads 0: more than 0",
+        ("--relabellings", 0): "--relabellings 0: at least 1",
+        ("--lam", 0): "--lam 0: more than 0",
+        ("--tolerance", 0): "--tolerance 0: more than 0",
+        ("--heads", 0): "--heads 0: at least 1",
         ("--augs", 1, "--crops", 2): "--augs 1 is one crop an image: --crops 1",
         ("--arch", "alexnet_small"): "--arch alexnet_small takes images of 224 pixels",
         ("--arch", "alexnet", "--sizes", 224, "--eval-size", 64): "--arch alexnet takes images of 224 pixels",

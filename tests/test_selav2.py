@@ -31,7 +31,7 @@ def assign_on_a_rank():
     for head in prototypes:
         nn.init.normal_(head.weight, generator=generator)
     selav2.assign(memory, prototypes, 0.1, 25.0, 1e-4)
-    return memory.targets, memory.scalings, memory.filled.any()
+    return memory.targets, memory.scalings, memory.filled.local.any()
 
 
 def test_labels_are_balanced_on_any_number_of_ranks():

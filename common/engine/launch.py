@@ -1,4 +1,4 @@
-"""How a script starts and ends: the device, the checks, the exit codes."""
+"""How a script starts and ends: device, checks, seeds, training images, the network in place, exit codes."""
 
 import os
 import warnings
@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from .. import distributed
+from .. import batchnorm, data, distributed
 from . import options
-from .errors import Stopped, fail, say
+from .errors import DataError, Stopped, fail, say
 
 
 def launch(main, config):
@@ -25,8 +25,8 @@ def launch(main, config):
     except KeyboardInterrupt:  # before the run has begun to listen
         fail("interrupted", 130)
     except torch.OutOfMemoryError as error:
-        fail(f"the GPU's memory is full: lower --batch-size, --sizes or --prototypes "
-             f"({str(error).splitlines()[0]})", 1, speaks=True)
+        remedy = f"lower --batch-size, --sizes or --prototypes ({str(error).splitlines()[0]})"
+        fail(f"the GPU's memory is full: {remedy}", 1, speaks=True)
     except RuntimeError as error:
         cause = (str(error).splitlines() or [""])[0]
         if "use_deterministic_algorithms" in str(error):
@@ -41,20 +41,77 @@ def launch(main, config):
     distributed.stop()
 
 
-def start(config):
-    """Joins the other processes, checks the options that all methods share and seeds the weights; returns the
-    device."""
+def setup(config):
+    """Joins the other processes, checks the shared options, seeds the weights; returns device and images.
+
+    Raises ArgumentError for options that cannot work, DataError where there are fewer images than one batch.
+    """
     device = distributed.start(config.device)
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # of ours, without file and line
     options.check(config, distributed.world_size())
     repeatable(config.deterministic)
     torch.manual_seed(config.seed)
-    return device
+    images = distributed.from_main(data.open_images, config.data or "shapes", "train", config.root)
+    if len(images) < config.batch_size:
+        few = f"--data has {len(images)} images, fewer than one batch"
+        raise DataError(f"{few}: --batch-size {config.batch_size}")
+    return device, images
+
+
+def prepare(model, config, device):
+    """Moves the model to the device, in place, channels last; compiles its trunk where --compile says so.
+
+    Returns the network to train: the model, or on several ranks DistributedDataParallel around it.
+    """
+    dtype = torch.float64 if config.precision == "float64" else torch.float32
+    model.to(device, dtype, memory_format=torch.channels_last)
+    if config.compile:
+        model.backbone.compile()
+    return batchnorm.parallel(model)
+
+
+def report(run, published, balanced, passing=0):
+    """Says what is about to happen, and what will not work.
+
+    published: the recipe's own Config. balanced: rows that an assignment spreads over the clusters (batch +
+    queue, or the data set). passing: bytes an image that are there only while clusters are made.
+    """
+    c, n, k, ranks = run.config, len(run.images), run.config.prototypes, distributed.world_size()
+    named = run.images.labels is not None
+    labels = f"{len(run.images.classes)} classes (used to evaluate only)" if named else "no labels"
+    crops = " + ".join(f"{v}x{s} px" for v, s in zip(c.crops, c.sizes))
+    dtype = str(autocast_dtype(c.precision, run.device)).removeprefix("torch.")
+    millions = sum(p.numel() for p in run.model.parameters()) / 1e6
+    changed = (c.lr, c.batch_size) != (published.lr, published.batch_size)
+    base = f" ({published.lr:g} at the recipe's batch {published.batch_size})" if changed else ""
+    held = held_bytes(run, passing)
+    say(f"{run.method}, recipe {c.recipe}, in {run.out}")
+    say(f"  data     {n} images of {c.data or 'shapes'}, {labels}; crops {crops}")
+    say(f"  model    {c.arch} x{c.width:g}, {c.stem} stem, {millions:.2f} M parameters; "
+        f"{dtype} on {ranks} x {run.device.type}")
+    say(f"  steps    {run.steps_per_epoch} an epoch, {c.epochs} epochs, {run.total} in all; "
+        f"batch {c.batch_size}, lr {c.lr:g}{base}")
+    say(f"  balance  K {k}: {n / k:.3g} images and {balanced / k:.3g} assigned rows a cluster")
+    say(f"  memory   {held / n:.0f} bytes an image, {held / 2**20:.3g} MiB on each rank beside the model")
+    if k > balanced:
+        say(f"warning: --prototypes {k} are more than the {balanced} rows (batch + queue) that share them: "
+            f"take at most {balanced}")
+    if n / k < 10:
+        say(f"warning: --prototypes {k} leaves {n / k:.1f} images a cluster: take {max(2, n // 10)} or fewer")
+    if not published.batch_size / 4 <= c.batch_size <= published.batch_size * 4:
+        say(f"warning: --batch-size {c.batch_size} is far from the recipe's {published.batch_size}: "
+            "--lr and --prototypes may need tuning")
+
+
+def held_bytes(run, passing):
+    """Bytes that the method's memory and the log hold on this rank. passing: as in report."""
+    tensors = [x for part in (run.memory, run.meter) if part is not None for x in vars(part).values()]
+    return (sum(x.nbytes for x in tensors if hasattr(x, "nbytes"))
+            + passing * len(run.images) // distributed.world_size())
 
 
 def repeatable(wanted):
-    """What --deterministic means: the same bits each time on a GPU too; an operation that cannot raises
-    RuntimeError."""
+    """What --deterministic means: the same bits on a GPU too, or RuntimeError at an operation that cannot."""
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(wanted)
@@ -62,8 +119,7 @@ def repeatable(wanted):
 
 
 def autocast_dtype(precision, device):
-    """The dtype that --precision means: "auto" is bfloat16 where the hardware multiplies it fast, else
-    float32."""
+    """The dtype that --precision means; "auto": bfloat16 where the hardware is made for it, else float32."""
     if precision != "auto":
         return getattr(torch, precision)
     if device.type == "cuda":

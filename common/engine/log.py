@@ -1,27 +1,27 @@
-"""Is the run healthy? Loss against ln K, clusters in use, spread of the features: the same figures for every
-method.
+"""The log of a run: is it healthy (the same figures for every method), and where that is written."""
 
-Everything is counted on the device and read, summed over ranks, on log steps alone, so a step never waits for
-it.
-"""
-
+import json
 import math
+import os
+import sys
 
+import numpy as np
 import torch
 
 from .. import distributed
+from .errors import say
+from .files import writing
 
-STUCK_STEPS = 1000  # so long at ln K, and the remedies are printed
-COLLAPSED_STEPS = 100  # so long without spread in the features, and they are printed too
-# loss / ln K at or above; feature std x sqrt(D) below (1: spread over the sphere, 0: all equal)
-STUCK, COLLAPSED = 0.999, 0.05
+STUCK_STEPS = 1000  # after so many steps at ln K the remedies are printed
+COLLAPSED_STEPS = 100  # after so many steps without spread in the features, too
+STUCK, COLLAPSED = 0.999, 0.05  # loss / ln K at or above; feature std x sqrt(D) below (0: all equal)
 
 
 class Meter:
     """Health figures since the last log step, and the cluster that every image was last seen in.
 
-    clusters: K; heads: H; n: images in the data set. assignments (H, n) int32 is -1 where an image was not
-    seen yet.
+    Counts on the device; reads, summed over ranks, on log steps alone. So a step never waits for it.
+    clusters: K; heads: H; n: images in the data set. assignments (H, n) int32: -1 for an image not seen yet.
     """
 
     def __init__(self, clusters, n, heads=1, device=None):
@@ -29,24 +29,18 @@ class Meter:
         self.assignments = torch.full((heads, n), -1, dtype=torch.int32)  # up to the last epoch, all ranks
         self.current = torch.full((heads, n), -1, dtype=torch.int32, device=device)  # this epoch, this rank
         self.histogram = torch.zeros(heads, clusters, dtype=torch.float64, device=device)
-        # loss, finite losses, losses that are not finite
-        self.sums = torch.zeros(3, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, finite losses, other losses
         self.stuck = self.collapsed = self.warned = 0
 
     @torch.no_grad()
     def count(self, loss, index, assignments):
-        """One step: loss, a scalar on the device; index (B,) of the images; assignments (B,) or (H, B) of one
-        crop of each, below 0 for none."""
+        """Counts one step. loss: scalar on the device; index (B,) of the images; assignments (B,) or (H, B)
+        of one crop of each image, below 0 for none."""
         assignments = assignments.view(-1, len(index))  # (H, B)
         self.current[:, index.to(self.current.device, non_blocking=True)] = assignments.int()
         self.histogram.scatter_add_(1, assignments.clamp(min=0), (assignments >= 0).to(self.histogram.dtype))
         finite = loss.isfinite()
         self.sums += torch.stack([torch.where(finite, loss, 0), finite, ~finite]).double()
-
-    def take(self, assignments):
-        """Clusters (H, n) of the whole data set, below 0 for none, in place of those that the steps of this
-        epoch report."""
-        self.current.copy_(assignments.clamp(min=-1))
 
     def mean_loss(self):
         """Mean loss over steps and ranks since the last log step, or None if any of them was not finite."""
@@ -60,8 +54,8 @@ class Meter:
         loss = self.mean_loss()
         counts = distributed.all_sum(self.histogram)  # (H, K)
         share = counts / counts.sum(dim=1, keepdim=True)
-        moments = distributed.all_sum(torch.stack([torch.ones_like(z[0]) * len(z), z.sum(0),
-                                                   (z**2).sum(0)]).double())
+        moments = torch.stack([torch.ones_like(z[0]) * len(z), z.sum(0), (z**2).sum(0)]).double()  # (3, D)
+        moments = distributed.all_sum(moments)
         variance = moments[2] / moments[0] - (moments[1] / moments[0]) ** 2  # (D,)
         self.histogram.zero_()
         self.sums.zero_()
@@ -71,8 +65,7 @@ class Meter:
                 "feature_std": math.sqrt(variance.clamp(min=0).mean().item() * z.shape[1])}
 
     def warning(self, figures, steps):
-        """The first time that the figures, read after `steps` more steps, have long been bad: what is wrong.
-        Else None."""
+        """What is wrong, the first time that figures, read after `steps` more steps, have long been bad."""
         self.stuck = self.stuck + steps if figures["loss_per_ln_k"] >= STUCK else 0
         self.collapsed = self.collapsed + steps if figures["feature_std"] < COLLAPSED else 0
         if self.warned or (self.stuck < STUCK_STEPS and self.collapsed < COLLAPSED_STEPS):
@@ -82,17 +75,18 @@ class Meter:
             return f"collapsed: for {self.collapsed} steps all images have had nearly the same embedding"
         return f"stuck: the loss has been ln K for {self.stuck} steps, so nothing is learnt"
 
-    def end_epoch(self):
-        """Takes this epoch's assignments over; returns how many clusters they use and how much they changed
-        (first head)."""
+    def end_epoch(self, assignments=None):
+        """Takes the epoch's assignments over; returns how many clusters the first head uses and how much it
+        changed. assignments (H, n), below 0 for none: in place of those that the steps have counted."""
+        if assignments is not None:
+            self.current.copy_(assignments.clamp(min=-1))
         seen = distributed.all_max(self.current).cpu()
         self.current.fill_(-1)
         before, self.assignments = self.assignments, torch.where(seen >= 0, seen, self.assignments)
         old, new = before[0], self.assignments[0]
         both = (old >= 0) & (new >= 0)
-        used = len(new[new >= 0].unique())
-        return {"epoch_clusters_used": used,
-                "nmi_to_previous": nmi(old[both], new[both]) if both.any() else None}
+        change = nmi(old[both], new[both]) if both.any() else None
+        return {"epoch_clusters_used": len(new[new >= 0].unique()), "nmi_to_previous": change}
 
     def state_dict(self):
         """What all ranks counted, the same on every rank."""
@@ -102,22 +96,98 @@ class Meter:
 
     def load_state_dict(self, state):
         self.assignments = state["assignments"]
-        # on every rank: what counts in the end is the maximum over ranks
-        self.current.copy_(state["current"])
-        if distributed.rank() == 0:  # on one rank: what counts is the sum
+        self.current.copy_(state["current"])  # on every rank: the maximum over ranks counts
+        if distributed.rank() == 0:  # on one rank: the sum counts
             self.histogram.copy_(state["histogram"])
             self.sums.copy_(state["sums"])
         self.stuck, self.collapsed, self.warned = state["warnings"]
 
 
-def nmi(a, b):
-    """Normalised mutual information of two assignments (N,) >= 0, arithmetic mean of entropies: 0
-    independent, 1 equal."""
+def mutual_information(a, b):
+    """Of two labellings (N,) with any whole numbers: their mutual information and their entropies in nats,
+    and how often each value of a, and of b, occurs (NumPy arrays)."""
+    a, b = (torch.as_tensor(x).cpu().numpy() for x in (a, b))
+    if a.ndim != 1 or a.shape != b.shape or not len(a):
+        raise ValueError("two labellings of the same items, (N,) with N >= 1, are needed: "
+                         f"got shapes {a.shape} and {b.shape}")
+    (a, size_a), (b, size_b) = (np.unique(x, return_inverse=True, return_counts=True)[1:] for x in (a, b))
+    pairs, times = np.unique(a * len(size_b) + b, return_counts=True)
+    n, (rows, columns) = len(a), np.divmod(pairs, len(size_b))
+    mutual = (times / n * np.log(n * times / (size_a[rows] * size_b[columns]))).sum()
+    entropies = (-(size / n * np.log(size / n)).sum() for size in (size_a, size_b))
+    return max(0.0, mutual), *entropies, size_a, size_b
 
-    def entropy(values):
-        share = values.unique(return_counts=True)[1].double() / len(values)
-        return -(share * share.log()).sum().item()
 
-    h_a, h_b = entropy(a), entropy(b)
-    mutual = h_a + h_b - entropy(a.long() * (int(b.max()) + 1) + b.long())
-    return mutual / ((h_a + h_b) / 2) if h_a + h_b > 0 else 1.0
+def nmi(a, b, geometric=False):
+    """Normalised mutual information of two labellings (N,): 0 independent, 1 equal.
+
+    The mean of the entropies that it is divided by is arithmetic, or geometric as in DeepCluster's paper.
+    """
+    mutual, h_a, h_b, size_a, size_b = mutual_information(a, b)
+    if len(size_a) == len(size_b) == 1:
+        return 1.0
+    mean = math.sqrt(h_a * h_b) if geometric else (h_a + h_b) / 2
+    return float(mutual / mean) if mean else 0.0
+
+
+def step_line(record, epochs, total, clusters, left):
+    """What the terminal shows of a step's record. left: seconds."""
+    return (f"epoch {record['epoch']:.2f}/{epochs} step {record['step']}/{total}"
+            f" loss {record['loss']:.4f} ({record['loss_per_ln_k']:.3f} ln K) lr {record['lr']:.3g}"
+            f" used {record['clusters_used']:.0f}/{clusters} entropy {record['assignment_entropy']:.2f}"
+            f" std {record['feature_std']:.2f} {record['images_per_s']:.0f} img/s wait "
+            f"{record['data_wait']:.0%}"
+            f" left {left // 3600:.0f}:{left // 60 % 60:02.0f}:{left % 60:02.0f}")
+
+
+class Log:
+    """Records to metrics.jsonl and TensorBoard, lines to the terminal. Rank 0 alone writes.
+
+    A progress bar stands on a terminal where tqdm is installed, plain lines elsewhere.
+    """
+
+    def __init__(self, out, total, tensorboard=None):
+        self.path, self.total, self.tensorboard, self.bar = out / "metrics.jsonl", total, tensorboard, None
+
+    def write(self, record, line):
+        """Appends one record, with its step; shows one line. Raises OSError where the disk is full."""
+        for name, value in record.items():
+            if self.tensorboard is not None and name not in ("step", "epoch") and value is not None:
+                self.tensorboard.add_scalar(name, value, record["step"])
+        self.show(line, record["step"])
+        size = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError:
+            os.truncate(self.path, size)  # whole lines, or nothing
+            raise
+
+    def show(self, line, step):
+        if self.bar is None and sys.stdout.isatty():
+            try:
+                from tqdm import tqdm
+
+                self.bar = tqdm(total=self.total, initial=step, unit="step", smoothing=0.05)
+            except ImportError:
+                pass
+        if self.bar is None:
+            say(line)
+        else:
+            self.bar.update(step - self.bar.n)
+            self.bar.write(line)
+
+    def rewind(self, step):
+        """Drops the records after the step that a run resumes at, and lines that are no records."""
+        if not self.path.exists():
+            return
+        kept, lines = [], self.path.read_text().splitlines(keepends=True)
+        for line in lines:
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except ValueError:  # the line that a kill cut short
+                continue
+        if len(kept) < len(lines):
+            with writing(self.path, text=True) as file:
+                file.write("".join(kept))

@@ -1,29 +1,90 @@
 """Options: one dataclass is the command line, the recipe table fills it in, and both print themselves.
 
-@dataclass
-class Config:
-    epochs: int = option(400, "passes over the data", group="optimisation")
+    @dataclass
+    class Config(RunOptions):
+        epsilon: float = option(0.05, "epsilon of Sinkhorn: smaller makes sharper codes", above=0)
 
-config = parse(Config, RECIPES, __doc__)
+    config = parse(Config, RECIPES, __doc__)
+
+The first row of RECIPES is the default recipe. It also holds the method's values of the options that all
+methods share; the other rows say what differs from it.
 """
 
 import argparse
 import math
 import sys
-from dataclasses import asdict, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import get_args, get_origin
 
 import torch
 
+from ..resnet import ARCHITECTURES
 from .errors import ArgumentError, fail
 
 LEARNING_RATES = ("lr", "final_lr", "start_lr")  # scale together
+GROUPS = ("data", "model", "multi-crop", "method", "optimisation", "run")  # headings of --help, in this order
 
 
-def option(default, help, group=None, choices=None, free=False):
-    """One option of a Config. group: heading in --help, kept until the next one. free: may change when a run
-    resumes."""
-    return field(default=default, metadata={"help": help, "group": group, "choices": choices, "free": free})
+def option(default, help, group=None, choices=None, free=False, **bounds):
+    """One option of a Config. free: may change when a run resumes. group: its heading in --help, which the
+    options behind it share; an option that a method alone has stands under "method" without it.
+
+    bounds: above, least, below or most, numbers that each value must keep to.
+    """
+    return field(default=default,
+                 metadata=dict(help=help, group=group, choices=choices, free=free, bounds=bounds))
+
+
+@dataclass
+class RunOptions:
+    """The options that all methods share; the first row of RECIPES says what a method sets otherwise."""
+
+    data: str = option("", "images: a folder, list or name (default: shapes, which are drawn)",
+                       group="data", free=True)
+    val: str = option("", "held-out images for --eval-every (default: the val split of --data)", free=True)
+    root: str = option("", "folder that relative paths of a list file start from", free=True)
+    workers: int = option(-1, "loader processes per rank; -1: its cores, up to 8", free=True, least=-1)
+    max_bad: int = option(-1, "unreadable images allowed; -1: one in a thousand, or 10", free=True, least=-1)
+
+    arch: str = option("resnet50", "architecture of the trunk", group="model", choices=tuple(ARCHITECTURES))
+    width: float = option(1.0, "factor of the trunk's channels", above=0)
+    stem: str = option("imagenet", "first layers of the trunk; small: for images of 32 to 64 pixels",
+                       choices=("imagenet", "small"))
+
+    crops: tuple[int, ...] = option((1,), "number of crops of each size", group="multi-crop", least=1)
+    sizes: tuple[int, ...] = option((224,), "sides of the crops in pixels, the largest first", least=1)
+    scales: tuple[float, ...] = option((0.08, 1.0), "least and largest share of the area, for each size",
+                                       above=0, most=1)
+    eval_size: int = option(0, "side of evaluated images; 0: that of the large crops", free=True, least=0)
+    jitter: tuple[float, ...] = option((0.8, 0.8, 0.8, 0.2), "jitter: brightness, contrast, saturation, hue",
+                                       least=0)
+    blur_p: float = option(0.5, "probability of blur", least=0, most=1)
+
+    prototypes: int = option(3000, "number K of prototypes of a head, one a cluster", group="method", least=1)
+    temperature: float = option(0.1, "temperature of the predictions", above=0)
+
+    epochs: int = option(400, "passes over the data", group="optimisation", least=1)
+    max_steps: int = option(0, "stop, saved, after this many steps; 0: never", free=True, least=0)
+    batch_size: int = option(256, "images a step over all ranks; learning rates follow it linearly", least=1)
+    lr: float = option(0.6, "learning rate at this batch size, the highest of the schedule", above=0)
+    momentum: float = option(0.9, "momentum of SGD", least=0, below=1)
+    weight_decay: float = option(1e-6, "weight decay of every parameter", least=0)
+
+    recipe: str = option("", "named settings; options given on the command line win", group="run", free=True)
+    out: str = option("", "run directory; the same command resumes (default: runs/METHOD_RECIPE)", free=True)
+    fresh: bool = option(False, "start over, deleting what the run directory holds", free=True)
+    init_from: str = option("", "trunk to start from: a run, backbone.pt, another project's file", free=True)
+    precision: str = option("auto", "precision of the network; auto: bfloat16 where the hardware is fast",
+                            choices=("auto", "bfloat16", "float32", "float64"))
+    compile: bool = option(False, "compile the trunk with torch.compile", free=True)
+    deterministic: bool = option(False, "the same bits on GPUs too: slower, or stops if it cannot", free=True)
+    seed: int = option(0, "seed of weights, order and crops", least=0, below=1 << 32)
+    device: str = option("auto", "auto: a GPU if there is one", choices=("auto", "cpu", "cuda"), free=True)
+    log_every: int = option(20, "steps between log lines", free=True, least=1)
+    save_every: float = option(10.0, "minutes between checkpoints", free=True, least=0)
+    keep_every: int = option(0, "epochs between backbone_EPOCH.pt files; 0: none", free=True, least=0)
+    eval_every: int = option(0, "epochs between k-NN evaluations by labels; 0: none", free=True, least=0)
+    tensorboard: bool = option(False, "also write TensorBoard events", free=True)
 
 
 class Parser(argparse.ArgumentParser):
@@ -34,41 +95,42 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(cls, recipes, description, argv=None):
-    """Config from the command line: options given win over the recipe, the recipe wins over the class's
-    defaults.
+    """Config from the command line: options given win over the recipe, the recipe over the default row.
 
     recipes: {name: (result, {option: value})}. Without --recipe it is "shapes" for the embedded images, and
-    the class's default for any others, which on a CPU exits with code 2. --batch-size without --lr scales the
-    recipe's learning rates linearly.
+    the first row for any others, which on a CPU exits with code 2. --batch-size without --lr scales the
+    recipe's learning rates.
     """
-    parser = Parser(usage="%(prog)s [options]", description=description,
-                    formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    group = parser
+    parser = Parser(usage="%(prog)s [options]", description=description, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    groups = {name: parser.add_argument_group(name) for name in GROUPS}
+    default, group = next(iter(recipes)), None
+    published = recipe(cls, recipes, default)
     for f in fields(cls):
-        if f.metadata["group"]:
-            group = parser.add_argument_group(f.metadata["group"])
-        _add(group, f)
-    group.add_argument("--list-recipes", action="store_true",
-                       help="print the recipes with their results, and stop")
+        shared = RunOptions.__dataclass_fields__.get(f.name)
+        group = shared.metadata["group"] or group if shared else f.metadata["group"] or "method"
+        _add(groups[group], f, getattr(published, f.name))
+    groups["run"].add_argument("--list-recipes", action="store_true",
+                               help="print the recipes with their results, and stop")
     given = vars(parser.parse_args(argv))
     if given.pop("list_recipes"):
         print(table(cls, recipes))
         sys.exit(0)
-    default = cls().recipe
     embedded = given.get("data", "shapes").partition(":")[0] == "shapes"
     name = given.get("recipe", "shapes" if embedded else default)
     if name not in recipes:
         parser.error(f"--recipe {name}: choose one of {', '.join(recipes)}")
     if "recipe" not in given and name == default and (given.get("device") == "cpu"
                                                       or not torch.cuda.is_available()):
-        parser.error(f"the default recipe {default} needs GPUs: on a CPU take --recipe small, or name "
-                     f"--recipe {default} to run it all the same")
+        parser.error(f"the default recipe {default} needs GPUs: on a CPU take --recipe small, "
+                     f"or name --recipe {default} to run it all the same")
     return override(recipe(cls, recipes, name), given)
 
 
 def recipe(cls, recipes, name):
-    """The Config of a recipe as published."""
-    return replace(cls(), recipe=name, **recipes[name][1])
+    """The Config of a recipe as published: its row, over the default row, over the class's defaults."""
+    _, shared = next(iter(recipes.values()))
+    return cls(**{**shared, **recipes[name][1], "recipe": name})
 
 
 def override(config, given):
@@ -77,66 +139,50 @@ def override(config, given):
     scale = given.get("batch_size", config.batch_size) / config.batch_size
     if "lr" in given and config.lr:
         scale = given["lr"] / config.lr
-    scaled = {name: getattr(config, name) * scale for name in LEARNING_RATES if hasattr(config, name)
-              and name not in given}
-    return replace(config, **scaled, **given)
+    rates = [name for name in LEARNING_RATES if hasattr(config, name) and name not in given]
+    return replace(config, **{name: getattr(config, name) * scale for name in rates}, **given)
 
 
 def check(config, world_size):
-    """Raises ArgumentError if an option that all methods share cannot work."""
+    """Raises ArgumentError if a value is beyond the bounds of its option, or if values do not go together."""
     c = config
     for f in fields(config):
-        if f.type is float and not math.isfinite(getattr(c, f.name)):
-            raise ArgumentError(f"--{f.name.replace('_', '-')} {getattr(c, f.name)}: a number is needed")
-    if c.batch_size < 1:
-        raise ArgumentError(f"--batch-size {c.batch_size}: at least 1 is needed")
+        _check_bounds(f, getattr(c, f.name))
     if c.batch_size % world_size:
         raise ArgumentError(f"--batch-size {c.batch_size} is not divisible by the {world_size} processes")
-    if c.epochs < 1:
-        raise ArgumentError(f"--epochs {c.epochs}: at least 1 is needed")
-    if not 0 <= getattr(c, "warmup_epochs", 0) <= c.epochs:
+    if getattr(c, "warmup_epochs", 0) > c.epochs:
         raise ArgumentError(f"--warmup-epochs {c.warmup_epochs} is longer than the run: --epochs {c.epochs}")
     groups = f"--crops {_words(c.crops)} --sizes {_words(c.sizes)} --scales {_words(c.scales)}"
-    if not len(c.crops) == len(c.sizes) == len(c.scales) / 2:
+    if not len(c.crops) == len(c.sizes) == len(c.scales) / 2 > 0:
         raise ArgumentError(f"{groups}: one number, one size and two scales a resolution are needed")
-    if any(not 0 < low <= high <= 1 for low, high in zip(c.scales[::2], c.scales[1::2])):
-        raise ArgumentError(f"--scales {_words(c.scales)}: pairs 0 < smallest <= largest <= 1 are needed")
-    if min(c.crops) < 1 or min(c.sizes) < 1 or c.sizes[0] != max(c.sizes):
-        raise ArgumentError(f"{groups}: positive numbers are needed, the largest size first")
-    positive = "prototypes heads hidden dim temperature epsilon pca_dim kmeans_iterations centroid_iters relabellings lam tolerance"
-    positive += " relabel_power lr drop_factor log_every"
-    for name in positive.split():
-        if getattr(c, name, 1) <= 0:
-            raise ArgumentError(f"--{name.replace('_', '-')} {getattr(c, name)}: more than 0 is needed")
-    for name in ("workers", "max_bad"):
-        if getattr(c, name) < -1:
-            raise ArgumentError(f"--{name.replace('_', '-')} {getattr(c, name)}: -1 or more is needed")
-    if c.seed >= 1 << 32:
-        raise ArgumentError(f"--seed {c.seed}: less than {1 << 32} is needed")
-    names = ("seed", "queue_length", "queue_start_epoch", "sinkhorn_iterations", "weight_decay", "max_steps",
-             "eval_size")
-    for name in (*names, "final_lr", "start_lr", "rotate", "min_cluster", "reweight", "save_every",
-                 "keep_every", "eval_every"):
-        if getattr(c, name, 0) < 0:
-            raise ArgumentError(f"--{name.replace('_', '-')} {getattr(c, name)}: 0 or more is needed")
-    for name in ("momentum", "memory_momentum", "jitter_p", "grey_p", "blur_p"):
-        if not 0 <= getattr(c, name, 0) <= 1 or c.momentum == 1:
-            raise ArgumentError(f"--{name.replace('_', '-')} {getattr(c, name)}: between 0 and 1 is needed")
-    if c.width <= 0 or 64 * c.width % 1:
+    if c.sizes[0] != max(c.sizes) or any(low > high for low, high in zip(c.scales[::2], c.scales[1::2])):
+        raise ArgumentError(f"{groups}: the largest size first, and pairs smallest <= largest, are needed")
+    if 64 * c.width % 1:
         raise ArgumentError(f"--width {c.width}: 64 times the width must be a whole number")
-    if len(c.jitter) != 4 or not all(j >= 0 for j in c.jitter) or c.jitter[3] > 0.5:
+    if len(c.jitter) != 4 or c.jitter[3] > 0.5:
         raise ArgumentError(f"--jitter {_words(c.jitter)}: four strengths are needed, the hue's at most 0.5")
 
 
+def _check_bounds(f, value):
+    bounds = f.metadata["bounds"]
+    words = {"above": "more than", "least": "at least", "below": "less than", "most": "at most"}
+    holds = {"above": lambda v, b: v > b, "least": lambda v, b: v >= b, "below": lambda v, b: v < b,
+             "most": lambda v, b: v <= b}
+    for v in value if isinstance(value, tuple) else (value,):
+        if isinstance(v, float) and not math.isfinite(v):
+            raise ArgumentError(f"{_flag(f.name)} {_words(value)}: a number is needed")
+        if not all(holds[name](v, bound) for name, bound in bounds.items()):
+            needed = " and ".join(f"{words[name]} {bound}" for name, bound in bounds.items())
+            raise ArgumentError(f"{_flag(f.name)} {_words(value)}: {needed} is needed")
+
+
 def table(cls, recipes):
-    """The recipes as text: name, result, and what differs from the defaults of the Config."""
-    base = asdict(cls())
+    """The recipes as text: name, result, and what differs from the first one, which is the default."""
+    base = asdict(recipe(cls, recipes, next(iter(recipes))))
     lines = []
     for name, (result, values) in recipes.items():
-        lines.append(f"{name:24} {result}")
-        changed = [f"--{key.replace('_', '-')} {_words(value)}" for key, value in values.items()
-                   if value != base[key]]
-        lines.append("    " + (" ".join(changed) or "(the defaults)"))
+        changed = [f"{_flag(key)} {_words(value)}" for key, value in values.items() if value != base[key]]
+        lines += [f"{name:24} {result}", "    " + (" ".join(changed) or "(the defaults)")]
     return "\n".join(lines)
 
 
@@ -144,29 +190,32 @@ def differences(config, saved):
     """Options in which a resumed run differs from the saved dict and may not, as "--lr 0.6 (saved 0.3)"
     strings."""
     current = asdict(config)
-    fixed = [f.name for f in fields(config) if not f.metadata["free"]]
-    return [f"--{name.replace('_', '-')} {_words(current[name])} (saved {_words(saved.get(name))})"
-            for name in fixed if current[name] != (tuple(saved[name]) if isinstance(saved.get(name), list)
-                                                   else saved.get(name))]
+    was = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
+    return [f"{_flag(f.name)} {_words(current[f.name])} (saved {_words(saved.get(f.name))})"
+            for f in fields(config) if not f.metadata["free"] and current[f.name] != was.get(f.name)]
+
+
+def _flag(name):
+    return "--" + name.replace("_", "-")
 
 
 def _words(value):
-    return " ".join(f"{v:g}" for v in value) if isinstance(value, tuple) else f"{value:g}" if isinstance(
-        value, float) else str(value)
+    if isinstance(value, tuple):
+        return " ".join(f"{v:g}" for v in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _add(group, f):
-    flag = "--" + f.name.replace("_", "-")
+def _add(group, f, default):
     text = f.metadata["help"].replace("%", "%%")
     if f.type is bool:
-        group.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
+        group.add_argument(_flag(f.name), action="store_true", default=argparse.SUPPRESS, help=text)
         return
     many = get_origin(f.type) is tuple
     kind = get_args(f.type)[0] if many else f.type
-    text += f" (default: {_words(f.default)})" if f.default not in ("", ()) else ""
-    group.add_argument(flag, type=kind, nargs="+" if many else None, action=_Tuple if many else "store",
-                       default=argparse.SUPPRESS, choices=f.metadata["choices"], metavar=None
-                       if f.metadata["choices"] else {int: "N", float: "X", str: "NAME"}[kind], help=text)
+    text += f" (default: {_words(default)})" if default not in ("", ()) else ""
+    group.add_argument(_flag(f.name), type=kind, nargs="+" if many else None, action=_Tuple if many
+                       else "store", default=argparse.SUPPRESS, choices=f.metadata["choices"], help=text,
+                       metavar=None if f.metadata["choices"] else {int: "N", float: "X", str: "NAME"}[kind])
 
 
 class _Tuple(argparse.Action):

@@ -1,0 +1,40 @@
+"""The images that cannot be read: counted over ranks, named in a file, too many of them end the run."""
+
+import torch
+
+from .. import distributed
+from .errors import DataError, say
+from .files import writing
+
+
+class Unreadable:
+    """What has been found so far, the same on every rank.
+
+    limit: as many are put up with; -1: one in a thousand, at least 10. path: bad_images.txt. write: calls
+    what writes a file, on rank 0.
+    """
+
+    def __init__(self, images, limit, path, write):
+        self.images, self.path, self.write, self.found = images, path, write, set()
+        self.limit = limit if limit >= 0 else max(10, len(images) // 1000)
+
+    def add(self, found):
+        """found: indices that this rank has met. Says if some are new; raises DataError for too many."""
+        new = torch.tensor(sorted(found - self.found), dtype=torch.int64)
+        new = set(distributed.gather_rows(new).tolist()) - self.found
+        if not new:
+            return
+        self.found |= new
+        self.write(self._name)
+        say(f"warning: {len(self.found)} images cannot be read and are replaced by their neighbours: "
+            f"see {self.path}")
+        if len(self.found) > self.limit:
+            raise DataError(f"{len(self.found)} images cannot be read, more than --max-bad {self.limit}: "
+                            f"{self.examples()}")
+
+    def examples(self):
+        return ", ".join(repr(self.images.paths[i]) for i in sorted(self.found)[:3])
+
+    def _name(self):
+        with writing(self.path, text=True) as file:
+            file.writelines(f"{self.images.paths[i]}\n" for i in sorted(self.found))
