@@ -40,9 +40,9 @@ from common.multicrop import Augmentation, MultiCrop, to_device
 from common.optim import warmup_cosine
 from common.resnet import ARCHITECTURES
 
-# Letters in shapes: B images of this rank, W ranks, V crops of an image (the first U large), V_r of size r,
-# s pixels wide, F features of the trunk, D embedding, H heads of K prototypes, L queue, N data set (n here).
-# Crop-major: crop 0 of all B images, then crop 1. params (V, B, 8): what was drawn for each crop.
+# Letters in shapes: B images of this rank, W ranks, V crops of an image (the first U large), V_r of size r, s
+# pixels wide, F features of the trunk, D embedding, H heads of K prototypes, L queue, N images in all, n of
+# a rank. Crop-major: crop 0 of all B images, then crop 1. params (V, B, 8): the colour changes of each crop.
 
 # ---------------------------------------------------------------------------------------------------- recipes
 
@@ -51,10 +51,11 @@ TINY = dict(arch="resnet10", width=0.5, stem="small", sobel=False, crops=(1,), s
             eval_size=48, jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, rotate=0.0, prototypes=100, pca_dim=128,
             batch_size=32, lr=0.05, final_lr=0.05)
 SHAPES = dict(TINY, sizes=(24,), eval_size=32, scales=(0.4, 1.0), jitter=(0.4, 0.4, 0.4, 0.2), epochs=5)
-RECIPES = {  # name: (ImageNet linear top-1 reported by others, what differs from the first row)
+RECIPES = {  # name: (result, ImageNet linear top-1 where not said, what differs from the first row)
     "resnet50_sobel_200ep": ("46.9, best layer 57.7 (OpenSelfSup); the default with --data", dict(
         sobel=True, crops=(1,), sizes=(224,), scales=(0.08, 1.0), jitter=(0.4, 0.4, 1.0, 0.5), blur_p=0.0,
-        prototypes=10000, temperature=1.0, epochs=200, batch_size=512, lr=0.1, weight_decay=1e-5)),
+        prototypes=10000, temperature=1.0, epochs=200, batch_size=512, lr=0.1, final_lr=0.1, warmup_epochs=0,
+        start_lr=0.0, weight_decay=1e-5)),
     "resnet50_200ep": ("50.4 (mmselfsup)", dict(sobel=False, lr=0.3, final_lr=0.3)),
     "alexnet_sobel_500ep": ("37.9 for the best layer (VISSL, of the authors' weights)", dict(
         PLAIN, arch="alexnet", sobel=True, epochs=500, batch_size=256, lr=0.05, final_lr=0.05)),
@@ -73,6 +74,7 @@ class Config(RunOptions):
     arch: str = option("resnet50", "architecture of the trunk", choices=(*ARCHITECTURES, "alexnet"))
     sobel: bool = option(False, "the trunk sees the image's gradients in place of its colours", group="model")
 
+    # Unlike the shared one it must stay on a resume: images are clustered at this size.
     eval_size: int = option(0, "side of clustered and evaluated images; 0: that of the large crops", least=0)
     jitter_p: float = option(1.0, "probability of jitter", group="multi-crop", least=0, most=1)
     grey_p: float = option(0.2, "probability of grey", group="multi-crop", least=0, most=1)
@@ -81,7 +83,7 @@ class Config(RunOptions):
     pca_dim: int = option(256, "principal axes of the features that are clustered", least=1)
     kmeans_iterations: int = option(20, "iterations of k-means, each epoch", least=1)
 
-    final_lr: float = option(0.1, "learning rate that the cosine ends at", group="optimisation", least=0)
+    final_lr: float = option(0.0, "learning rate that the cosine ends at", group="optimisation", least=0)
     warmup_epochs: int = option(0, "epochs of linear warm-up", group="optimisation", least=0)
     start_lr: float = option(0.0, "learning rate when the warm-up starts", group="optimisation", least=0)
 
@@ -102,12 +104,12 @@ class Model(nn.Module):
         self.prototypes = nn.Linear(self.backbone.feature_dim, config.prototypes)  # weight (K, F)
 
     def forward(self, crops):
-        """crops: one (V_r B, 3, s, s) a resolution, crop-major. Gives features (V B, F), scores (V B, K)."""
+        """crops: a list, per resolution (V_r B, 3, s, s). Gives features (V B, F), scores (V B, K)."""
         # One pass per resolution: batch-norm statistics of large and small crops stay apart.
         features = torch.cat([self.backbone(group) for group in crops])  # (V B, F)
         with torch.autocast(features.device.type, enabled=False):  # full precision from here on
             features = features.to(self.prototypes.weight.dtype)
-            # Clustered without, classified with the last ReLU of AlexNet.
+            # k-means takes AlexNet's features before the last ReLU, the classifier after it.
             return features, self.prototypes(nn.functional.relu(features))
 
 
@@ -117,8 +119,8 @@ class Model(nn.Module):
 class Memory:
     """The cluster of every image: targets (N,), -100 (ignored) for an image that cannot be read."""
 
-    def __init__(self, n, device=None):
-        self.targets = torch.full((n,), -100, device=device)
+    def __init__(self, N, device=None):
+        self.targets = torch.full((N,), -100, device=device)
         self.epoch = -1  # whose clusters the targets are
         self.figures = {}  # of the last assignment
 
@@ -209,12 +211,12 @@ def prediction_loss(scores, targets, temperature):
 
 
 def train_one_epoch(net, optimizer, memory, loader, run, config, epoch):
-    model = getattr(net, "module", net)
-    n = len(run.images)
-    # Another generator than k-means drew from.
+    model = getattr(net, "module", net)  # the Model inside DistributedDataParallel
+    N = len(run.images)
+    # A seed that no epoch's k-means uses.
     generator = torch.Generator().manual_seed(config.seed << 32 | config.epochs + epoch)
-    order = uniform_order(memory.targets, n, generator)
-    batches = data.batches(n, config.batch_size, epoch, config.seed, order=order)
+    order = uniform_order(memory.targets, N, generator)
+    batches = data.batches(N, config.batch_size, epoch, config.seed, order=order)
     for step, (index, crops, params) in run.steps(loader, batches, epoch):
         # schedule
         lr = warmup_cosine(step, len(batches), config.epochs, config.lr, config.final_lr,
@@ -223,8 +225,8 @@ def train_one_epoch(net, optimizer, memory, loader, run, config, epoch):
             group["lr"] = lr
 
         # move: uint8 crops to the device, where the whole batch is jittered, blurred and normalised
-        dtype = model.prototypes.weight.dtype
-        crops = to_device(crops, params, run.device, dtype)  # one (V_r B, 3, s, s) a resolution
+        dtype = next(model.parameters()).dtype
+        crops = to_device(crops, params, run.device, dtype)  # per resolution (V_r B, 3, s, s)
 
         # forward
         with run.autocast():
@@ -259,7 +261,7 @@ def main(config):
         has = f"the trunk has only {model.backbone.feature_dim} features"
         raise ArgumentError(f"--pca-dim {config.pca_dim}: {has}")
     net = prepare(model, config, device)
-    # The classifier starts anew each epoch, so it has no momentum that would come from another one.
+    # The classifier is new every epoch: momentum of the last one's gradients must not move it.
     groups = [{"params": list(model.backbone.parameters())},
               {"params": list(model.prototypes.parameters()), "momentum": 0.0}]
     optimizer = torch.optim.SGD(groups, config.lr, config.momentum, weight_decay=config.weight_decay)
@@ -271,11 +273,11 @@ def main(config):
     crops = MultiCrop(images, config.crops, config.sizes, scales, augmentation, config.seed)
     loader = data.Loader(crops, config.workers, device.type == "cuda")
 
-    run = Run(config, "deepcluster", images, model, optimizer, memory, REMEDY, sobel=config.sobel)
+    run = Run(config, "deepcluster", images, model, optimizer, memory, remedy=REMEDY, sobel=config.sobel)
     dtype = autocast_dtype(config.precision, device)
     whitened = torch.promote_types(dtype, torch.float32).itemsize * config.pca_dim
-    passing = dtype.itemsize * model.backbone.feature_dim + whitened
-    report(run, recipe(Config, RECIPES, config.recipe), len(images), passing)
+    temporary = dtype.itemsize * model.backbone.feature_dim + whitened
+    report(run, recipe(Config, RECIPES, config.recipe), assigned=len(images), temporary=temporary)
     for epoch in run.epochs():
         if memory.epoch < epoch:  # not when a run resumes in mid-epoch
             generator = torch.Generator().manual_seed(config.seed << 32 | epoch)

@@ -3,7 +3,7 @@
 Once an epoch, spherical k-means clusters the embeddings that the last epoch left in a memory; during the
 epoch every crop of an image predicts the cluster of that image. Several heads have clusterings of their own.
 
-    z_v = head(trunk(crop_v)) / |.|                         unit embedding of crop v, D = 128
+    z_v = normalise(projection(trunk(crop_v)))              unit embedding of crop v, D = 128
     C_h, y_h = k-means of the memory, cosine similarity     once an epoch, for each head h; no gradient
     L   = mean over h, v of  cross-entropy(z_v C_h^T / temperature, y_h)
 
@@ -25,7 +25,6 @@ import torch
 from torch import nn
 
 from common import data, distributed
-from common.distributed import ShardedRows
 from common.engine.errors import ArgumentError, DataError, Diverged
 from common.engine.launch import launch, prepare, report, setup
 from common.engine.options import RunOptions, option, parse, recipe
@@ -35,9 +34,9 @@ from common.multicrop import Augmentation, MultiCrop, to_device
 from common.optim import LARC, warmup_cosine
 from common.resnet import ARCHITECTURES
 
-# Letters in shapes: B images of this rank, W ranks, V crops of an image (the first U large), V_r of size r,
-# s pixels wide, F features of the trunk, D embedding, H heads of K prototypes, L queue, N data set (n here).
-# Crop-major: crop 0 of all B images, then crop 1. params (V, B, 8): what was drawn for each crop.
+# Letters in shapes: B images of this rank, W ranks, V crops of an image (the first U large), V_r of size r, s
+# pixels wide, F features of the trunk, D embedding, H heads of K prototypes, L queue, N images in all, n of
+# a rank. Crop-major: crop 0 of all B images, then crop 1. params (V, B, 8): the colour changes of each crop.
 
 # ---------------------------------------------------------------------------------------------------- recipes
 
@@ -48,12 +47,11 @@ TINY = dict(arch="resnet10", width=0.5, stem="small", hidden=256, dim=64, crops=
             scales=(0.2, 1.0), eval_size=48, jitter=(0.4, 0.4, 0.4, 0.1), blur_p=0.0, prototypes=100,
             batch_size=32, lr=0.8, final_lr=0.0008, warmup_epochs=0)
 SHAPES = dict(TINY, sizes=(24,), eval_size=32, scales=(0.4, 1.0), jitter=(0.4, 0.4, 0.4, 0.2), epochs=5)
-RECIPES = {  # name: (ImageNet linear top-1 reported by the authors, what differs from the first row)
-    "deepclusterv2_400ep_bs1024": (
-        "one node of 8 GPUs: published at 4096, lr by the linear rule; the default with --data",
-        dict(crops=(2, 4), sizes=(160, 96), scales=(0.08, 1.0, 0.05, 0.14), jitter=(0.8, 0.8, 0.8, 0.2),
-             blur_p=0.5, prototypes=3000, temperature=0.1, epochs=400, batch_size=1024, lr=1.2,
-             weight_decay=1e-6)),
+RECIPES = {  # name: (result, ImageNet linear top-1 where not said, what differs from the first row)
+    "deepclusterv2_400ep_bs1024": ("published at 4096, lr by the linear rule; the default with --data", dict(
+        crops=(2, 4), sizes=(160, 96), scales=(0.08, 1.0, 0.05, 0.14), jitter=(0.8, 0.8, 0.8, 0.2),
+        blur_p=0.5, prototypes=3000, temperature=0.1, epochs=400, batch_size=1024, lr=1.2,
+        final_lr=0.0012, warmup_epochs=10, start_lr=0.075, weight_decay=1e-6)),
     "deepclusterv2_800ep": ("75.2, 64 GPUs", dict(BATCH_4096, epochs=800, **SIX_SMALL)),
     "deepclusterv2_400ep": ("74.3, 64 GPUs", dict(BATCH_4096, epochs=400)),
     "deepclusterv2_400ep_2x224": ("70.2, 64 GPUs", dict(BATCH_4096, epochs=400, **TWO_CROPS)),
@@ -74,9 +72,9 @@ class Config(RunOptions):
     heads: int = option(3, "number H of heads, each with clusters of its own", least=1)
     kmeans_iterations: int = option(10, "iterations of k-means, for each head and epoch", least=1)
 
-    final_lr: float = option(0.0012, "learning rate that the cosine ends at", group="optimisation", least=0)
-    warmup_epochs: int = option(10, "epochs of linear warm-up", group="optimisation", least=0)
-    start_lr: float = option(0.075, "learning rate when the warm-up starts", group="optimisation", least=0)
+    final_lr: float = option(0.0, "learning rate that the cosine ends at", group="optimisation", least=0)
+    warmup_epochs: int = option(0, "epochs of linear warm-up", group="optimisation", least=0)
+    start_lr: float = option(0.0, "learning rate when the warm-up starts", group="optimisation", least=0)
 
 
 # ------------------------------------------------------------------------------------------------------ model
@@ -99,7 +97,7 @@ class Model(nn.Module):
         self.prototypes.requires_grad_(False)  # k-means makes them
 
     def forward(self, crops):
-        """crops: one (V_r B, 3, s, s) a resolution, crop-major. Returns z (V B, D) and H scores (V B, K)."""
+        """crops: a list, per resolution (V_r B, 3, s, s). Returns z (V B, D) and H scores (V B, K)."""
         # One pass per resolution: batch-norm statistics of large and small crops stay apart.
         features = torch.cat([self.backbone(group) for group in crops])  # (V B, F)
         z = self.projection_head(features)  # (V B, D)
@@ -117,10 +115,10 @@ class Memory:
     data-set order, so that another world size can load it.
     """
 
-    def __init__(self, n, U, D, heads, device=None, dtype=torch.float32):
-        self.banks = ShardedRows(n, U, D, device=device, dtype=dtype)
-        self.filled = ShardedRows(n, device=device, dtype=torch.bool)
-        self.targets = torch.full((heads, n), -100, device=device)
+    def __init__(self, N, U, D, heads, device=None, dtype=torch.float32):
+        self.banks = distributed.ShardedRows(N, U, D, device=device, dtype=dtype)
+        self.filled = distributed.ShardedRows(N, device=device, dtype=torch.bool)
+        self.targets = torch.full((heads, N), -100, device=device)
         self.epoch = -1  # whose clusters the targets are
 
     @torch.no_grad()
@@ -175,10 +173,10 @@ def prediction_loss(scores, targets, temperature):
     facebookresearch/swav.
     """
     loss = 0
-    for head, target in zip(scores, targets):
-        logits = head.flatten(0, 1) / temperature  # (V B, K)
-        total = nn.functional.cross_entropy(logits, target.repeat(len(head)), reduction="sum")
-        count = distributed.all_sum((target >= 0).sum() * len(head))
+    for logits, target in zip(scores, targets):
+        crops, logits = len(logits), logits.flatten(0, 1) / temperature  # V, (V B, K)
+        total = nn.functional.cross_entropy(logits, target.repeat(crops), reduction="sum")
+        count = distributed.all_sum((target >= 0).sum() * crops)
         # Averaged over ranks, as DistributedDataParallel does, this is the mean over the crops of all ranks.
         loss = loss + total * distributed.world_size() / count.clamp(min=1)
     return loss / len(scores)
@@ -193,7 +191,7 @@ def fill(model, memory, loader, run, config):
     statistics), as the authors do."""
     number = config.epochs  # crops that no training epoch draws
     batches = data.batches(len(run.images), config.batch_size, number, config.seed)
-    for _, (index, crops, params) in run.steps(loader, batches, number, keep=False):
+    for _, (index, crops, params) in run.steps(loader, batches, number, extra=True):
         dtype = model.prototypes[0].weight.dtype
         large = to_device(crops[:1], params[: config.crops[0]], run.device, dtype)[0]  # (U B, 3, s, s)
         with run.autocast():
@@ -201,7 +199,7 @@ def fill(model, memory, loader, run, config):
 
 
 def train_one_epoch(net, optimizer, memory, loader, run, config, epoch):
-    model = getattr(net, "module", net)
+    model = getattr(net, "module", net)  # the Model inside DistributedDataParallel
     batches = data.batches(len(run.images), config.batch_size, epoch, config.seed)
     U = config.crops[0]
     for step, (index, crops, params) in run.steps(loader, batches, epoch):
@@ -212,8 +210,8 @@ def train_one_epoch(net, optimizer, memory, loader, run, config, epoch):
             group["lr"] = lr
 
         # move: uint8 crops to the device, where the whole batch is jittered, blurred and normalised
-        dtype = model.prototypes[0].weight.dtype
-        crops = to_device(crops, params, run.device, dtype)  # one (V_r B, 3, s, s) a resolution
+        dtype = next(model.parameters()).dtype
+        crops = to_device(crops, params, run.device, dtype)  # per resolution (V_r B, 3, s, s)
 
         # forward
         with run.autocast():
@@ -257,8 +255,9 @@ def main(config):
     crops = MultiCrop(images, config.crops, config.sizes, scales, augmentation, config.seed)
     loader = data.Loader(crops, config.workers, device.type == "cuda")
 
-    run = Run(config, "deepclusterv2", images, model, optimizer, memory, REMEDY, config.heads)
-    report(run, recipe(Config, RECIPES, config.recipe), clustered, passing=4 * config.dim)  # a bank
+    run = Run(config, "deepclusterv2", images, model, optimizer, memory, remedy=REMEDY, heads=config.heads)
+    temporary = 4 * config.dim  # the embeddings of one crop
+    report(run, recipe(Config, RECIPES, config.recipe), assigned=clustered, temporary=temporary)
     for epoch in run.epochs():
         if memory.epoch < 0:
             fill(model, memory, loader, run, config)

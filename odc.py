@@ -7,10 +7,9 @@ each step updates those of its batch.
     y_i <- argmax_k  C_k . f_i                              C_k: mean of the embeddings of k, every 10 steps
     L   =  sum_i w(y_i) cross-entropy(classifier(z_i), y_i) / sum_i w(y_i),   w(k) ~ (images in k)^-1/2
 
-After every step, clusters with fewer than 20 images are dissolved into the nearest others, and each of them
-gets half of the then largest one. That and the weights keep it from collapsing; clusters keep their numbers,
-so the classifier (`prototypes`, here a linear layer) is never reset. One k-means at the start, one crop, no
-whitening.
+After every step, clusters with fewer than 20 images are dissolved: their images move to the nearest other
+cluster, and each emptied cluster takes half of the largest one. That and the weights prevent collapse.
+Clusters keep their numbers, so the classifier (`prototypes`, here a linear layer) is never reset.
 
 Published recipe, 53.4 % ImageNet linear top-1 reported by the authors (no full ImageNet run was made here),
 in OpenSelfSup; the best layer 57.7, 20-NN 39.1:
@@ -29,7 +28,6 @@ import torch
 from torch import nn
 
 from common import data, distributed
-from common.distributed import ShardedRows
 from common.engine.errors import ArgumentError, DataError, say
 from common.engine.launch import autocast_dtype, launch, prepare, report, setup
 from common.engine.options import RunOptions, option, parse, recipe
@@ -39,9 +37,9 @@ from common.multicrop import Augmentation, MultiCrop, to_device
 from common.optim import drops
 from common.resnet import ARCHITECTURES
 
-# Letters in shapes: B images of this rank, W ranks, V crops of an image (the first U large), V_r of size r,
-# s pixels wide, F features of the trunk, D embedding, H heads of K prototypes, L queue, N data set (n here).
-# Crop-major: crop 0 of all B images, then crop 1. params (V, B, 8): what was drawn for each crop.
+# Letters in shapes: B images of this rank, W ranks, V crops of an image (the first U large), V_r of size r, s
+# pixels wide, F features of the trunk, D embedding, H heads of K prototypes, L queue, N images in all, n of
+# a rank. Crop-major: crop 0 of all B images, then crop 1. params (V, B, 8): the colour changes of each crop.
 
 # ---------------------------------------------------------------------------------------------------- recipes
 
@@ -50,7 +48,7 @@ TINY = dict(arch="resnet10", width=0.5, stem="small", crops=(1,), sizes=(32,), s
             memory_momentum=0.3, batch_size=32, lr=0.05, drop_epochs=())
 SHAPES = dict(TINY, sizes=(24,), eval_size=32, scales=(0.4, 1.0), jitter=(0.4, 0.4, 1.0, 0.5), jitter_p=1.0,
               epochs=10)
-RECIPES = {  # name: (ImageNet linear top-1 reported by the authors, what differs from the first row)
+RECIPES = {  # name: (result, ImageNet linear top-1 where not said, what differs from the first row)
     "odc_440ep": (
         "53.4, F1 to F5 14.8 31.8 42.4 55.8 57.7, VOC07 SVM 78.4, 20-NN 39.1 (OpenSelfSup); "
         "the default with --data",
@@ -70,6 +68,7 @@ class Config(RunOptions):
     hidden: int = option(512, "width of the projection head's hidden layer", group="model", least=1)
     dim: int = option(256, "size D of the embedding", group="model", least=1)
 
+    # Unlike the shared one it must stay on a resume: images are clustered at this size.
     eval_size: int = option(0, "side of clustered and evaluated images; 0: that of the large crops", least=0)
     jitter_p: float = option(1.0, "probability of jitter", group="multi-crop", least=0, most=1)
     grey_p: float = option(0.2, "probability of grey", group="multi-crop", least=0, most=1)
@@ -111,7 +110,7 @@ class Model(nn.Module):
         nn.init.zeros_(self.prototypes.bias)
 
     def forward(self, crops):
-        """crops: one (V_r B, 3, s, s) a resolution, crop-major. Returns z (V B, D) and scores (V B, K)."""
+        """crops: a list, per resolution (V_r B, 3, s, s). Returns z (V B, D) and scores (V B, K)."""
         # One pass per resolution: batch-norm statistics of large and small crops stay apart.
         features = torch.cat([self.backbone(group) for group in crops])  # (V B, F)
         z = self.projection_head(features)  # (V B, D), not normalised
@@ -130,10 +129,11 @@ class Memory:
     image, -100 (ignored) for one that was never read. Saved in data-set order, for any number of ranks.
     """
 
-    def __init__(self, n, D, K, momentum=0.5, reweight=0.5, min_cluster=20, device=None, dtype=torch.float32):
+    def __init__(self, N, D, K, momentum=0.5, reweight=0.5, min_cluster=20, device=None, dtype=torch.float32):
         self.momentum, self.reweight, self.min_cluster = momentum, reweight, min_cluster
-        self.bank = ShardedRows(n, D, device=device, dtype=dtype)  # unit rows; 0 for an image never read
-        self.targets = torch.full((n,), -100, device=device)
+        # Unit rows; 0 for an image never read.
+        self.bank = distributed.ShardedRows(N, D, device=device, dtype=dtype)
+        self.targets = torch.full((N,), -100, device=device)
         self.centroids = torch.zeros(K, D, device=device, dtype=dtype)
         self.counts = torch.zeros(K, dtype=torch.int64, device=device)
         self.ready = False
@@ -165,7 +165,7 @@ class Memory:
         # Only the rank that holds an image knows its new cluster.
         here = place < len(self.bank.local)
         after = distributed.all_sum(torch.where(here, assign(new, self.centroids), 0))  # (W B,)
-        # Of an image that comes twice the last embedding counts.
+        # An image drawn twice in a batch keeps its last embedding; write alone would choose either.
         order = torch.arange(len(index), device=index.device)
         last = torch.where(index[:, None] == index, order, -1).amax(1)  # (W B,)
         self.bank.write(index, new[last])
@@ -189,8 +189,7 @@ class Memory:
 
     @torch.no_grad()
     def repair(self):
-        """Dissolves clusters with fewer than min_cluster images into the others; each then gets half of the
-        then largest one."""
+        """Empties clusters with fewer than min_cluster images; each then takes half of the largest one."""
         small = self.counts < self.min_cluster  # (K,)
         if not small.any() or small.all():
             return
@@ -276,8 +275,7 @@ def first_clusters(memory, z, iterations, generator):
 
 
 def prediction_loss(scores, targets, weight, temperature):
-    """Predicts the cluster of its image from every crop: mean cross-entropy over all ranks' crops, weighted
-    by cluster.
+    """Predicts an image's cluster from its crops: cross-entropy over all ranks' crops, weighted by cluster.
 
     scores: (V, B, K); targets: (B,), where -100 is ignored; weight: (K,).
     """
@@ -293,11 +291,11 @@ def prediction_loss(scores, targets, weight, temperature):
 
 
 def train_one_epoch(net, optimizer, memory, loader, run, config, epoch):
-    model = getattr(net, "module", net)
-    n = len(run.images)
+    model = getattr(net, "module", net)  # the Model inside DistributedDataParallel
+    N = len(run.images)
     # With replacement, as the authors do.
-    order = np.random.default_rng((config.seed, epoch)).integers(n, size=n)
-    batches = data.batches(n, config.batch_size, epoch, config.seed, order=order)
+    order = np.random.default_rng((config.seed, epoch)).integers(N, size=N)
+    batches = data.batches(N, config.batch_size, epoch, config.seed, order=order)
     for step, (index, crops, params) in run.steps(loader, batches, epoch):
         # schedule
         lr = drops(step, len(batches), config.lr, config.drop_epochs, config.drop_factor)
@@ -305,8 +303,8 @@ def train_one_epoch(net, optimizer, memory, loader, run, config, epoch):
             group["lr"] = lr
 
         # move: uint8 crops to the device, where the whole batch is jittered, blurred and normalised
-        dtype = model.prototypes.weight.dtype
-        crops = to_device(crops, params, run.device, dtype)  # one (V_r B, 3, s, s) a resolution
+        dtype = next(model.parameters()).dtype
+        crops = to_device(crops, params, run.device, dtype)  # per resolution (V_r B, 3, s, s)
 
         # forward
         with run.autocast():
@@ -337,7 +335,7 @@ def main(config):
     device, images = setup(config)
     if len(images) < config.prototypes:
         raise ArgumentError(f"--prototypes {config.prototypes}: more than the {len(images)} images")
-    # Otherwise merging and splitting would never rest.
+    # With more, a cluster just split off would be too small again at once.
     smallest = min(config.min_cluster, max(1, len(images) // (6 * config.prototypes)))
     if smallest < config.min_cluster:
         say(f"warning: --min-cluster {config.min_cluster} is more than a sixth of the images a cluster: "
@@ -358,9 +356,9 @@ def main(config):
     crops = MultiCrop(images, config.crops, config.sizes, scales, augmentation, config.seed)
     loader = data.Loader(crops, config.workers, device.type == "cuda")
 
-    run = Run(config, "odc", images, model, optimizer, memory, REMEDY)
-    passing = autocast_dtype(config.precision, device).itemsize * config.dim  # what the memory is filled from
-    report(run, recipe(Config, RECIPES, config.recipe), len(images), passing)
+    run = Run(config, "odc", images, model, optimizer, memory, remedy=REMEDY)
+    temporary = autocast_dtype(config.precision, device).itemsize * config.dim  # what fills the memory
+    report(run, recipe(Config, RECIPES, config.recipe), assigned=len(images), temporary=temporary)
     for epoch in run.epochs():
         if not memory.ready:
             z = run.features(nn.Sequential(model.backbone, model.projection_head))  # (n, D)

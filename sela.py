@@ -1,12 +1,12 @@
 """SeLa, self-labelling (Asano et al., ICLR 2020, arXiv 1911.05371).
 
-Labels and network minimise one loss in turn; every label must be used equally often, which alone keeps it
-from collapsing.
+Network and labels take turns at minimising one loss. A label here is a cluster: no ground truth is used.
+Every label must be used equally often, and that alone prevents collapse.
 
     L  =  mean over h, i of  cross-entropy(classifier_h(trunk(crop_i)), y_hi)   10 classifiers of 3,000 labels
-    Q  =  diag(r) P^25 diag(c),  P = softmax of the scores of all N images: r, c such that Q has
-          row sums 1 / K and column sums 1 / N (Sinkhorn-Knopp on the whole data set)
-    y_hi  =  argmax_k Q_ki
+    Q  =  diag(c) P^25 diag(r),  P (N, K) = softmax of the scores of all images: c, r such that rows
+          sum to 1 / N and columns to 1 / K (Sinkhorn-Knopp on the whole data set)
+    y_hi  =  argmax_k Q_ik
 
 Labels are found anew 100 times, ever more rarely: after (E + 1.01) (j / 99)^2 epochs, the first time before
 the first step. A label keeps its number, since it comes from the classifier (`prototypes`, here linear
@@ -29,7 +29,6 @@ from torch import nn
 
 from common import data, distributed
 from common.alexnet import alexnet
-from common.distributed import ShardedRows
 from common.engine.errors import ArgumentError, DataError, Diverged, say
 from common.engine.launch import autocast_dtype, launch, prepare, report, setup
 from common.engine.options import RunOptions, option, parse, recipe
@@ -39,9 +38,9 @@ from common.optim import drops
 from common.resnet import ARCHITECTURES
 from common.sinkhorn import balanced_assignments
 
-# Letters in shapes: B images of this rank, W ranks, V crops of an image (the first U large), V_r of size r,
-# s pixels wide, F features of the trunk, D embedding, H heads of K prototypes, L queue, N data set (n here).
-# Crop-major: crop 0 of all B images, then crop 1. params (V, B, 8): what was drawn for each crop.
+# Letters in shapes: B images of this rank, W ranks, V crops of an image (the first U large), V_r of size r, s
+# pixels wide, F features of the trunk, D embedding, H heads of K prototypes, L queue, N images in all, n of
+# a rank. Crop-major: crop 0 of all B images, then crop 1. params (V, B, 8): the colour changes of each crop.
 
 # ---------------------------------------------------------------------------------------------------- recipes
 
@@ -56,7 +55,7 @@ TINY = dict(arch="resnet10", width=0.5, stem="small", crops=(1,), sizes=(32,), s
             relabellings=10, relabel_power=1, labelling="clean", batch_size=32, lr=0.05, drop_epochs=())
 SHAPES = dict(TINY, sizes=(24,), eval_size=32, scales=(0.4, 1.0), jitter=(0.4, 0.4, 0.4, 0.2), epochs=5,
               relabellings=5)
-RECIPES = {  # name: (ImageNet linear top-1 reported by the authors, what differs from the first row)
+RECIPES = {  # name: (result, ImageNet linear top-1 where not said, what differs from the first row)
     "resnet50_10x3k": ("61.5; NMI 54.2, AMI 34.4, ARI 7.2; the default with --data", dict(
         crops=(1,), sizes=(224,), scales=(0.08, 1.0), jitter=(0.4, 0.4, 0.4, 0.4), blur_p=0.0,
         prototypes=3000,
@@ -88,22 +87,21 @@ class Config(RunOptions):
     arch: str = option("resnet50", "architecture of the trunk",
                        choices=(*ARCHITECTURES, "alexnet", "alexnet_small"))
 
+    # Unlike the shared one it must stay on a resume: images are clustered at this size.
     eval_size: int = option(0, "side of clustered and evaluated images; 0: that of the large crops", least=0)
     jitter_p: float = option(1.0, "probability of jitter", group="multi-crop", least=0, most=1)
     grey_p: float = option(0.2, "probability of grey", group="multi-crop", least=0, most=1)
     grey_first: bool = option(True, "grey comes before the jitter", group="multi-crop")
-    augs: int = option(3,
-                       "augmentation, as the authors count: 0 centre crops, 1 flipped, 2 random, 3 coloured",
+    augs: int = option(3, "augmentation: 0 centre crops, 1 flips too, 2 random crops, 3 colours too",
                        group="multi-crop", choices=(0, 1, 2, 3))
 
     heads: int = option(10, "number H of heads, each with clusters of its own", least=1)
-    lam: float = option(25.0, "lambda: the power of the probabilities that is balanced", above=0)
+    lam: float = option(25.0, "lambda: power of the probabilities; larger is sharper", above=0)
     tolerance: float = option(0.01, "balancing ends once no label's mass is off by this share", above=0)
     relabellings: int = option(100, "times that labels are found", least=1)
-    relabel_power: float = option(2.0, "power of time in their course: 2 ever more rarely, 1 evenly", above=0)
+    relabel_power: float = option(2.0, "spacing of relabellings: 1 even, 2 ever more rarely", above=0)
     one_head: bool = option(False, "each relabelling is of one head, in turn, not of all")
-    labelling: str = option("train",
-                            "labels are found from crops and mode of training, or clean: centre crops",
+    labelling: str = option("train", "images that labels are found from; clean: centre crops, eval mode",
                             choices=("train", "clean"))
 
     drop_epochs: tuple[int, ...] = option((150, 300, 350), "epochs after which the rate drops",
@@ -127,7 +125,7 @@ class Model(nn.Module):
         self.prototypes = nn.ModuleList(heads)  # (K, F) each
 
     def forward(self, crops):
-        """crops: one (V_r B, 3, s, s) a resolution, crop-major. Returns features (V B, F), H scores (V B,
+        """crops: a list, per resolution (V_r B, 3, s, s). Returns features (V B, F), H scores (V B,
         K)."""
         # One pass per resolution: batch-norm statistics of large and small crops stay apart.
         features = torch.cat([self.backbone(group) for group in crops])  # (V B, F)
@@ -140,12 +138,11 @@ class Model(nn.Module):
 
 
 class Memory:
-    """The labels of every image: targets (H, N). Until a head is first labelled its labels are random and
-    even."""
+    """Labels (H, N) of every image. Before a head's first labelling they are random and even."""
 
-    def __init__(self, n, heads, K, seed, device=None):
+    def __init__(self, N, heads, K, seed, device=None):
         generator = torch.Generator().manual_seed(seed)
-        targets = [torch.randperm(n, generator=generator) % K for _ in range(heads)]
+        targets = [torch.randperm(N, generator=generator) % K for _ in range(heads)]
         self.targets = torch.stack(targets).to(device)  # (H, N)
         self.scalings = torch.zeros(heads, K, device=device)  # log r, where the next balancing begins
         self.done = 0  # relabellings so far
@@ -215,10 +212,10 @@ def prediction_loss(scores, targets, temperature):
     scores: H tensors (V, B, K); targets: (H, B), where -100 is ignored.
     """
     loss = 0
-    for head, target in zip(scores, targets):
-        logits = head.flatten(0, 1) / temperature  # (V B, K)
-        total = nn.functional.cross_entropy(logits, target.repeat(len(head)), reduction="sum")
-        count = distributed.all_sum((target >= 0).sum() * len(head))
+    for logits, target in zip(scores, targets):
+        crops, logits = len(logits), logits.flatten(0, 1) / temperature  # V, (V B, K)
+        total = nn.functional.cross_entropy(logits, target.repeat(crops), reduction="sum")
+        count = distributed.all_sum((target >= 0).sum() * crops)
         # Averaged over ranks, as DistributedDataParallel does, this is the mean over the crops of all ranks.
         loss = loss + total * distributed.world_size() / count.clamp(min=1)
     return loss / len(scores)
@@ -231,16 +228,17 @@ def prediction_loss(scores, targets, temperature):
 def features_in_training(model, loader, run, config, number):
     """Features (n, F) of this rank's rows as training sees them: random crops, batch statistics, dropout. The
     authors' way. number: of the pass; each draws crops of its own."""
-    n = len(run.images)
-    order = np.random.default_rng((config.seed, number)).permutation(n)
+    N = len(run.images)
+    order = np.random.default_rng((config.seed, number)).permutation(N)
     # The last batch is filled up with images of the first.
-    order = np.resize(order, -(-n // config.batch_size) * config.batch_size)
-    batches = data.batches(n, config.batch_size, number, config.seed, order=order)
+    order = np.resize(order, -(-N // config.batch_size) * config.batch_size)
+    batches = data.batches(N, config.batch_size, number, config.seed, order=order)
     own = data.Loader(loader.dataset, config.workers, run.device.type == "cuda")
     dtype, stored = model.prototypes[0].weight.dtype, stored_dtype(config, run.device)
-    held = ShardedRows(n, model.backbone.feature_dim, device=run.device, dtype=stored, fill=torch.nan)
-    with run.timed(f"features of {n} images"):
-        for _, (index, crops, params) in run.steps(own, batches, number, keep=False):
+    held = distributed.ShardedRows(N, model.backbone.feature_dim, device=run.device, dtype=stored,
+                                   fill=torch.nan)
+    with run.timed(f"features of {N} images"):
+        for _, (index, crops, params) in run.steps(own, batches, number, extra=True):
             crops = to_device(crops, params, run.device, dtype)
             with run.autocast():
                 features = model.backbone(crops[0])[: len(index)]  # (B, F) of the first crop
@@ -261,7 +259,6 @@ def stored_dtype(config, device):
 def relabel(model, memory, loader, run, config):
     """Labels of all heads, or of the one whose turn it is, from one pass over all images."""
     if config.labelling == "train":
-        run.save()  # a stop in mid-pass would leave running statistics that no step has seen
         features = features_in_training(model, loader, run, config, config.epochs + memory.done)
     else:
         features = run.features(model.backbone)
@@ -273,10 +270,10 @@ def relabel(model, memory, loader, run, config):
 
 
 def train_one_epoch(net, optimizer, memory, loader, run, config, epoch):
-    model = getattr(net, "module", net)
-    n = len(run.images)
-    batches = data.batches(n, config.batch_size, epoch, config.seed)
-    times = label_times(config.epochs, config.relabellings, n, config.relabel_power)
+    model = getattr(net, "module", net)  # the Model inside DistributedDataParallel
+    N = len(run.images)
+    batches = data.batches(N, config.batch_size, epoch, config.seed)
+    times = label_times(config.epochs, config.relabellings, N, config.relabel_power)
     for step, (index, crops, params) in run.steps(loader, batches, epoch):
         # assign: all images, at the published times, at most once a step
         if memory.done < len(times) and step * config.batch_size >= times[memory.done]:
@@ -288,8 +285,8 @@ def train_one_epoch(net, optimizer, memory, loader, run, config, epoch):
             group["lr"] = lr
 
         # move: uint8 crops to the device, where the whole batch is jittered, blurred and normalised
-        dtype = model.prototypes[0].weight.dtype
-        crops = to_device(crops, params, run.device, dtype)  # one (V_r B, 3, s, s) a resolution
+        dtype = next(model.parameters()).dtype
+        crops = to_device(crops, params, run.device, dtype)  # per resolution (V_r B, 3, s, s)
 
         # forward
         with run.autocast():
@@ -340,9 +337,10 @@ def main(config):
     loader = data.Loader(crops, config.workers, device.type == "cuda")
 
     arch = config.arch.replace("alexnet", "alexnet_sela")
-    run = Run(config, "sela", images, model, optimizer, memory, REMEDY, config.heads, arch=arch)
-    passing = stored_dtype(config, device).itemsize * model.backbone.feature_dim + 4 * config.prototypes
-    report(run, recipe(Config, RECIPES, config.recipe), len(images), passing)
+    run = Run(config, "sela", images, model, optimizer, memory, remedy=REMEDY, heads=config.heads,
+              arch=arch)
+    temporary = stored_dtype(config, device).itemsize * model.backbone.feature_dim + 4 * config.prototypes
+    report(run, recipe(Config, RECIPES, config.recipe), assigned=len(images), temporary=temporary)
     for epoch in run.epochs():
         train_one_epoch(net, optimizer, memory, loader, run, config, epoch)
         run.end_epoch(epoch, memory.targets)

@@ -1,15 +1,16 @@
 """SwAV: Swapping Assignments between Views (Caron et al., NeurIPS 2020, arXiv 2006.09882).
 
-Two views of an image should fall into the same cluster. Every step the large crops (two, as published) are
-assigned to K learnt prototypes so that the whole batch spreads evenly over them, and the other crops of an
-image predict where.
+Two crops of an image should fall into the same cluster. In every step, Sinkhorn assigns the large crops (two,
+as published) to K learnt prototypes, so that the batch spreads evenly over them. Each crop must then predict
+the assignments of the other large crops of its image.
 
-    z_v = head(trunk(crop_v)) / |.|                         unit embedding of crop v, D = 128
-    q_u = Sinkhorn(z_u C^T / epsilon)                       codes of the large crops; no gradient
+    z_v = normalise(projection(trunk(crop_v)))              unit embedding of crop v, D = 128
+    q_u = Sinkhorn(z_u C^T / epsilon)                       codes of large crop u: K shares that sum to 1
     L   = mean over u, v != u of  - sum_k q_uk log softmax_k(z_v C^T / temperature)
 
-Equal mass per prototype prevents collapse: no negatives, no momentum encoder, no memory bank of the data set,
-no k-means. When a batch has fewer images than prototypes, a queue of past embeddings joins the balancing.
+C holds the K prototypes, one unit row each; no gradient flows through q. Equal mass per prototype prevents
+collapse: no negatives, no momentum encoder, no memory of the data set, no k-means. When a batch has fewer
+images than prototypes, a queue of past embeddings joins the balancing.
 
 Published recipe, 75.3 % ImageNet linear top-1 reported by the authors (no full ImageNet run was made here):
 
@@ -35,9 +36,9 @@ from common.optim import LARC, warmup_cosine
 from common.resnet import ARCHITECTURES
 from common.sinkhorn import sinkhorn
 
-# Letters in shapes: B images of this rank, W ranks, V crops of an image (the first U large), V_r of size r,
-# s pixels wide, F features of the trunk, D embedding, H heads of K prototypes, L queue, N data set (n here).
-# Crop-major: crop 0 of all B images, then crop 1. params (V, B, 8): what was drawn for each crop.
+# Letters in shapes: B images of this rank, W ranks, V crops of an image (the first U large), V_r of size r, s
+# pixels wide, F features of the trunk, D embedding, H heads of K prototypes, L queue, N images in all, n of
+# a rank. Crop-major: crop 0 of all B images, then crop 1. params (V, B, 8): the colour changes of each crop.
 
 # ---------------------------------------------------------------------------------------------------- recipes
 
@@ -54,10 +55,11 @@ TINY = dict(arch="resnet10", width=0.5, stem="small", hidden=256, dim=64, crops=
             queue_length=0, freeze_prototypes_iters=100, batch_size=32, lr=0.8, final_lr=0.0008)
 SHAPES = dict(TINY, sizes=(24,), eval_size=32, scales=(0.4, 1.0), jitter=(0.4, 0.4, 0.4, 0.2),
               freeze_prototypes_iters=50, epochs=5)
-RECIPES = {  # name: (ImageNet linear top-1 reported by the authors, what differs from the first row)
+RECIPES = {  # name: (result, ImageNet linear top-1 where not said, what differs from the first row)
     "swav_400ep_8x32": ("74.3, one node of 8 GPUs; the default with --data", dict(
         crops=(2, 6), sizes=(224, 96), scales=(0.14, 1.0, 0.05, 0.14), jitter=(0.8, 0.8, 0.8, 0.2),
-        blur_p=0.5, prototypes=3000, temperature=0.1, epochs=400, batch_size=256, lr=0.6, weight_decay=1e-6)),
+        blur_p=0.5, prototypes=3000, temperature=0.1, epochs=400, batch_size=256, lr=0.6,
+        final_lr=0.0006, warmup_epochs=0, start_lr=0.0, weight_decay=1e-6)),
     "swav_800ep": ("75.3, 64 GPUs", dict(BATCH_4096, epochs=800)),
     "swav_400ep": ("74.6, 64 GPUs", dict(BATCH_4096, epochs=400)),
     "swav_200ep": ("73.9, 64 GPUs", dict(BATCH_4096, epochs=200)),
@@ -88,9 +90,9 @@ class Config(RunOptions):
     sinkhorn_iterations: int = option(3, "iterations of Sinkhorn", least=0)
     queue_length: int = option(3840, "past embeddings that join the balancing, over all ranks", least=0)
     queue_start_epoch: int = option(15, "epoch in which the queue begins to fill; used once full", least=0)
-    freeze_prototypes_iters: int = option(5005, "steps before the prototypes begin to learn")
+    freeze_prototypes_iters: int = option(5005, "steps before the prototypes learn: one epoch of ImageNet")
 
-    final_lr: float = option(0.0006, "learning rate that the cosine ends at", group="optimisation", least=0)
+    final_lr: float = option(0.0, "learning rate that the cosine ends at", group="optimisation", least=0)
     warmup_epochs: int = option(0, "epochs of linear warm-up", group="optimisation", least=0)
     start_lr: float = option(0.0, "learning rate when the warm-up starts", group="optimisation", least=0)
 
@@ -113,7 +115,7 @@ class Model(nn.Module):
         self.prototypes = nn.Linear(config.dim, config.prototypes, bias=False)  # weight (K, D), unit rows
 
     def forward(self, crops):
-        """crops: one (V_r B, 3, s, s) a resolution, crop-major. Returns z (V B, D) and scores (V B, K)."""
+        """crops: a list, per resolution (V_r B, 3, s, s). Returns z (V B, D) and scores (V B, K)."""
         # One pass per resolution: batch-norm statistics of large and small crops stay apart.
         features = torch.cat([self.backbone(group) for group in crops])  # (V B, F)
         z = self.projection_head(features)  # (V B, D)
@@ -174,12 +176,12 @@ class Queue:
 
 
 @torch.no_grad()
-def assign(scores, queue, prototypes, epsilon, iterations):
+def assign(scores, memory, prototypes, epsilon, iterations):
     """Codes (U, B, K) of the assigning crops' scores (U, B, K): over all ranks, queues included."""
     codes = []
     for u, batch in enumerate(scores):
-        rows = torch.cat([queue.rows(u) @ prototypes.T, batch]) if queue.full else batch  # (L / W + B, K)
-        codes.append(sinkhorn(rows, epsilon, iterations)[-len(batch) :])  # (B, K), rows sum to 1
+        rows = torch.cat([memory.rows(u) @ prototypes.T, batch]) if memory.full else batch  # (L / W + B, K)
+        codes.append(sinkhorn(rows, epsilon, iterations)[-len(batch) :])  # (B, K), without the queue's
     return torch.stack(codes)
 
 
@@ -199,8 +201,8 @@ def prediction_loss(scores, codes, temperature):
 # --------------------------------------------------------------------------------------------------- training
 
 
-def train_one_epoch(net, optimizer, queue, loader, run, config, epoch):
-    model = getattr(net, "module", net)
+def train_one_epoch(net, optimizer, memory, loader, run, config, epoch):
+    model = getattr(net, "module", net)  # the Model inside DistributedDataParallel
     batches = data.batches(len(run.images), config.batch_size, epoch, config.seed)
     U = config.crops[0]
     for step, (index, crops, params) in run.steps(loader, batches, epoch):
@@ -211,8 +213,8 @@ def train_one_epoch(net, optimizer, queue, loader, run, config, epoch):
             group["lr"] = lr
 
         # move: uint8 crops to the device, where the whole batch is jittered, blurred and normalised
-        dtype = model.prototypes.weight.dtype
-        crops = to_device(crops, params, run.device, dtype)  # one (V_r B, 3, s, s) a resolution
+        dtype = next(model.parameters()).dtype
+        crops = to_device(crops, params, run.device, dtype)  # per resolution (V_r B, 3, s, s)
 
         # forward
         model.normalize_prototypes()
@@ -223,27 +225,27 @@ def train_one_epoch(net, optimizer, queue, loader, run, config, epoch):
 
         # assign
         prototypes = model.prototypes.weight  # (K, D)
-        codes = assign(scores[:U].detach(), queue, prototypes, config.epsilon, config.sinkhorn_iterations)
+        codes = assign(scores[:U].detach(), memory, prototypes, config.epsilon, config.sinkhorn_iterations)
 
         # loss
         loss = prediction_loss(scores, codes, config.temperature)
 
-        # memory: after its use, so a batch never meets itself
-        if queue.length and epoch >= config.queue_start_epoch:
-            was_full = queue.full
-            queue.push(z[:U].detach())
-            if queue.full and not was_full:
-                say(f"queue of {queue.length} is full: used from step {step + 2} on")
+        # memory: pushed after assign, or each image would be balanced with a copy of itself
+        if memory.length and epoch >= config.queue_start_epoch:
+            was_full = memory.full
+            memory.push(z[:U].detach())
+            if memory.full and not was_full:
+                say(f"queue of {memory.length} is full: used from step {step + 2} on")
 
         # update
         optimizer.zero_grad()
         loss.backward()
         if step < config.freeze_prototypes_iters:
-            model.prototypes.weight.grad = None
+            model.prototypes.weight.grad = None  # with a gradient of 0 momentum and decay would move them
         optimizer.step()
 
         # log
-        run.log(loss.detach(), lr, z[0].detach(), index, scores[0].argmax(dim=1), queue_filled=queue.filled)
+        run.log(loss.detach(), lr, z[0].detach(), index, scores[0].argmax(dim=1), queue_filled=memory.filled)
 
 
 def main(config):
@@ -258,17 +260,17 @@ def main(config):
     model = Model(config)
     net = prepare(model, config, device)
     optimizer = LARC(model.parameters(), config.lr, config.momentum, config.weight_decay)
-    queue = Queue(length, config.crops[0], config.dim, device, model.prototypes.weight.dtype)
+    memory = Queue(length, config.crops[0], config.dim, device, next(model.parameters()).dtype)
 
     scales = list(zip(config.scales[::2], config.scales[1::2]))
     augmentation = Augmentation(jitter=config.jitter, blur_p=config.blur_p)
     crops = MultiCrop(images, config.crops, config.sizes, scales, augmentation, config.seed)
     loader = data.Loader(crops, config.workers, device.type == "cuda")
 
-    run = Run(config, "swav", images, model, optimizer, queue, REMEDY)
-    report(run, recipe(Config, RECIPES, config.recipe), balanced=config.batch_size + length)
+    run = Run(config, "swav", images, model, optimizer, memory, remedy=REMEDY)
+    report(run, recipe(Config, RECIPES, config.recipe), assigned=config.batch_size + length)
     for epoch in run.epochs():
-        train_one_epoch(net, optimizer, queue, loader, run, config, epoch)
+        train_one_epoch(net, optimizer, memory, loader, run, config, epoch)
         run.end_epoch(epoch)
 
 

@@ -169,8 +169,8 @@ def held(method, images):
     class Announced(BaseException):
         pass
 
-    def announce(run, published, balanced, passing=0):
-        raise Announced(held_bytes(run, passing))
+    def announce(run, published, assigned, temporary=0):
+        raise Announced(held_bytes(run, temporary))
 
     own, method.report = method.report, announce
     default = recipe(method.Config, method.RECIPES, next(iter(method.RECIPES)))

@@ -1,4 +1,4 @@
-"""The AlexNet of DeepCluster and SeLa, with batch norm. Imports torch alone: one file to lift.
+"""The AlexNet of DeepCluster and SeLa, with batch norm. Needs torch only: copy this one file.
 
 Parameter names are those of the released models (features.N, classifier.N), without their top layers. Images
 have 224 pixels. Written after models/alexnet.py of facebookresearch/deepcluster and of yukimasano/self-label:
@@ -14,8 +14,7 @@ POOLED = (0, 1, 4)  # convolutions followed by a max-pool
 
 
 class Sobel(nn.Module):
-    """Horizontal and vertical gradients of the mean of the channels: (B, 3, H, W) -> (B, 2, H, W), zeros
-    beyond the borders."""
+    """Horizontal and vertical gradients of the channels' mean: (B, 3, H, W) -> (B, 2, H, W), zero-padded."""
 
     def __init__(self):
         super().__init__()

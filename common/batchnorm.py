@@ -49,8 +49,7 @@ class _SyncedBatchNorm(torch.autograd.Function):
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """BatchNorm1d/2d over the rows of all ranks, on GPUs and (unlike torch.nn.SyncBatchNorm) on CPUs over
-    gloo.
+    """BatchNorm1d/2d over the rows of all ranks; works on CPUs too, unlike torch.nn.SyncBatchNorm.
 
     In a single process and in eval mode it is the native batch norm. State-dict keys are those of
     nn.BatchNorm2d.

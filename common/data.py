@@ -1,7 +1,7 @@
 """Where images come from, and which images form step t of epoch e.
 
-    images = open_images("/imagenet", "train")  # or a flat or nested folder, a list file, shapes, cifar10
-    batches = batches(len(images), 256, epoch=3, seed=0)
+    images = data.open_images("/imagenet", "train")  # or any folder, a list file, shapes, cifar10
+    batches = data.batches(len(images), 256, epoch=3, seed=0)
 
 Order is stateless: step t of epoch e depends on (seed, e, t) alone, so there is no sampler state to save, and
 any number of ranks and workers sees the same global batches.
@@ -71,7 +71,7 @@ def batches(n, batch_size, epoch, seed, rank=None, world_size=None, order=None, 
 
     position: place in the epoch's order, 0 .. n-1, which together with the epoch seeds the augmentation.
     rank, world_size: default, this process's. Rank r takes the r-th contiguous slice of each global batch.
-    order: (n,) indices in place of a permutation drawn from (seed, epoch); an index may occur more than once.
+    order: (n,) indices in place of the permutation that (seed, epoch) give; one may come more than once.
     drop_last: leave out the last, partial batch.
     """
     if order is None:
@@ -99,12 +99,11 @@ class _Batches:
 
 
 class Loader:
-    """Collated batches of a data set that is indexed by (epoch, position, index) and returns (index, crops,
-    params).
+    """Batches of MultiCrop or its like, for one epoch after another.
 
-    workers: processes; -1 takes this rank's share of the CPU cores, but one, and at most 8. They stay for the
-    whole run. An image that cannot be read comes back as the next one that can, under that one's index; `bad`
-    collects what was left out.
+    dataset: dataset[epoch, position, index] -> index, crops, params. workers: processes, which stay for the
+    whole run; -1: this rank's CPU cores but one, at most 8. An image that cannot be read is replaced by the
+    next one that can, and comes with that one's index; `bad` collects those that could not be read.
     """
 
     def __init__(self, dataset, workers=0, pin_memory=False, start_method=None):
@@ -143,7 +142,7 @@ class Loader:
 
 
 class _Keys:
-    """The keys of the epoch under way, a batch at a time: the loader's batch sampler."""
+    """Batch sampler of the one DataLoader: `epoch` sets the keys of a pass, and workers stay."""
 
     def __iter__(self):
         epoch, batches, steps = self.current

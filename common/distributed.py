@@ -99,8 +99,7 @@ def broadcast(x, source=0):
 
 
 def from_main(function, *arguments):
-    """Runs function(*arguments) on rank 0 alone; every rank gets its result, or raises the exception that it
-    raised.
+    """Runs function(*arguments) on rank 0 only; every rank gets its result, or raises its exception.
 
     For what one process must do or decide: scan a folder, read a checkpoint, create a directory.
     """
@@ -126,13 +125,14 @@ def rows_of(n, rank, world_size):
 
 
 class ShardedRows:
-    """A table with one row for each of n images, of which rank r holds the rows [rn/W, (r+1)n/W).
+    """A table with a row for each of N images, split over ranks: rank r holds the rows [rN/W, (r+1)N/W).
 
-    shape: of a row. fill: what the rows hold at first. state() is in data-set order, for any number of ranks.
+    All ranks write with the same index and values, those of all ranks: gather_rows them first. If an index
+    comes twice, either value may stay. shape: of a row. fill: what the rows hold at first.
     """
 
-    def __init__(self, n, *shape, device=None, dtype=torch.float32, fill=0):
-        self.first, self.last = rows_of(n, rank(), world_size())
+    def __init__(self, N, *shape, device=None, dtype=torch.float32, fill=0):
+        self.first, self.last = rows_of(N, rank(), world_size())
         # The last row is a dummy for images of other ranks: filtering them out would make the GPU wait.
         self.table = torch.full((self.last - self.first + 1, *shape), fill, device=device, dtype=dtype)
         self.nbytes = self.table.nbytes
@@ -152,7 +152,7 @@ class ShardedRows:
         self.table[self.place(index)] = values
 
     def state(self):
-        """The rows of all ranks, (n, *shape), on the CPU."""
+        """The rows of all ranks in data-set order, (N, *shape), on the CPU. All ranks call it."""
         return gather_rows(self.local).cpu()
 
     def load(self, rows):

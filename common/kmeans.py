@@ -1,10 +1,8 @@
-"""k-means, nearest centroid and PCA whitening over the rows of all ranks. Imports torch alone: one file to
-lift.
+"""k-means, nearest centroid and PCA whitening over the rows of all ranks. Needs torch only: copy it.
 
-Every function takes this rank's rows and returns what one process holding the rows of all ranks, concatenated
-in rank order, would return; ranks may hold unequal numbers of rows, also none. Products are in
-promote_types(x.dtype, float32), sums over rows in float64, so the number of ranks and a GPU's order of
-additions hardly show in float32 results.
+Every function takes this rank's rows and returns what one process would that holds the rows of all ranks, in
+rank order; ranks may hold unequal numbers of rows, also none. Products are in promote_types(x.dtype, float32)
+and sums of rows in float64, so the number of ranks and the order of additions hardly show.
 """
 
 import math
@@ -21,24 +19,19 @@ GROUP = 64  # G; measured: 32 and 128 are slower
 
 @torch.no_grad()
 def kmeans(x, k, iterations=10, *, spherical=False, init=None, generator=None):
-    """Lloyd's algorithm: `iterations` times assign and average, then one more assignment to the centroids
-    returned. It ends earlier once the assignments stay as they are, with the same result.
+    """Lloyd's algorithm: assigns and averages `iterations` times, then assigns once more.
 
     Plain: nearest by Euclidean distance; centroid = mean of its rows. Spherical (DeepCluster-v2): largest
     inner product; centroid = mean scaled to unit length; x should have unit rows. A cluster without rows,
-    when spherical, keeps its centroid. Otherwise it gets half of another as in faiss (see _reseed), and
-    clusters that the last assignment leaves empty get a row far from its centroid (see _fill): none is empty
-    in the result unless there are fewer distinct rows than clusters.
+    when spherical, keeps its centroid. Otherwise it gets half of another as in faiss (see _reseed), and in
+    the end a row far from its centroid (see _fill): none stays empty if enough rows are distinct.
 
     x: (N, D) this rank's rows, any float type.
-    init: (K, D) first centroids, the same on every rank; without it, k rows drawn without replacement from
-    those of all ranks.
-    generator: source of that draw and of re-seeding, in the same state on every rank; without it, a new one
-    with seed 0.
+    init: (K, D) first centroids, the same on every rank; without it, k rows drawn from those of all ranks.
+    generator: of that draw and of re-seeding, in the same state on every rank; without it, one of seed 0.
     Returns centroids (K, D); assignments (N,) int64 of this rank's rows; counts (K,) int64 over all ranks;
     objective (), the mean over all ranks' rows of the squared distance to the centroid or, if spherical, of
-    the inner product with it. The last two belong to the assignments returned. All but the assignments are
-    equal on every rank.
+    the inner product with it, for these assignments. All but the assignments are equal on every rank.
     Raises ValueError, on every rank, if there are fewer rows than clusters or a row is not finite.
 
     Memory beyond x, in bytes for float32: 24 N + 28 K D + 12 C, where C scores are held at a time
@@ -80,8 +73,7 @@ def kmeans(x, k, iterations=10, *, spherical=False, init=None, generator=None):
             values = _values(x, centroids, assignments, spherical)  # (N,)
             counts = _counts(assignments, k)
             objective = _over_ranks(values.sum(dtype=torch.float64)) / total
-            # Each round of filling lowers the objective, unless the rows are all at a centroid: too few are
-            # distinct.
+            # Each round of filling lowers the objective, unless all rows are at a centroid.
             if spherical or (counts > 0).all() or not objective < best:
                 return centroids, assignments, counts, objective.to(dtype)
             best = objective
@@ -91,13 +83,11 @@ def kmeans(x, k, iterations=10, *, spherical=False, init=None, generator=None):
 
 @torch.no_grad()
 def nearest(x, centroids, *, spherical=False):
-    """For every row of x the nearest centroid, or with spherical that with the largest inner product; the
-    first if several are.
+    """For every row of x the nearest centroid, or if spherical that with the largest inner product.
 
     x: (N, D). centroids: (K, D), taken as they are.
-    Returns assignments (N,) int64; squared distances to these centroids, or inner products with them (N,). A
-    distance is that of the difference, not of norms and products, so a row at a centroid has distance 0. Does
-    not communicate.
+    Returns assignments (N,) int64, the first of equal ones; squared distances to these centroids, or inner
+    products with them (N,). A row at a centroid has distance 0. Does not communicate.
     """
     with torch.autocast(x.device.type, enabled=False):
         centroids = centroids.to(torch.promote_types(x.dtype, torch.float32))
@@ -115,8 +105,7 @@ def _values(x, centroids, assignments, spherical):
 
 
 def _assign(x, centroids, spherical):
-    """The assignments of `nearest`, one chunk of scores at a time: the product costs all of the time, if
-    nothing else does."""
+    """The assignments of `nearest`, one chunk of scores at a time, at the cost of the product alone."""
     K, D = centroids.shape
     groups = -(-K // GROUP)
     directions = centroids.new_zeros(groups * GROUP, D)
@@ -132,8 +121,8 @@ def _assign(x, centroids, spherical):
         bias[:K] = -(directions[:K] * (centroids + mean)).sum(1) / 2
     assignments = torch.empty(len(x), dtype=torch.int64, device=x.device)
     chunks = _chunks(x, max(groups * GROUP, D))
-    scores, numbers = centroids.new_empty(chunks[0].stop, groups * GROUP), torch.arange(chunks[0].stop,
-                                                                                        device=x.device)
+    scores = centroids.new_empty(chunks[0].stop, groups * GROUP)  # (B, K), of a chunk
+    numbers = torch.arange(chunks[0].stop, device=x.device)
     for rows in chunks:
         block = x[rows].to(centroids.dtype)  # (B, D)
         # (B, K/G, G)
@@ -244,8 +233,8 @@ def fit_whitening(chunks, dim):
                 raise ValueError(f"PCA cannot keep {dim} of {D} dimensions: ask for at most {D}")
             # Sums about a point near the mean, the same on every rank, lose fewer digits than sums about 0.
             shift = _over_ranks(chunk.sum(0)) / max(1, _place(chunk)[1])
-            total, scatter = torch.zeros_like(shift, dtype=torch.float64), torch.zeros(
-                D, D, dtype=torch.float64, device=device)
+            total = torch.zeros_like(shift, dtype=torch.float64)
+            scatter = torch.zeros(D, D, dtype=torch.float64, device=device)
         if bad is None and (found := _first_bad_row(chunk)) is not None:
             bad = count + found
         with torch.autocast(device.type, enabled=False):
@@ -272,16 +261,14 @@ def fit_whitening(chunks, dim):
 
 
 def held_scores(device):
-    """How many numbers a temporary may hold: hundreds of rows a product, yet on a CPU about what its last
-    cache holds."""
+    """How many numbers a temporary may hold: hundreds of rows; on a CPU about what its last cache holds."""
     return 2**26 if device.type == "cuda" else 2**23
 
 
 def _chunks(x, width=None):
-    """Slices of the rows of x, as long as a matrix with `width` numbers a row holds at most held_scores.
+    """Slices of the rows of x, such that `width` numbers a row are at most held_scores numbers.
 
-    The default is for passes that only read rows: these are fastest while the rows stay in a core's own
-    cache.
+    The default is for passes that only read rows: they are fastest from a core's own cache.
     """
     size = max(64, held_scores(x.device) // (width or 32 * x.shape[1]))
     return [slice(first, min(first + size, len(x))) for first in range(0, len(x), size)] or [slice(0, 0)]

@@ -5,7 +5,7 @@
     large, small = to_device(*collate([...])[1:], device)  # (2 B, 3, 224, 224), (6 B, 3, 96, 96)
 
 All randomness of a draw comes from (seed, epoch, position): the same on any rank, in any worker, and after a
-resume. Imports torch, torchvision and Pillow's images alone: one file to lift.
+resume. Needs torch and torchvision only: copy this one file.
 """
 
 import itertools
@@ -26,8 +26,7 @@ ORDERS = torch.tensor(list(itertools.permutations(range(4))))  # (24, 4) brightn
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is drawn for each crop besides its place and flip. The defaults are SwAV's (and SimCLR's at
-    strength 1).
+    """What is drawn for each crop besides place and flip. Defaults: SwAV's, SimCLR's at strength 1.
 
     jitter: brightness, contrast and saturation factors in [1 - j, 1 + j], hue shift in [-j, j] of the colour
     circle.
@@ -44,9 +43,13 @@ class Augmentation:
     rotate: float = 0.0
 
     def draw(self, rng):
-        """Parameters of one crop: brightness, contrast, saturation, hue, order 0..23 (-1 off), grey (0 off, 1
-        after the jitter, 2 before it), blur sigma (0 off), angle. Takes the same number of draws whatever
-        their outcome."""
+        """The eight params of one crop; the number of draws is the same whatever their outcome:
+
+        0 to 3  factors of brightness, contrast and saturation; shift of the hue
+        4       order of these four, 0 to 23; -1: no jitter
+        5       grey: 0 no, 1 after the jitter, 2 before it
+        6, 7    sigma of the blur in pixels, 0: none; angle in degrees
+        """
         factors = [rng.uniform(max(0, 1 - j), 1 + j) for j in self.jitter[:3]]
         factors.append(rng.uniform(-self.jitter[3], self.jitter[3]))
         order = rng.randrange(24)
@@ -204,8 +207,7 @@ def center(image, resize, size):
 
 
 def random_box(height, width, scale, rng, ratio=(3 / 4, 4 / 3)):
-    """(top, left, height, width) of a random resized crop: area a uniform share of the image, log-uniform
-    aspect ratio.
+    """(top, left, height, width) of a random resized crop: uniform area, log-uniform aspect ratio.
 
     Ten tries, then the largest central box within the ratio, as in torchvision's RandomResizedCrop.
     """
@@ -225,8 +227,7 @@ def random_box(height, width, scale, rng, ratio=(3 / 4, 4 / 3)):
 
 @torch.no_grad()
 def photometric(crops, params, mean=MEAN, std=STD, dtype=torch.float32):
-    """Jitter in the drawn order, grey, blur, rotation and normalisation of a whole batch, each crop by its
-    own parameters.
+    """Changes the colours of a whole batch, each crop by its own params; then blurs, rotates, normalises.
 
     crops: (B, 3, s, s) uint8, on any device. params: (B, 8) as drawn by Augmentation; on the CPU, so that
     picking the rows to work on never waits for a GPU. Returns (B, 3, s, s) of dtype, channels last. Agrees
@@ -257,8 +258,8 @@ def photometric(crops, params, mean=MEAN, std=STD, dtype=torch.float32):
     update(params[:, 5] == 1, lambda x: _grey(x).expand_as(x))
     update(params[:, 6] > 0, _blur, on[:, 6])
     update(params[:, 7] != 0, _rotate, on[:, 7])
-    mean, std = (torch.tensor(v, dtype=dtype).view(1, 3, 1, 1).to(device, non_blocking=True) for v in (mean,
-                                                                                                       std))
+    mean, std = (torch.tensor(v, dtype=dtype)[:, None, None] for v in (mean, std))  # (3, 1, 1)
+    mean, std = mean.to(device, non_blocking=True), std.to(device, non_blocking=True)
     return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
@@ -313,7 +314,6 @@ def _rotate(x, angle):
     """Counter-clockwise by `angle` degrees around the centre, bilinear, black outside."""
     angle = angle.view(-1) * (math.pi / 180)
     zero = torch.zeros_like(angle)
-    turn = torch.stack([angle.cos(), -angle.sin(), zero, angle.sin(), angle.cos(), zero], dim=1).view(-1, 2,
-                                                                                                      3)
-    grid = F.affine_grid(turn, list(x.shape), align_corners=False)
+    turn = torch.stack([angle.cos(), -angle.sin(), zero, angle.sin(), angle.cos(), zero], dim=1)  # (B, 6)
+    grid = F.affine_grid(turn.view(-1, 2, 3), list(x.shape), align_corners=False)
     return F.grid_sample(x, grid, align_corners=False)

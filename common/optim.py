@@ -1,4 +1,4 @@
-"""LARC and learning-rate schedules. Imports torch alone: one file to lift."""
+"""LARC and learning-rate schedules. Needs torch only: copy this one file."""
 
 import math
 
@@ -55,8 +55,7 @@ class LARC(torch.optim.Optimizer):
 
 
 def warmup_cosine(step, steps_per_epoch, epochs, base_lr, final_lr, warmup_epochs, start_lr):
-    """Learning rate of a step (0-based): linear from start_lr to base_lr, both included, then half a cosine
-    to final_lr.
+    """Learning rate of a step (0-based): linear from start_lr to base_lr, then half a cosine to final_lr.
 
     So base_lr comes twice, at the end of the warm-up and the start of the cosine, and final_lr is only
     approached, as in main_swav.py of facebookresearch/swav.

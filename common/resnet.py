@@ -1,4 +1,4 @@
-"""ResNet trunks with torchvision's parameter names. Imports torch alone: one file to lift.
+"""ResNet trunks with torchvision's parameter names. Needs torch only: copy this one file.
 
 `width` multiplies the channels of every layer, the stem included (RN50w2 of the SwAV paper is
 resnet50(width=2)). `stem="small"` is for images of 32 to 64 pixels: a 3x3 convolution without stride and no
@@ -51,8 +51,7 @@ class Bottleneck(nn.Module):
 
 
 class Sobel(nn.Module):
-    """Horizontal and vertical gradients of the mean of the channels: (B, 3, H, W) -> (B, 2, H, W), zeros
-    beyond the borders."""
+    """Horizontal and vertical gradients of the channels' mean: (B, 3, H, W) -> (B, 2, H, W), zero-padded."""
 
     def __init__(self):
         super().__init__()
@@ -77,8 +76,8 @@ class ResNet(nn.Module):
         channels = int(64 * width)
         self.sobel = Sobel() if sobel else nn.Identity()
         in_channels = 2 if sobel else in_channels
-        self.conv1 = conv(in_channels, channels, 7, 2) if stem == "imagenet" else conv(in_channels, channels,
-                                                                                       3)
+        size, stride = (7, 2) if stem == "imagenet" else (3, 1)
+        self.conv1 = conv(in_channels, channels, size, stride)
         self.bn1 = nn.BatchNorm2d(channels)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, padding=1) if stem == "imagenet" else nn.Identity()

@@ -5,6 +5,7 @@ import gc
 import json
 import os
 import pickle
+import re
 import signal
 import socket
 import subprocess
@@ -169,3 +170,43 @@ def image_tree(root, classes=2, images=6, size=(70, 60), splits=("train", "val")
                 Image.fromarray(rng.integers(0, 255, (*size, 3),
                                              dtype=np.uint8)).save(root / split / f"n0{c}" / f"{i}.JPEG")
     return root
+
+
+def killed_and_resumed(script, shared, out, hang="", said="step 8/20"):
+    """Kills a run once it has said something, starts it again, and holds what it ends with to a run never
+    killed.
+
+    hang: "OBJECT.FUNCTION N" of the script: its N-th call says "hanging" and never returns. Then said is
+    that.
+    Returns the step that the run was resumed at.
+    """
+    shared = [*shared, "--save-every", 0, "--workers", 1]
+    straight = start(*command(*shared, "--out", out / "straight", script=script))
+    line = command(*shared, "--out", out / "killed", script=script)
+    if hang:
+        place, call = hang.split()
+        code = f"""import sys, time, {Path(script).stem} as m
+sys.argv, real, calls = sys.argv[1:], m.{place}, []
+def hanging(*arguments, **options):
+    calls.append(0)
+    if len(calls) == {call}: print("hanging", flush=True); time.sleep(99)
+    return real(*arguments, **options)
+m.{place} = hanging
+m.launch(m.main, m.parse(m.Config, m.RECIPES, m.__doc__))"""
+        line, said = [line[0], "-c", code, *line[1:]], "hanging"
+    killed = start(*line, cwd=ROOT)
+    for text in killed.stdout:
+        if said in text:
+            kill_tree(killed.pid)
+            break
+    _, err = killed.communicate()
+    assert killed.returncode == -signal.SIGKILL, err
+    code, text, err = finish(start(*command(*shared, "--out", out / "killed", script=script)))
+    assert code == 0 and finish(straight)[0] == 0, text + err
+    a, b = saved(out / "straight"), saved(out / "killed")
+    for part in ("model", "optimizer", "memory"):
+        assert same(a[part], b[part]), part
+    assert losses(out / "straight") == losses(out / "killed")
+    steps = [record["step"] for record in metrics(out / "killed") if "loss" in record]
+    assert steps == list(range(1, len(steps) + 1))
+    return int(re.search(r"resumed at step (\d+) of 20", text)[1])

@@ -1,8 +1,6 @@
 """deepcluster.py: uniform sampling, AlexNet, one process or many, and what becomes of a run that is
 killed."""
 
-import re
-import signal
 
 import numpy as np
 import pytest
@@ -14,7 +12,7 @@ from helpers import (
     finish,
     golden,
     image_tree,
-    kill_tree,
+    killed_and_resumed,
     losses,
     metrics,
     ranks,
@@ -262,33 +260,9 @@ def test_two_ranks_train_alexnet_as_one(tmp_path):
                                rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("when", ["in mid-epoch", "while clustering"])
-def test_a_killed_run_ends_with_the_same_bits(tmp_path, when):
-    shared = [*SHARED, "--save-every", 0, "--workers", 1]
-    straight = start(*command(*shared, "--out", tmp_path / "straight", script=SCRIPT))
-    line = command(*shared, "--out", tmp_path / "killed", script=SCRIPT)
-    if when == "while clustering":  # the third epoch's k-means never returns
-        code = "import sys, time, deepcluster as m; k, n = m.kmeans, []; sys.argv = sys.argv[1:]\n"
-        code += "def kmeans(*a, **o):\n n.append(0)\n"
-        code += " if len(n) == 3: print('clustering', flush=True); time.sleep(99)\n"
-        code += " return k(*a, **o)\n"
-        code += "m.kmeans = kmeans; m.launch(m.main, m.parse(m.Config, m.RECIPES, m.__doc__))"
-        line = [line[0], "-c", code, *line[1:]]
-    killed = start(*line, cwd=ROOT)
-    for text in killed.stdout:
-        if ("clustering" in text) if when == "while clustering" else ("step 8/20" in text):
-            kill_tree(killed.pid)
-            break
-    _, err = killed.communicate()
-    assert killed.returncode == -signal.SIGKILL, err
-    code, out, err = finish(start(*command(*shared, "--out", tmp_path / "killed", script=SCRIPT)))
-    assert code == 0 and re.search(r"resumed at step ([6-9]|10) of 20", out), out + err
-    assert finish(straight)[0] == 0
-    a, b = saved(tmp_path / "straight"), saved(tmp_path / "killed")
-    for part in ("model", "optimizer", "memory"):
-        assert same(a[part], b[part]), part
-    assert losses(tmp_path / "straight") == losses(tmp_path / "killed")
-    assert [r["step"] for r in metrics(tmp_path / "killed") if "loss" in r] == list(range(1, 21))
+@pytest.mark.parametrize("hang", ["", "kmeans 3"])  # in mid-epoch; while the third epoch's clusters are made
+def test_a_killed_run_ends_with_the_same_bits(tmp_path, hang):
+    assert 6 <= killed_and_resumed(SCRIPT, SHARED, tmp_path, hang) <= 10
 
 
 def test_the_classifier_starts_anew_each_epoch_without_momentum(tmp_path):

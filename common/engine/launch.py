@@ -42,12 +42,13 @@ def launch(main, config):
 
 
 def setup(config):
-    """Joins the other processes, checks the shared options, seeds the weights; returns device and images.
+    """Call it first: joins the other processes, checks the shared options, seeds the weights, opens the
+    images. Returns device and images.
 
     Raises ArgumentError for options that cannot work, DataError where there are fewer images than one batch.
     """
     device = distributed.start(config.device)
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # of ours, without file and line
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # no file, no line
     options.check(config, distributed.world_size())
     repeatable(config.deterministic)
     torch.manual_seed(config.seed)
@@ -59,9 +60,11 @@ def setup(config):
 
 
 def prepare(model, config, device):
-    """Moves the model to the device, in place, channels last; compiles its trunk where --compile says so.
+    """Moves the model to the device, channels last; compiles its trunk where --compile says so. Returns the
+    network to train: the model, or on several ranks DistributedDataParallel around it.
 
-    Returns the network to train: the model, or on several ranks DistributedDataParallel around it.
+    Call it before the optimizer is made. Weights that no loss trains must have requires_grad_(False) by then.
+    Gradients are averaged over ranks, so a loss's mean over ranks must be the loss of the whole batch.
     """
     dtype = torch.float64 if config.precision == "float64" else torch.float32
     model.to(device, dtype, memory_format=torch.channels_last)
@@ -70,11 +73,11 @@ def prepare(model, config, device):
     return batchnorm.parallel(model)
 
 
-def report(run, published, balanced, passing=0):
-    """Says what is about to happen, and what will not work.
+def report(run, published, assigned, temporary=0):
+    """Says what is about to happen, and warns of settings that will not work.
 
-    published: the recipe's own Config. balanced: rows that an assignment spreads over the clusters (batch +
-    queue, or the data set). passing: bytes an image that are there only while clusters are made.
+    published: the recipe before the command line changed it. assigned: rows that one assignment gives
+    clusters to (batch + queue, or the data set). temporary: bytes per image held while clusters are made.
     """
     c, n, k, ranks = run.config, len(run.images), run.config.prototypes, distributed.world_size()
     named = run.images.labels is not None
@@ -84,18 +87,18 @@ def report(run, published, balanced, passing=0):
     millions = sum(p.numel() for p in run.model.parameters()) / 1e6
     changed = (c.lr, c.batch_size) != (published.lr, published.batch_size)
     base = f" ({published.lr:g} at the recipe's batch {published.batch_size})" if changed else ""
-    held = held_bytes(run, passing)
+    held = held_bytes(run, temporary)
     say(f"{run.method}, recipe {c.recipe}, in {run.out}")
     say(f"  data     {n} images of {c.data or 'shapes'}, {labels}; crops {crops}")
     say(f"  model    {c.arch} x{c.width:g}, {c.stem} stem, {millions:.2f} M parameters; "
         f"{dtype} on {ranks} x {run.device.type}")
     say(f"  steps    {run.steps_per_epoch} an epoch, {c.epochs} epochs, {run.total} in all; "
         f"batch {c.batch_size}, lr {c.lr:g}{base}")
-    say(f"  balance  K {k}: {n / k:.3g} images and {balanced / k:.3g} assigned rows a cluster")
+    say(f"  balance  K {k}: {n / k:.3g} images and {assigned / k:.3g} assigned rows a cluster")
     say(f"  memory   {held / n:.0f} bytes an image, {held / 2**20:.3g} MiB on each rank beside the model")
-    if k > balanced:
-        say(f"warning: --prototypes {k} are more than the {balanced} rows (batch + queue) that share them: "
-            f"take at most {balanced}")
+    if k > assigned:
+        say(f"warning: --prototypes {k} are more than the {assigned} rows (batch + queue) that share them: "
+            f"take at most {assigned}")
     if n / k < 10:
         say(f"warning: --prototypes {k} leaves {n / k:.1f} images a cluster: take {max(2, n // 10)} or fewer")
     if not published.batch_size / 4 <= c.batch_size <= published.batch_size * 4:
@@ -103,11 +106,11 @@ def report(run, published, balanced, passing=0):
             "--lr and --prototypes may need tuning")
 
 
-def held_bytes(run, passing):
-    """Bytes that the method's memory and the log hold on this rank. passing: as in report."""
+def held_bytes(run, temporary):
+    """Bytes that the method's memory and the log hold on this rank. temporary: as in report."""
     tensors = [x for part in (run.memory, run.meter) if part is not None for x in vars(part).values()]
     return (sum(x.nbytes for x in tensors if hasattr(x, "nbytes"))
-            + passing * len(run.images) // distributed.world_size())
+            + temporary * len(run.images) // distributed.world_size())
 
 
 def repeatable(wanted):

@@ -91,8 +91,9 @@ class Meter:
     def state_dict(self):
         """What all ranks counted, the same on every rank."""
         return {"assignments": self.assignments, "current": distributed.all_max(self.current).cpu(),
-                "histogram": distributed.all_sum(self.histogram).cpu(), "sums": distributed.all_sum(
-                    self.sums).cpu(), "warnings": [self.stuck, self.collapsed, self.warned]}
+                "histogram": distributed.all_sum(self.histogram).cpu(),
+                "sums": distributed.all_sum(self.sums).cpu(),
+                "warnings": [self.stuck, self.collapsed, self.warned]}
 
     def load_state_dict(self, state):
         self.assignments = state["assignments"]

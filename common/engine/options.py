@@ -1,4 +1,4 @@
-"""Options: one dataclass is the command line, the recipe table fills it in, and both print themselves.
+"""Options: a dataclass declares them, recipes fill them in, the command line overrides both.
 
     @dataclass
     class Config(RunOptions):
@@ -26,10 +26,11 @@ GROUPS = ("data", "model", "multi-crop", "method", "optimisation", "run")  # hea
 
 
 def option(default, help, group=None, choices=None, free=False, **bounds):
-    """One option of a Config. free: may change when a run resumes. group: its heading in --help, which the
-    options behind it share; an option that a method alone has stands under "method" without it.
+    """One option of a Config: a dataclass field with what --help and the checks need.
 
-    bounds: above, least, below or most, numbers that each value must keep to.
+    group: heading in --help. In RunOptions it holds until the next one; in a method's Config it is of this
+        option alone, and "method" without it.
+    free: a resumed run may change it. bounds: above, least, below, most, of each value.
     """
     return field(default=default,
                  metadata=dict(help=help, group=group, choices=choices, free=free, bounds=bounds))
@@ -37,7 +38,7 @@ def option(default, help, group=None, choices=None, free=False, **bounds):
 
 @dataclass
 class RunOptions:
-    """The options that all methods share; the first row of RECIPES says what a method sets otherwise."""
+    """The options that all methods share. The first row of a method's RECIPES sets what its paper says."""
 
     data: str = option("", "images: a folder, list or name (default: shapes, which are drawn)",
                        group="data", free=True)
@@ -60,13 +61,13 @@ class RunOptions:
                                        least=0)
     blur_p: float = option(0.5, "probability of blur", least=0, most=1)
 
-    prototypes: int = option(3000, "number K of prototypes of a head, one a cluster", group="method", least=1)
+    prototypes: int = option(3000, "number K of clusters, and prototypes, per head", group="method", least=1)
     temperature: float = option(0.1, "temperature of the predictions", above=0)
 
     epochs: int = option(400, "passes over the data", group="optimisation", least=1)
     max_steps: int = option(0, "stop, saved, after this many steps; 0: never", free=True, least=0)
     batch_size: int = option(256, "images a step over all ranks; learning rates follow it linearly", least=1)
-    lr: float = option(0.6, "learning rate at this batch size, the highest of the schedule", above=0)
+    lr: float = option(0.6, "highest learning rate of the schedule, for this batch size", above=0)
     momentum: float = option(0.9, "momentum of SGD", least=0, below=1)
     weight_decay: float = option(1e-6, "weight decay of every parameter", least=0)
 
@@ -98,8 +99,8 @@ def parse(cls, recipes, description, argv=None):
     """Config from the command line: options given win over the recipe, the recipe over the default row.
 
     recipes: {name: (result, {option: value})}. Without --recipe it is "shapes" for the embedded images, and
-    the first row for any others, which on a CPU exits with code 2. --batch-size without --lr scales the
-    recipe's learning rates.
+    the first row for any others, which is for GPUs: on a CPU it ends with exit code 2 and names "small".
+    --batch-size without --lr scales the recipe's learning rates.
     """
     parser = Parser(usage="%(prog)s [options]", description=description, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -134,8 +135,7 @@ def recipe(cls, recipes, name):
 
 
 def override(config, given):
-    """config with the options in `given`. The learning rates not given follow --lr, or the batch size (linear
-    rule)."""
+    """config with the options given. Other learning rates follow --lr, or the batch size (linear rule)."""
     scale = given.get("batch_size", config.batch_size) / config.batch_size
     if "lr" in given and config.lr:
         scale = given["lr"] / config.lr

@@ -31,11 +31,19 @@ from .unreadable import Unreadable
 
 
 class Run:
-    """One run directory. A loop asks it for images, device, steps, autocast, log, features and timed alone.
+    """One run directory: logs, saves, resumes, stops.
 
-    memory: what the method keeps beside network and optimizer, if anything; all ranks call its state_dict()
-    and load_state_dict(), which may gather. remedy: what to try when the meter warns. heads: H. about: what
-    describes the trunk beside the shared options.
+    A loop uses images, device, steps, autocast, log, features and timed; docs/copy.md has ten lines that
+    stand in for them in another project.
+
+    config: a RunOptions; its `prototypes` are the clusters that the log counts, in each of `heads`.
+    model: has `backbone`, the trunk that is saved and evaluated; eval_cluster.py also wants `prototypes` (one
+        linear layer, or several) and maybe `projection_head` (linear layers, batch norm, ReLU).
+    memory: all else that the next step depends on, or None. All ranks call its state_dict(), which may
+        gather, and load_state_dict(). The state holds tensors and plain values, in data-set order, so that
+        another number of ranks can load it.
+    remedy: what to advise when the log warns. about: more that backbone.pt says of the trunk: sobel=True.
+    All epochs have len(images) // batch_size steps.
     """
 
     def __init__(self, config, method, images, model, optimizer, memory=None, remedy="", heads=1, **about):
@@ -83,7 +91,11 @@ class Run:
     # ---- the loop
 
     def epochs(self):
-        """Epochs still to do, from the one that the run stands in; resumes before and saves after them."""
+        """Yields the epochs still to do. Resumes before the first one, and saves after the last one.
+
+        A resumed run enters the epoch that it stopped in once more. So memory must say what was done at its
+        start, as in `if memory.epoch < epoch: assign(...)`, and draw from a generator seeded by the epoch.
+        """
         if not self._resume():
             self.evaluate(0)
         self._restart_clock()
@@ -95,30 +107,33 @@ class Run:
         say(f"done: {self.step} steps; trunk in {self.out / 'backbone.pt'}, "
             f"clusters in {self.out / 'assignments.csv'}")
 
-    def steps(self, loader, batches, epoch, keep=True):
-        """(step, batch) of the epoch's remaining steps; before each, all ranks may save, or save and stop.
+    def steps(self, loader, batches, epoch, extra=False):
+        """Yields (step, batch) for the rest of the epoch; step counts from the start of training, from 0.
 
-        keep: False for an extra pass, which has an epoch number of its own. Its steps do not count, and a
-        stop in it saves nothing, since running statistics are not what they were after the last step.
+        Before each step all ranks may save, or save and stop. extra: a pass that does not train, under an
+        epoch number of its own, from config.epochs on. Its steps do not count. A stop in it saves nothing,
+        since it may move running statistics; so the run is saved before it.
         """
         first, number = self.step - epoch * self.steps_per_epoch, self.step
-        if keep:
-            self.loader = loader
-        else:
+        if extra:
             first, number = 0, self.total + epoch * len(batches)
+            if self.step:
+                self.save()
+        else:
+            self.loader = loader
         source = loader.epoch(epoch, batches, first)
         while True:
             asked = time.perf_counter()
             batch = next(source, None)
-            self.waited += keep * (time.perf_counter() - asked)
+            self.waited += 0 if extra else time.perf_counter() - asked
             if batch is None:
                 break
-            self.save_or_stop(loader, keep)
+            self.save_or_stop(loader, extra)
             torch.manual_seed(self.config.seed << 32 | number)  # dropout depends on the step's number alone
             yield number, batch
             number += 1
-            self.step += keep
-        if not keep:
+            self.step += not extra
+        if extra:
             self.unreadable.add(loader.bad)
 
     def autocast(self):
@@ -138,8 +153,8 @@ class Run:
     def features(self, model):
         """What model, in eval mode, makes of the centre crops of this rank's rows of the data set: (n, D).
 
-        A row of NaN is an image that cannot be read. Too many of them, weights that are not finite, or other
-        rows that are not finite end the run.
+        A row of NaN is an image that cannot be read. Too many of them, or weights or other rows that are not
+        finite, end the run. The run may be saved during the pass: change memory and model only after it.
         """
         self._stop_unless_finite(list(model.parameters()))
         found = set()
@@ -157,11 +172,8 @@ class Run:
         return features.extract(model, images, self.info["resize"], self.info["size"], self.device,
                                 workers=c.workers, precision=dtype, **how)
 
-    def save_or_stop(self, loader=None, keep=True):
-        """Between two steps, or two batches of a pass: all ranks save if it is time, or save and stop.
-
-        keep: False where a save would hold something else than after the last step: a stop saves nothing.
-        """
+    def save_or_stop(self, loader=None, extra=False):
+        """Between two steps, or two batches of a pass: all ranks save if it is time, or save and stop."""
         minutes = (time.monotonic() - self.saved_at) / 60
         due = distributed.rank() == 0 and self.step > 0 and minutes >= self.config.save_every
         if due and distributed.world_size() > 1:
@@ -172,7 +184,7 @@ class Run:
             raise DataError(f"{TRIES} images in a row cannot be read: {self.unreadable.examples()}")
         ended = 0 < self.config.max_steps <= self.step
         if stop or ended:
-            if not keep:
+            if extra:
                 raise Stopped("stopped by a signal in a pass over the data: the same command goes on from "
                               f"what {self.out} holds")
             self.save(final=True)
@@ -180,7 +192,7 @@ class Run:
             why = f"at --max-steps {self.config.max_steps}" if ended else why
             more = "with more " * ended
             raise Stopped(f"stopped {why}: saved in {self.out}, the same command {more}goes on from there")
-        if due and keep:
+        if due and not extra:
             self.save()
 
     def _on_signal(self, number, frame):
@@ -189,10 +201,12 @@ class Run:
         self.signals += 1
 
     def log(self, loss, lr, z, index, assignments, **figures):
-        """Counts one step; on a log step, writes the line and the record.
+        """Counts a step; every --log-every steps writes a record. Call it in every step, on every rank.
 
-        loss: scalar on the device; z (B, D) embeddings; index (B,); assignments (B,) or (H, B); figures: more
-        numbers, also on the device.
+        loss: scalar on the device, a mean cross-entropy over the K clusters, which is compared with ln K.
+        z (B, D): unit embeddings of one crop of each image; their spread tells a collapse. index (B,): the
+        images. assignments (B,) or (H, B): their clusters, below 0 for none; assignments.csv gets the last
+        one of each image. figures: more numbers to record; tensors may stay on the device.
         """
         self.meter.count(loss, index, assignments)
         self.timed_steps += 1

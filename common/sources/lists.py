@@ -9,8 +9,8 @@ from .files import EXTENSIONS, Files
 
 
 def open_list(path, root, split):
-    return _read_annotations(path, root, split) if path.suffix.lower() == ".json" else _read_list(path, root,
-                                                                                                  split)
+    read = _read_annotations if path.suffix.lower() == ".json" else _read_list
+    return read(path, root, split)
 
 
 def _start(path, root, split, first):
@@ -75,11 +75,12 @@ def _read_list(path, root, split):
         return Files(root, names)
     # longer ones are names: times, bar codes
     numeric = all(label.isdecimal() and len(label) < 7 for label in labels)
-    classes = [str(i) for i in range(max(map(int, labels)) + 1)] if numeric else sorted(set(labels),
-                                                                                        key=os.fsencode)
+    classes = sorted(set(labels), key=os.fsencode)
+    if numeric:
+        classes = [str(i) for i in range(max(map(int, labels)) + 1)]
     number = {name: i for i, name in enumerate(classes)}
-    return Files(root, names, [int(label) if numeric else number[label] for label in labels], classes,
-                 numeric)
+    labels = [int(label) if numeric else number[label] for label in labels]
+    return Files(root, names, labels, classes, numeric)
 
 
 def _read_annotations(path, root, split):
