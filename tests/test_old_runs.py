@@ -23,7 +23,7 @@ RUNS = {  # its own options, and the losses of steps 7 to 9
 
 @pytest.mark.parametrize("method", RUNS)
 def test_an_older_run_goes_on(method, tmp_path, capsys):
-    shutil.copy(GOLDEN / "runs" / f"{method}.pt", tmp_path / "checkpoint.pt")
+    shutil.copy(GOLDEN / "older" / f"{method}.pt", tmp_path / "checkpoint.pt")
     options, expected = RUNS[method]
     script = importlib.import_module(method)
     assert run_here(script, *SMALL.split(), *options.split(), "--out", tmp_path) == 0
