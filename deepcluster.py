@@ -83,6 +83,7 @@ class Config(RunOptions):
     pca_dim: int = option(256, "principal axes of the features that are clustered", least=1)
     kmeans_iterations: int = option(20, "iterations of k-means, each epoch", least=1)
 
+    momentum: float = option(0.9, "momentum of SGD; the classifier has none", least=0, below=1)
     final_lr: float = option(0.0, "learning rate that the cosine ends at", group="optimisation", least=0)
     warmup_epochs: int = option(0, "epochs of linear warm-up", group="optimisation", least=0)
     start_lr: float = option(0.0, "learning rate when the warm-up starts", group="optimisation", least=0)

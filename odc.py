@@ -80,6 +80,7 @@ class Config(RunOptions):
     reweight: float = option(0.5, "power of a cluster's size by which its loss is divided; 0: none", least=0)
     kmeans_iterations: int = option(20, "iterations of k-means, before the first epoch", least=1)
 
+    momentum: float = option(0.9, "momentum of SGD; the classifier has none", least=0, below=1)
     drop_epochs: tuple[int, ...] = option((400,), "epochs after which the rate drops", group="optimisation")
     drop_factor: float = option(0.4, "factor of each drop", group="optimisation", above=0)
 
@@ -166,7 +167,7 @@ class Memory:
         here = place < len(self.bank.local)
         after = distributed.all_sum(torch.where(here, assign(new, self.centroids), 0))  # (W B,)
         # An image drawn twice in a batch keeps its last embedding; write alone would choose either.
-        order = torch.arange(len(index), device=index.device)
+        order = torch.arange(len(index), device=index.device, dtype=torch.int32)
         last = torch.where(index[:, None] == index, order, -1).amax(1)  # (W B,)
         self.bank.write(index, new[last])
         self.targets[index] = after[last]

@@ -167,8 +167,8 @@ def assign(memory, prototypes, temperature, lam, tolerance):
         try:
             # The largest thing held: (rows, K).
             scores = memory.rows(h % U) @ (nn.functional.normalize(head.weight) / temperature).T
-            assignments, memory.scalings[h], *_ = balanced_assignments(scores, lam, tolerance, in_place=True,
-                                                                       init=memory.scalings[h])
+            assignments, memory.scalings[h], *_ = balanced_assignments(
+                scores, lam, tolerance, in_place=True, init=memory.scalings[h])
         except ValueError as error:  # on every rank
             raise Diverged(f"head {h} cannot be labelled: {error}; a lower --lr may help") from None
         del scores  # room for those of the next head

@@ -88,7 +88,7 @@ class Config(RunOptions):
 
     epsilon: float = option(0.05, "epsilon of Sinkhorn: smaller makes sharper codes", above=0)
     sinkhorn_iterations: int = option(3, "iterations of Sinkhorn", least=0)
-    queue_length: int = option(3840, "past embeddings that join the balancing, over all ranks", least=0)
+    queue_length: int = option(3840, "past embeddings that join the balancing; 0: none", least=0)
     queue_start_epoch: int = option(15, "epoch in which the queue begins to fill; used once full", least=0)
     freeze_prototypes_iters: int = option(5005, "steps before the prototypes learn: one epoch of ImageNet")
 

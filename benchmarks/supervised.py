@@ -6,8 +6,6 @@ as swav.py.
 A linear classifier on the trunk's features and plain cross-entropy over all crops. The options are swav.py's.
 """
 
-from dataclasses import replace
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -53,14 +51,13 @@ def train_one_epoch(model, optimizer, loader, run, config, epoch):
 
 def main(config):
     device, images = setup(config)
-    config = replace(config, prototypes=len(images.classes))  # the clusters of the log
     model = Model(config, len(images.classes)).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), config.lr, config.momentum,
                                 weight_decay=config.weight_decay, nesterov=True)
     augmentation = Augmentation(jitter=config.jitter, blur_p=config.blur_p)
     crops = MultiCrop(images, config.crops, config.sizes, (config.scales,), augmentation, config.seed)
     loader = data.Loader(crops, config.workers, device.type == "cuda")
-    run = Run(config, "supervised", images, model, optimizer)
+    run = Run(config, "supervised", images, model, optimizer, clusters=len(images.classes))
     report(run, recipe(Config, RECIPES, config.recipe), len(images))
     for epoch in run.epochs():
         train_one_epoch(model, optimizer, loader, run, config, epoch)

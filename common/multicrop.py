@@ -304,9 +304,8 @@ def _blur(x, sigma, radius=11):
     kernel = kernel / kernel.sum(dim=1, keepdim=True)
     place = torch.arange(size, device=x.device)[:, None] + taps  # (s, taps): the pixel each tap reads
     place = (size - 1 - (size - 1 - place.abs()).abs()).expand(len(x), -1, -1)  # reflected at both ends
-    matrix = x.new_zeros(len(x), size, size).scatter_add_(2, place,
-                                                          kernel[:, None].expand_as(place).to(x.dtype))
-    matrix = matrix[:, None]  # (B, 1, s, s)
+    kernel = kernel[:, None].expand_as(place).to(x.dtype)  # (B, s, taps)
+    matrix = x.new_zeros(len(x), size, size).scatter_add_(2, place, kernel)[:, None]  # (B, 1, s, s)
     return matrix @ x @ matrix.transpose(2, 3)
 
 

@@ -11,9 +11,8 @@ from benchmarks import multicrop
 from common.engine.launch import autocast_dtype
 from common.engine.options import recipe
 
-# bytes of a number, as a trunk gives it on this machine
 SELAV2 = 4 * 128 + 4 * 3000  # a bank, and its scores
-EMBEDDING = autocast_dtype("auto", torch.device("cpu")).itemsize
+EMBEDDING = autocast_dtype("auto", torch.device("cpu")).itemsize  # bytes of a trunk's number here
 
 
 def test_flops_are_those_of_the_crops():

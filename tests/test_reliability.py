@@ -1,6 +1,7 @@
 """Faults, injected into runs of swav.py, and what becomes of the run. docs/reliability.md is the list."""
 
 import contextlib
+import errno
 import hashlib
 import importlib
 import itertools
@@ -619,6 +620,34 @@ def test_a_file_that_vanishes_after_the_scan_is_named(tmp_path, monkeypatch, cap
                      tmp_path / "run") == 0
     assert "warning: 1 images cannot be read and are replaced by their neighbours" in capsys.readouterr().out
     assert (tmp_path / "run" / "bad_images.txt").read_text() == os.path.join("n01", "3.JPEG") + "\n"
+
+
+def test_a_disk_that_is_full_once_more_is_said_once_more(tmp_path, capsys, monkeypatch):
+    save, calls = checkpoint.save, []
+
+    def full_now_and_then(path, state):
+        calls.append(state["step"])
+        if len(calls) in (1, 2, 4):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(path, state)
+
+    monkeypatch.setattr(checkpoint, "save", full_now_and_then)
+    assert swav_here("--data", "shapes:64", *TINY, "--save-every", 0, "--epochs", 2, "--out", tmp_path) == 0
+    assert len(calls) >= 5 and capsys.readouterr().out.count("No space left on device") == 2
+
+
+def test_a_disk_that_cannot_be_read_does_not_damage_a_file(tmp_path, capsys, monkeypatch):
+    shared = ["--data", "shapes:64", *TINY, "--out", tmp_path, "--max-steps"]
+    assert swav_here(*shared, 1) == 0 and swav_here(*shared, 2) == 0
+
+    def unreadable(archive):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(zipfile.ZipFile, "testzip", unreadable)
+        assert swav_here(*shared, 3) == 2 and "Input/output error" in capsys.readouterr().err
+    assert not (tmp_path / "damaged_checkpoint.pt").exists()
+    assert swav_here(*shared, 3) == 0 and "resumed at step 2" in capsys.readouterr().out
 
 
 # ---- divergence and collapse

@@ -19,6 +19,7 @@ import deepclusterv2
 import sela
 import swav
 from benchmarks import ablations, figures, methods, multicrop, report, subset, supervised
+from benchmarks.record import finished
 from common import data
 from common.engine.held_out import match_classes, open_queries
 from common.engine.launch import launch
@@ -453,3 +454,10 @@ def test_the_whole_comparison_is_made_once(tmp_path, monkeypatch, capsys):
     methods.main(methods.arguments())
     assert json.loads((tmp_path / "results.json").read_text()) == results
     assert report.table(results) in capsys.readouterr().out
+
+
+def test_the_ceiling_is_taken_for_the_recipe_that_it_is(tmp_path):
+    tiny = "--recipe cifar --data shapes:64 --width 0.125 --epochs 1 --workers 0".split()
+    assert run_here(supervised, *tiny, "--out", tmp_path) == 0
+    config = parse(supervised.Config, supervised.RECIPES, "", [*tiny, "--out", str(tmp_path)])
+    assert finished(config, tmp_path) and metrics(tmp_path)[-1]["epoch_clusters_used"] <= 10

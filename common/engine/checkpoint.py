@@ -4,6 +4,7 @@ Both are what torch.save writes: a zip, with a CRC of each record. torch.load do
 `verified` does. Then weights_only=True loads tensors and plain values, and runs no code.
 """
 
+import errno
 import os
 import pickle
 import zipfile
@@ -45,6 +46,10 @@ def load(path, expect=None):
     with open(path, "rb") as file:
         try:
             state = torch.load(verified(file), map_location="cpu", weights_only=True)
+        except OSError as error:
+            if error.errno in (None, errno.EINVAL):  # zipfile's own, for a file that is cut
+                raise Damaged(f"{path} is damaged, or no checkpoint: {reason(error)}") from None
+            raise  # a disk's bad moment does not damage a file
         except Exception as error:  # zipfile and torch raise many kinds for what they refuse
             raise Damaged(f"{path} is damaged, or no checkpoint: {reason(error)}") from None
     if not isinstance(state, dict):

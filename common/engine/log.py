@@ -1,5 +1,6 @@
 """The log of a run: is it healthy (the same figures for every method), and where that is written."""
 
+import functools
 import json
 import math
 import os
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 
 from .. import distributed
-from .errors import say
+from .errors import ArgumentError, say
 from .files import writing
 
 STUCK_STEPS = 1000  # after so many steps at ln K the remedies are printed
@@ -147,14 +148,20 @@ class Log:
     A progress bar stands on a terminal where tqdm is installed, plain lines elsewhere.
     """
 
-    def __init__(self, out, total, tensorboard=None):
-        self.path, self.total, self.tensorboard, self.bar = out / "metrics.jsonl", total, tensorboard, None
+    def __init__(self, out, total, tensorboard=False):
+        self.path, self.total, self.bar, self.events = out / "metrics.jsonl", total, None, None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise ArgumentError("--tensorboard needs: pip install tensorboard") from None
+            self.events = functools.cache(lambda: SummaryWriter(out))  # opened at the first record
 
     def write(self, record, line):
         """Appends one record, with its step; shows one line. Raises OSError where the disk is full."""
         for name, value in record.items():
-            if self.tensorboard is not None and name not in ("step", "epoch") and value is not None:
-                self.tensorboard.add_scalar(name, value, record["step"])
+            if self.events is not None and name not in ("step", "epoch") and value is not None:
+                self.events().add_scalar(name, value, record["step"])
         self.show(line, record["step"])
         size = self.path.stat().st_size if self.path.exists() else 0
         try:
@@ -163,6 +170,11 @@ class Log:
         except OSError:
             os.truncate(self.path, size)  # whole lines, or nothing
             raise
+
+    def tick(self):
+        """Moves the progress bar by a step."""
+        if self.bar is not None:
+            self.bar.update()
 
     def show(self, line, step):
         if self.bar is None and sys.stdout.isatty():
@@ -175,7 +187,6 @@ class Log:
         if self.bar is None:
             say(line)
         else:
-            self.bar.update(step - self.bar.n)
             self.bar.write(line)
 
     def rewind(self, step):

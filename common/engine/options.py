@@ -40,7 +40,7 @@ def option(default, help, group=None, choices=None, free=False, **bounds):
 class RunOptions:
     """The options that all methods share. The first row of a method's RECIPES sets what its paper says."""
 
-    data: str = option("", "images: a folder, list or name (default: shapes, which are drawn)",
+    data: str = option("", "images: a folder, a list, cifar10, cifar100, svhn or stl10 (default: shapes)",
                        group="data", free=True)
     val: str = option("", "held-out images for --eval-every (default: the val split of --data)", free=True)
     root: str = option("", "folder that relative paths of a list file start from", free=True)
@@ -52,7 +52,8 @@ class RunOptions:
     stem: str = option("imagenet", "first layers of the trunk; small: for images of 32 to 64 pixels",
                        choices=("imagenet", "small"))
 
-    crops: tuple[int, ...] = option((1,), "number of crops of each size", group="multi-crop", least=1)
+    crops: tuple[int, ...] = option((1,), "number of crops of each size; the first have targets",
+                                    group="multi-crop", least=1)
     sizes: tuple[int, ...] = option((224,), "sides of the crops in pixels, the largest first", least=1)
     scales: tuple[float, ...] = option((0.08, 1.0), "least and largest share of the area, for each size",
                                        above=0, most=1)

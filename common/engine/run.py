@@ -1,14 +1,4 @@
-"""Owns the run directory: logs, saves, resumes, stops. Knows nothing of the method.
-
-    run = Run(config, "swav", images, model, optimizer, queue)
-    for epoch in run.epochs():  # resumes before the first one, saves after the last one
-        for step, (index, crops, params) in run.steps(loader, batches, epoch):
-            ...
-            run.log(loss, lr, z, index, assignments)
-        run.end_epoch(epoch)
-
-All ranks take every decision (save, stop, give up) at the same step.
-"""
+"""Owns the run directory. All ranks take every decision (save, stop, give up) at the same step."""
 
 import contextlib
 import os
@@ -36,7 +26,7 @@ class Run:
     A loop uses images, device, steps, autocast, log, features and timed; docs/copy.md has ten lines that
     stand in for them in another project.
 
-    config: a RunOptions; its `prototypes` are the clusters that the log counts, in each of `heads`.
+    config: a RunOptions. clusters: that the log counts in each of `heads`, or config.prototypes.
     model: has `backbone`, the trunk that is saved and evaluated; eval_cluster.py also wants `prototypes` (one
         linear layer, or several) and maybe `projection_head` (linear layers, batch norm, ReLU).
     memory: all else that the next step depends on, or None. All ranks call its state_dict(), which may
@@ -46,11 +36,13 @@ class Run:
     All epochs have len(images) // batch_size steps.
     """
 
-    def __init__(self, config, method, images, model, optimizer, memory=None, remedy="", heads=1, **about):
+    def __init__(self, config, method, images, model, optimizer, memory=None, remedy="", heads=1,
+                 clusters=None, **about):
         c = self.config = config
         self.method, self.images, self.model, self.memory, self.remedy = method, images, model, memory, remedy
         self.device = next(model.parameters()).device
-        self.meter = Meter(c.prototypes, len(images), heads, self.device)
+        self.dtype = autocast_dtype(c.precision, self.device)
+        self.meter = Meter(clusters or c.prototypes, len(images), heads, self.device)
         self.objects = {"meter": self.meter, "model": model, "optimizer": optimizer}
         self.objects |= {} if memory is None else {"memory": memory}
         size = c.eval_size or c.sizes[0]
@@ -72,21 +64,14 @@ class Run:
             from ..weights import load_trunk
 
             self.trunk = load_trunk(c.init_from, self.info)
-        distributed.from_main(self._open)  # last: with --fresh it deletes
+        self.log_file = Log(self.out, self.total, c.tensorboard)
+        distributed.from_main(self._claim)  # last: with --fresh it deletes
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._on_signal)
         self._restart_clock()
 
-    def _open(self):
-        """Makes the run directory this process's own; sees before the first step that it can be written."""
-        writer = None
-        if self.config.tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter as writer
-            except ImportError:
-                raise ArgumentError("--tensorboard needs: pip install tensorboard") from None
+    def _claim(self):
         self.lock = claim(self.out, self.config.fresh)
-        self.log_file = Log(self.out, self.total, writer and writer(self.out))
 
     # ---- the loop
 
@@ -138,8 +123,7 @@ class Run:
 
     def autocast(self):
         """Context in which the network computes as --precision says."""
-        dtype = autocast_dtype(self.config.precision, self.device)
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
     @contextlib.contextmanager
     def timed(self, name):
@@ -159,7 +143,7 @@ class Run:
         self._stop_unless_finite(list(model.parameters()))
         found = set()
         with self.timed(f"features of {len(self.images)} images"):
-            rows, _ = self._extract(model, self.images, bad=found, agree=self.save_or_stop)
+            rows, _ = self._extract(model, self.images, bad=found, between=self.save_or_stop)
         self.unreadable.add(found)
         finite = torch.cat([block.isfinite().all(1) for block in rows.split(4096)])
         if distributed.all_sum((~finite).sum()) > len(self.unreadable.found):
@@ -168,9 +152,8 @@ class Run:
         return rows
 
     def _extract(self, model, images, **how):
-        c, dtype = self.config, autocast_dtype(self.config.precision, self.device)
         return features.extract(model, images, self.info["resize"], self.info["size"], self.device,
-                                workers=c.workers, precision=dtype, **how)
+                                workers=self.config.workers, precision=self.dtype, **how)
 
     def save_or_stop(self, loader=None, extra=False):
         """Between two steps, or two batches of a pass: all ranks save if it is time, or save and stop."""
@@ -210,6 +193,7 @@ class Run:
         """
         self.meter.count(loss, index, assignments)
         self.timed_steps += 1
+        self.log_file.tick()
         if (self.step + 1) % self.config.log_every and self.step + 1 != self.total:
             return
         self._stop_unless_finite()
@@ -274,7 +258,7 @@ class Run:
                          f"epoch {epoch}: {k}-NN top-1 {top1:.2f} %")
 
     def _record(self, record, line):
-        if distributed.rank() == 0:  # no collective on log steps beyond those of the figures
+        if distributed.rank() == 0:
             self._survive(self.log_file.write, record, line)
 
     # ---- files
@@ -288,6 +272,8 @@ class Run:
                  **{name: thing.state_dict() for name, thing in self.objects.items()}}
         problem = self._write(self._save, state)
         self.saved_at = time.monotonic()
+        if not problem:
+            self.said.clear()  # a disk that is full once more is worth a word
         if problem and final:
             raise CheckpointError(f"{problem}: the end of the run is not saved")
 

@@ -63,9 +63,8 @@ def _read_list(path, root, split):
         first = names[0]
         root, bare = _start(path, root, split, first), not any("/" in name for name in names)
         base = _start(path, root, split, os.path.join(first.partition("_")[0], first))
-        if bare and not os.path.isfile(root / first) and os.path.isfile(base / first.partition("_")[0]
-                                                                        / first):
-            # SimCLR's lists: n01440764_10026.JPEG is in n01440764
+        folder = base / first.partition("_")[0]  # SimCLR's lists: n01440764_10026.JPEG is in n01440764
+        if bare and not os.path.isfile(root / first) and os.path.isfile(folder / first):
             labels = [name.partition("_")[0] for name in names]
             names, root = [os.path.join(label, name) for label, name in zip(labels, names)], base
     else:
@@ -92,11 +91,9 @@ def _read_annotations(path, root, split):
     try:
         content = json.loads(path.read_bytes())
         images = {image["id"]: image["file_name"] for image in content["images"]}
-        pairs = [(annotation["image_id"],
-                  annotation["category_id"]) for annotation in content.get("annotations") or []]
-        ids = {category["id"] for category in content.get("categories") or []} | {category
-                                                                                  for _, category in pairs}
-        ids = sorted(ids)
+        pairs = [(a["image_id"], a["category_id"]) for a in content.get("annotations") or []]
+        named = {category["id"] for category in content.get("categories") or []}
+        ids = sorted(named | {category for _, category in pairs})
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
     except (AttributeError, KeyError, TypeError, ValueError) as error:
