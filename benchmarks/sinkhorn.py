@@ -1,7 +1,7 @@
 """Balanced assignment of a data set against a float64 NumPy matrix to the published end, and against POT for
 100 iterations.
 
-    python -m benchmarks.sinkhorn                       # 200,000 x 1,000; POT 20,000 x 1,000; ImageNet extrapolated: minutes
+    python -m benchmarks.sinkhorn                       # 200,000 x 1,000; POT 20,000 x 1,000: minutes
     python -m benchmarks.sinkhorn --samples 20000 --rounds 1                    # a quick look
     pip install pot                                     # for that row, which is left out without it
 
@@ -80,10 +80,6 @@ def published(scores, **options):
 
 def published_in_place(scores):
     return published(scores, in_place=True)
-
-
-def published_not_held(scores):
-    return published(scores, hold=False)
 
 
 def marginal(scores):
@@ -182,8 +178,7 @@ def main():
     args = arguments()
     settings = dict(rounds=args.rounds, threads=args.threads, spread=args.spread, numpy=np.__version__)
     contenders = {"NumPy, float64": reference, "published rule": published,
-                  "published rule in place": published_in_place,
-                  "published rule not held": published_not_held, "marginal rule": marginal}
+                  "published rule in place": published_in_place, "marginal rule": marginal}
     problem = (args.samples, args.classes, args.spread)
     figures = race(contenders, problem, args)
     try:

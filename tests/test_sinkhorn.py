@@ -107,5 +107,5 @@ def test_worked_codes(epsilon):
 
 def test_worked_swav_loss():
     scores = torch.stack([waves(4, 3, v) for v in range(3)])
-    codes = swav.assign(scores[:2], swav.Memory(0, 2, 3), None, 0.05, 3)
+    codes = swav.assign(scores[:2], swav.Queue(0, 2, 3), None, 0.05, 3)
     assert swav.prediction_loss(scores, codes, 0.1).item() == pytest.approx(4.6410512, abs=5e-8)
