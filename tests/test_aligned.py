@@ -126,7 +126,7 @@ def test_what_is_the_same_is_the_same_text():
         assert all(body == bodies[0] for body in bodies), name
     for lines in (
         "    for step, (index, crops, params) in run.steps(loader, batches, epoch):\n",
-        "        crops = to_device(crops, params, run.device, dtype)  # one (V_r B, 3, s, s) a resolution\n",
+        "        crops = to_device(crops, params, run.device, dtype)  # per resolution (V_r B, 3, s, s)\n",
         "    device, images = setup(config)\n",
         "    net = prepare(model, config, device)\n",
         "    for epoch in run.epochs():\n",
