@@ -105,6 +105,7 @@ class Model(nn.Module):
             z = nn.functional.normalize(z.to(self.prototypes[0].weight.dtype))
             return z, [head(z) for head in self.prototypes]
 
+
 # -------------------------------------------------------------------------------------------------- algorithm
 
 

@@ -111,6 +111,7 @@ class Model(nn.Module):
         for head in self.prototypes:
             head.weight.copy_(nn.functional.normalize(head.weight))
 
+
 # -------------------------------------------------------------------------------------------------- algorithm
 
 

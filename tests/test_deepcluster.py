@@ -1,7 +1,6 @@
 """deepcluster.py: uniform sampling, AlexNet, one process or many, and what becomes of a run that is
 killed."""
 
-
 import numpy as np
 import pytest
 import torch

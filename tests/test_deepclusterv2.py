@@ -1,7 +1,6 @@
 """deepclusterv2.py: the numbers of the official code, one process or many, and what becomes of a run that is
 killed."""
 
-
 import numpy as np
 import pytest
 import torch

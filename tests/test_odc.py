@@ -1,7 +1,6 @@
 """odc.py: the memory against the reference's numbers, one process or many, and what becomes of a run that is
 killed."""
 
-
 import numpy as np
 import pytest
 import torch

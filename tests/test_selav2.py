@@ -1,6 +1,5 @@
 """selav2.py: balanced labels on the memory, one process or many, and what becomes of a run that is killed."""
 
-
 import numpy as np
 import pytest
 import torch
