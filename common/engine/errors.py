@@ -1,7 +1,9 @@
 """What a user can cause: the kinds of error with their exit codes, and the one line that says so. Imports
 nothing of ours."""
 
+import contextlib
 import os
+import pickle
 import sys
 import time
 
@@ -38,6 +40,26 @@ class Diverged(ValueError):
 
 class Stopped(Exception):
     """Not an error: the run ends early, with everything saved."""
+
+
+@contextlib.contextmanager
+def border(kind, what):
+    """Put it around code that reads foreign bytes (files, JSON, environment variables): whatever is raised
+    there becomes one line, an error of `kind` that begins with `what`. An error with an exit code passes."""
+    try:
+        yield
+    except Exception as error:  # each library raises its own kinds, and a damaged file raises any
+        if hasattr(error, "exit_code"):
+            raise
+        raise kind(f"{what}: {reason(error)}") from None
+
+
+def reason(error):
+    """Why something was refused, in one line."""
+    if isinstance(error, pickle.UnpicklingError):  # torch's own words advise against weights_only=True
+        return "it is not what torch.save writes"
+    line = (str(error).splitlines() or [""])[0]
+    return getattr(error, "strerror", None) or (f"{type(error).__name__}: {line}" if line else type(error).__name__)
 
 
 def say(text):
