@@ -8,7 +8,9 @@ import torch
 
 from .. import batchnorm, data, distributed
 from . import options
-from .errors import DataError, Stopped, fail, say
+from .errors import DataError, Stopped, UserError, fail, say
+
+LESS = "lower --batch-size, --sizes or --prototypes"
 
 
 def launch(main, config):
@@ -18,17 +20,16 @@ def launch(main, config):
         main(config)
     except Stopped as reason:
         say(reason)
-    except ValueError as error:
-        if not hasattr(error, "exit_code"):
-            raise
-        fail(error, error.exit_code)
+    except UserError as error:
+        fail(error, error.exit_code, error.speaks)
     except KeyboardInterrupt:  # before the run has begun to listen
         fail("interrupted", 130)
-    except torch.OutOfMemoryError as error:
-        remedy = f"lower --batch-size, --sizes or --prototypes ({str(error).splitlines()[0]})"
-        fail(f"the GPU's memory is full: {remedy}", 1, speaks=True)
-    except RuntimeError as error:
+    except (MemoryError, OverflowError, RuntimeError) as error:
         cause = (str(error).splitlines() or [""])[0]
+        if isinstance(error, torch.OutOfMemoryError):
+            fail(f"the GPU's memory is full: {LESS} ({cause})", 1, speaks=True)
+        if not isinstance(error, RuntimeError) or "can't allocate memory" in cause or "overflow" in cause:
+            fail(f"the memory is full: {LESS} ({cause})", 1, speaks=True)
         if "use_deterministic_algorithms" in str(error):
             fail(f"--deterministic cannot be kept: {cause}", 2)
         # raised wherever this process was when its worker ended; no other rank knows

@@ -11,7 +11,7 @@ methods share; the other rows say what differs from it.
 """
 
 import argparse
-import math
+import re
 import sys
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import get_args, get_origin
@@ -19,7 +19,7 @@ from typing import get_args, get_origin
 import torch
 
 from ..resnet import ARCHITECTURES
-from .errors import ArgumentError, fail
+from .errors import ArgumentError, fail, open_streams
 
 LEARNING_RATES = ("lr", "final_lr", "start_lr")  # scale together
 GROUPS = ("data", "model", "multi-crop", "method", "optimisation", "run")  # headings of --help, in this order
@@ -44,7 +44,8 @@ class RunOptions:
                        group="data", free=True)
     val: str = option("", "held-out images for --eval-every (default: the val split of --data)", free=True)
     root: str = option("", "folder that relative paths of a list file start from", free=True)
-    workers: int = option(-1, "loader processes per rank; -1: its cores, up to 8", free=True, least=-1)
+    workers: int = option(-1, "loader processes per rank; -1: its cores, up to 8", free=True, least=-1,
+                          most=1024)
     max_bad: int = option(-1, "unreadable images allowed; -1: one in a thousand, or 10", free=True, least=-1)
 
     arch: str = option("resnet50", "architecture of the trunk", group="model", choices=tuple(ARCHITECTURES))
@@ -53,7 +54,7 @@ class RunOptions:
                        choices=("imagenet", "small"))
 
     crops: tuple[int, ...] = option((1,), "number of crops of each size; the first have targets",
-                                    group="multi-crop", least=1)
+                                    group="multi-crop", least=1, most=1000)
     sizes: tuple[int, ...] = option((224,), "sides of the crops in pixels, the largest first", least=1)
     scales: tuple[float, ...] = option((0.08, 1.0), "least and largest share of the area, for each size",
                                        above=0, most=1)
@@ -67,7 +68,7 @@ class RunOptions:
 
     epochs: int = option(400, "passes over the data", group="optimisation", least=1)
     max_steps: int = option(0, "stop, saved, after this many steps; 0: never", free=True, least=0)
-    batch_size: int = option(256, "images a step over all ranks; learning rates follow it linearly", least=1)
+    batch_size: int = option(256, "images a step over all ranks; learning rates follow it linearly", least=2)
     lr: float = option(0.6, "highest learning rate of the schedule, for this batch size", above=0)
     momentum: float = option(0.9, "momentum of SGD", least=0, below=1)
     weight_decay: float = option(1e-6, "weight decay of every parameter", least=0)
@@ -91,6 +92,17 @@ class RunOptions:
 
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, said by rank 0 alone, with exit code 2."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        open_streams()
+
+    def parse_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else args
+        for option, value in zip(["", *args], args):
+            if not value or re.fullmatch("--[a-z-]+=", value):
+                self.error(f"{value or option} has an empty value: is a shell variable not set?")
+        return super().parse_args(args, namespace)
 
     def error(self, message):
         fail(f"{message} (python {self.prog} --help lists the options)", 2)
@@ -170,8 +182,8 @@ def _check_bounds(f, value):
     holds = {"above": lambda v, b: v > b, "least": lambda v, b: v >= b, "below": lambda v, b: v < b,
              "most": lambda v, b: v <= b}
     for v in value if isinstance(value, tuple) else (value,):
-        if isinstance(v, float) and not math.isfinite(v):
-            raise ArgumentError(f"{_flag(f.name)} {_words(value)}: a number is needed")
+        if not isinstance(v, str) and v and not 1e-30 < abs(v) < 1e12:  # or products of it would be infinite
+            raise ArgumentError(f"{_flag(f.name)} {_words(value)}: a number of usual size is needed")
         if not all(holds[name](v, bound) for name, bound in bounds.items()):
             needed = " and ".join(f"{words[name]} {bound}" for name, bound in bounds.items())
             raise ArgumentError(f"{_flag(f.name)} {_words(value)}: {needed} is needed")
