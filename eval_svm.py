@@ -18,7 +18,6 @@ Needs scikit-learn. Features take a GPU a minute; the full protocol is 1,520 fit
 """
 
 import math
-import os
 import time
 import warnings
 import xml.etree.ElementTree as ElementTree
@@ -313,7 +312,7 @@ def main(args):
         raise ArgumentError(f"--layers {' '.join(args.layers)}: {error}") from None
     voc = distributed.from_main(Voc, args.data)
     n = voc.trainval
-    jobs = args.jobs or max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    jobs = args.jobs or distributed.cores()
     say(f"{args.trunk}: {evaluation.name(info)}, VOC 2007 at {info['size']} px ({args.crop})")
     counts = f"{n} images to train on, {len(voc) - n} to test, {len(voc.classes)} classes"
     say(f"{counts}, {len(costs)} costs, AP by {args.ap}")

@@ -8,15 +8,17 @@ any number of ranks and workers sees the same global batches.
 """
 
 import atexit
+import multiprocessing
 import os
 import signal
+import threading
 from pathlib import Path
 
 import numpy as np
 from torch.utils.data import DataLoader
 
 from . import distributed
-from .engine.errors import DataError
+from .engine.errors import DataError, WorkerError, border
 from .multicrop import TRIES, collate
 
 NAMED = ("cifar10", "cifar100", "svhn", "stl10")  # torchvision's
@@ -108,37 +110,53 @@ class Loader:
 
     def __init__(self, dataset, workers=0, pin_memory=False, start_method=None):
         if workers < 0:
-            cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-            workers = max(1, min(8, cores - 1))
+            workers = max(1, min(8, distributed.cores() - 1))
         self.dataset = dataset
         self.bad = set()
         self.lost = False  # a sample found nothing readable within TRIES images and is blank, with index -1
         self._keys = _Keys()
         self._n = len(dataset)
-        self._loader = DataLoader(dataset, batch_sampler=self._keys, num_workers=workers, collate_fn=collate,
-                                  pin_memory=pin_memory, persistent_workers=workers > 0,
-                                  prefetch_factor=2 if workers else None, worker_init_fn=_ignore_signals,
+        self._loader = DataLoader(dataset, batch_sampler=self._keys, num_workers=workers,
+                                  collate_fn=_collate_shared if workers else collate, pin_memory=pin_memory,
+                                  prefetch_factor=2 if workers else None, persistent_workers=workers > 0,
+                                  worker_init_fn=_start_worker,
                                   multiprocessing_context=start_method if workers else None)
         # The workers ignore the SIGTERM by which multiprocessing would end them when the interpreter exits.
         atexit.register(self.close)
 
     def close(self):
-        """Ends the worker processes."""
+        """Ends the worker processes, also those that hang."""
         if self._loader.num_workers and self._loader._iterator is not None:
             self._loader._iterator._shutdown_workers()
+            for worker in self._loader._iterator._workers:
+                worker.kill()
         atexit.unregister(self.close)
 
     def epoch(self, epoch, batches, first=0):
         """Batches of the epoch from step `first` on: index (B,) int64, crops [(V_r, B, 3, s, s) uint8],
-        params (V, B, 8)."""
+        params (V, B, 8). Raises WorkerError whatever goes wrong in a worker."""
         self._keys.current = epoch, batches, range(first, len(batches))
-        for step, (index, crops, params) in zip(range(first, len(batches)), self._loader):
+        for step, (index, crops, params) in zip(range(first, len(batches)), self._arriving()):
             for (_, wanted), got in zip(batches[step], index.tolist()):
                 if got != wanted:  # every image from the one wanted up to the one that came is unreadable
                     skipped = (got - wanted) % self._n if got >= 0 else min(TRIES, self._n)
                     self.bad.update((wanted + i) % self._n for i in range(skipped))
                     self.lost |= got < 0
             yield index, crops, params
+
+
+    def _arriving(self):
+        if self._loader.num_workers:
+            with border(WorkerError, "loader workers need to write to /dev/shm; --workers 0 does not"):
+                multiprocessing.Lock()
+        try:
+            yield from self._loader
+        except Exception as error:
+            if not self._loader.num_workers:
+                raise
+            cause = (str(error).strip().splitlines() or [""])[-1]  # behind the worker's traceback
+            remedy = "; enlarge /dev/shm, or lower --workers" * ("/torch_" in str(error))
+            raise WorkerError(f"a loader worker failed: {cause or type(error).__name__}{remedy}") from None
 
 
 class _Keys:
@@ -150,7 +168,21 @@ class _Keys:
             yield [(epoch, position, index) for position, index in batches[step]]
 
 
-def _ignore_signals(worker):
-    # A stop signal often reaches the whole process group. The main process decides when its workers end.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _start_worker(worker):
+    # A stop signal often reaches the whole process group. The main process decides when its workers end; if
+    # it is gone, they end by themselves, also in the middle of a read that hangs.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _collate_shared(samples):
+    # Moved to shared memory here, where an error reaches the main process. The thread that would do it later
+    # drops a batch that finds no room, and the run would wait for it for ever.
+    index, crops, params = collate(samples)
+    return index.share_memory_(), [group.share_memory_() for group in crops], params.share_memory_()

@@ -11,33 +11,52 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from .engine.errors import fail
+from .engine.errors import ArgumentError, JobError, border
+
+TORCHRUN = "RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe no job"
 
 
 def start(device="auto"):
     """Joins the group that torchrun describes in the environment, if any; returns the device of this process.
 
-    device: "auto" (a GPU if there is one), "cpu" or "cuda". Exits with code 2 if a node has fewer GPUs than
-    processes.
+    device: "auto" (a GPU if there is one), "cpu" or "cuda". Raises ArgumentError if the environment describes
+    no group, or if a node has fewer GPUs than processes.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    with border(JobError, f"the environment variables {TORCHRUN}"):
+        rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+        world_size, processes = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+        if not (0 <= rank < world_size and local_rank >= 0 < processes and restarts() >= 0):
+            raise ValueError(f"process {rank} of {world_size}, {local_rank} of {processes} on this node")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
-        gpus, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        if gpus < processes:  # known to all processes of this node, and to no other node
-            fail(f"--device cuda needs a GPU for each process: {gpus} for {processes} on this node", 2,
-                 speaks=local_rank == 0)
+        if (gpus := torch.cuda.device_count()) < processes:
+            needed = "--device cuda needs a GPU for each process"
+            error = ArgumentError(f"{needed}: {gpus} for {processes} on this node")
+            error.speaks = local_rank == 0  # known to all processes of this node, and to no other node
+            raise error
         torch.cuda.set_device(local_rank)
     if "RANK" in os.environ and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-        # The store of a restarted job still has the addresses of the dead processes: look elsewhere.
-        store, rank, world_size = next(rendezvous("env://"))
-        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        # Clustering a data set between two steps can take longer than the default 10 minutes.
-        timeout = datetime.timedelta(minutes=30)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+        with border(JobError, f"the environment variables {TORCHRUN}"):
+            store, *_ = next(rendezvous("env://"))
+            # The store of a restarted job still has the addresses of the dead processes: look elsewhere.
+            store = dist.PrefixStore(f"start {restarts()}", store)
+            # Clustering a data set between two steps can take longer than the default 10 minutes.
+            timeout = datetime.timedelta(minutes=30)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     return torch.device(device, local_rank if device == "cuda" else None)
+
+
+def restarts():
+    """How often torchrun has restarted this job."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+def cores():
+    """CPU cores for this process: its share of those that it may use."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS
+    return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def stop():
@@ -68,6 +87,11 @@ def all_max(x):
     if world_size() > 1:
         dist.all_reduce(x, op=dist.ReduceOp.MAX)
     return x
+
+
+def any_rank(*wishes):
+    """Which of the wishes, booleans, any rank has: equal on every rank."""
+    return all_max(torch.tensor(wishes, dtype=torch.int32)).tolist()
 
 
 def gather_rows(x, equal=False):
@@ -158,21 +182,3 @@ class ShardedRows:
     def load(self, rows):
         """Takes this rank's rows of those of all ranks."""
         self.local.copy_(rows[self.first : self.last])
-
-
-class Votes:
-    """Whether any rank wants something, without waiting: several ranks hear the answer one call later."""
-
-    def __init__(self):
-        self.posted = None
-
-    def any(self, *wishes):
-        """wishes: booleans of this rank. Returns which of them any rank had, the same on every rank."""
-        flags = torch.tensor(wishes, dtype=torch.int32)
-        if world_size() == 1:
-            return flags.tolist()
-        before, self.posted = self.posted, (dist.all_reduce(flags, dist.ReduceOp.MAX, async_op=True), flags)
-        if before is None:
-            return [0] * len(wishes)
-        before[0].wait()
-        return before[1].tolist()

@@ -12,11 +12,11 @@ from .multicrop import MEAN, STD, CenterCrop, photometric
 
 @torch.inference_mode()
 def extract(model, images, resize, size, device, mean=MEAN, std=STD, batch_size=256, workers=0,
-            precision=torch.float32, bad=None, between=None, view=CenterCrop):
+            precision=torch.float32, bad=None, fetch=next, view=CenterCrop):
     """Features of this rank's rows of a set, by data-set index: of centre crops, the model in eval mode.
 
     model: (B, 3, size, size) -> (B, D). precision: torch.bfloat16 for autocast. bad: a set that takes the
-    indices of images that cannot be read. between: called between batches, on all ranks equally often. view:
+    indices of images that cannot be read. fetch: takes the next batch, on all ranks equally often. view:
     TenCrop shows the model ten crops an image, (10 B, 3, size, size) crop-major, of which it makes B rows.
     Returns features (n, D), as the model gives them, and labels (n,) int64 or None: of the rows [rN/W,
     (r+1)N/W). A row whose image cannot be read is NaN and has label -1.
@@ -29,16 +29,16 @@ def extract(model, images, resize, size, device, mean=MEAN, std=STD, batch_size=
     dtype = next(model.parameters()).dtype
     training = model.training
     model.eval()
-    every_rank = len(images) // distributed.world_size() // batch_size  # batches that all ranks have
+    every_rank = -(-(len(images) // distributed.world_size()) // batch_size)  # batches that all ranks have
 
     def forward(x):
         with torch.autocast(device.type, dtype=precision, enabled=precision == torch.bfloat16):
             return model(x)
 
     features, unreadable = None, []
-    for step, (wanted, (index, crops, params)) in enumerate(zip(batches, loader.epoch(0, batches))):
-        if between and step < every_rank:
-            between()
+    source = loader.epoch(0, batches)
+    for step, wanted in enumerate(batches):
+        index, crops, params = (fetch if step < every_rank else next)(source)
         crops = crops[0].flatten(0, 1).to(device, non_blocking=True)  # (B, 3, size, size)
         block = forward(photometric(crops, params.flatten(0, 1), mean, std, dtype))  # (B, D)
         features = block.new_empty(last - first, block.shape[1]) if features is None else features

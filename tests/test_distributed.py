@@ -11,6 +11,7 @@ from common import distributed
 from common.batchnorm import SyncBatchNorm
 from common.distributed import rank
 from common.engine import errors
+from common.engine.launch import launch
 
 # ---- collectives
 
@@ -109,7 +110,7 @@ def test_too_few_gpus_are_said_by_one_process_of_the_node(monkeypatch, capsys, l
     monkeypatch.setenv("LOCAL_RANK", str(local_rank))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(SystemExit) as stop:
-        distributed.start("cuda")
+        launch(distributed.start, "cuda")
     error = "error: --device cuda needs a GPU for each process: 1 for 2 on this node\n"
     assert stop.value.code == 2 and capsys.readouterr().err == (error if local_rank == 0 else "")
 

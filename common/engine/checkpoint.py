@@ -55,7 +55,7 @@ def load(path, expect=None):
     if not isinstance(state, dict):
         raise Damaged(f"{path} is no checkpoint: it holds no names")
     for key, value in (expect or {}).items():
-        if state.get(key) != value:
+        if type(state.get(key)) is not type(value) or state[key] != value:
             raise CheckpointError(f"{path} has {key} {state.get(key)!r}, here it is {value!r}")
     return state
 

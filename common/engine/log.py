@@ -1,5 +1,6 @@
 """The log of a run: is it healthy (the same figures for every method), and where that is written."""
 
+import contextlib
 import functools
 import json
 import math
@@ -97,7 +98,7 @@ class Meter:
                 "warnings": [self.stuck, self.collapsed, self.warned]}
 
     def load_state_dict(self, state):
-        self.assignments = state["assignments"]
+        self.assignments.copy_(state["assignments"])
         self.current.copy_(state["current"])  # on every rank: the maximum over ranks counts
         if distributed.rank() == 0:  # on one rank: the sum counts
             self.histogram.copy_(state["histogram"])
@@ -162,7 +163,6 @@ class Log:
         for name, value in record.items():
             if self.events is not None and name not in ("step", "epoch") and value is not None:
                 self.events().add_scalar(name, value, record["step"])
-        self.show(line, record["step"])
         size = self.path.stat().st_size if self.path.exists() else 0
         try:
             with open(self.path, "a") as file:
@@ -170,11 +170,14 @@ class Log:
         except OSError:
             os.truncate(self.path, size)  # whole lines, or nothing
             raise
+        finally:
+            self.show(line, record["step"])
 
     def tick(self):
         """Moves the progress bar by a step."""
         if self.bar is not None:
-            self.bar.update()
+            with contextlib.suppress(OSError):  # the terminal is gone
+                self.bar.update()
 
     def show(self, line, step):
         if self.bar is None and sys.stdout.isatty():
@@ -184,22 +187,21 @@ class Log:
                 self.bar = tqdm(total=self.total, initial=step, unit="step", smoothing=0.05)
             except ImportError:
                 pass
-        if self.bar is None:
-            say(line)
-        else:
-            self.bar.write(line)
+        with contextlib.suppress(OSError):
+            (say if self.bar is None else self.bar.write)(line)
 
     def rewind(self, step):
-        """Drops the records after the step that a run resumes at, and lines that are no records."""
+        """Drops the records after the step that a run resumes at, and lines that are no records, such as one
+        that a kill cut short. Returns the records that stay."""
         if not self.path.exists():
-            return
-        kept, lines = [], self.path.read_text().splitlines(keepends=True)
+            return []
+        kept, lines = [], self.path.read_bytes().splitlines(keepends=True)
         for line in lines:
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line)
-            except ValueError:  # the line that a kill cut short
-                continue
+            with contextlib.suppress(Exception):  # whatever a damaged line holds
+                record = json.loads(line)
+                if record["step"] <= step and line.endswith(b"\n"):
+                    kept.append((record, line))
         if len(kept) < len(lines):
-            with writing(self.path, text=True) as file:
-                file.write("".join(kept))
+            with writing(self.path) as file:
+                file.writelines(line for _, line in kept)
+        return [record for record, _ in kept]

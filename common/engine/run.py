@@ -4,6 +4,7 @@ import contextlib
 import os
 import resource
 import signal
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -13,11 +14,13 @@ import torch
 from .. import distributed, features
 from ..multicrop import MEAN, STD, TRIES
 from . import checkpoint, options
-from .errors import ArgumentError, CheckpointError, DataError, Diverged, Stopped, say
+from .errors import ArgumentError, CheckpointError, DataError, Diverged, Stopped, border, say
 from .files import claim, write_assignments, write_json
 from .launch import autocast_dtype
 from .log import Log, Meter, step_line
 from .unreadable import Unreadable
+
+NOT_OURS = "is not what a run has written"
 
 
 class Run:
@@ -53,25 +56,28 @@ class Run:
         self.steps_per_epoch = len(images) // c.batch_size
         self.step, self.total = 0, self.steps_per_epoch * c.epochs
         self.unreadable = Unreadable(images, c.max_bad, self.out / "bad_images.txt", self._write)
-        self.signals, self.votes, self.loader, self.said = 0, distributed.Votes(), None, set()
+        self.signals, self.waiting, self.loader = 0, False, None
+        self.said, self.trouble = set(), False
         self.saved_at = self.started = time.monotonic()
         self.queries = self.trunk = None
         if c.eval_every:
             from .held_out import held_out
 
             self.queries = distributed.from_main(held_out, c, images)
-        if c.init_from and (c.fresh or not (self.out / "checkpoint.pt").exists()):
+        self.fresh = c.fresh and not distributed.restarts()  # torchrun's restart goes on
+        if c.init_from and (self.fresh or not (self.out / "checkpoint.pt").exists()):
             from ..weights import load_trunk
 
             self.trunk = load_trunk(c.init_from, self.info)
         self.log_file = Log(self.out, self.total, c.tensorboard)
         distributed.from_main(self._claim)  # last: with --fresh it deletes
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._on_signal)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup's
+                signal.signal(number, self._on_signal)
         self._restart_clock()
 
     def _claim(self):
-        self.lock = claim(self.out, self.config.fresh)
+        self.lock = claim(self.out, self.fresh)
 
     # ---- the loop
 
@@ -81,10 +87,15 @@ class Run:
         A resumed run enters the epoch that it stopped in once more. So memory must say what was done at its
         start, as in `if memory.epoch < epoch: assign(...)`, and draw from a generator seeded by the epoch.
         """
-        if not self._resume():
-            self.evaluate(0)
+        evaluated = self._resume()
+        epoch, begun = divmod(self.step, self.steps_per_epoch)
+        if not begun and not evaluated:
+            self.evaluate(epoch)
         self._restart_clock()
-        yield from range(self.step // self.steps_per_epoch, self.config.epochs)
+        while epoch < self.config.epochs:
+            self._stop_at_max_steps()
+            yield epoch
+            epoch += 1
         self.save(final=True)
         seconds = round(time.monotonic() - self.started)
         done = {"steps": self.step, "epochs": self.config.epochs, "seconds_since_last_start": seconds}
@@ -107,13 +118,11 @@ class Run:
         else:
             self.loader = loader
         source = loader.epoch(epoch, batches, first)
-        while True:
+        for _ in range(first, len(batches)):
+            self._stop_at_max_steps()
             asked = time.perf_counter()
-            batch = next(source, None)
+            batch = self._fetch(source, loader, extra)
             self.waited += 0 if extra else time.perf_counter() - asked
-            if batch is None:
-                break
-            self.save_or_stop(loader, extra)
             torch.manual_seed(self.config.seed << 32 | number)  # dropout depends on the step's number alone
             yield number, batch
             number += 1
@@ -143,7 +152,7 @@ class Run:
         self._stop_unless_finite(list(model.parameters()))
         found = set()
         with self.timed(f"features of {len(self.images)} images"):
-            rows, _ = self._extract(model, self.images, bad=found, between=self.save_or_stop)
+            rows, _ = self._extract(model, self.images, bad=found)
         self.unreadable.add(found)
         finite = torch.cat([block.isfinite().all(1) for block in rows.split(4096)])
         if distributed.all_sum((~finite).sum()) > len(self.unreadable.found):
@@ -153,35 +162,51 @@ class Run:
 
     def _extract(self, model, images, **how):
         return features.extract(model, images, self.info["resize"], self.info["size"], self.device,
-                                workers=self.config.workers, precision=self.dtype, **how)
+                                workers=self.config.workers, precision=self.dtype, fetch=self._fetch, **how)
 
-    def save_or_stop(self, loader=None, extra=False):
-        """Between two steps, or two batches of a pass: all ranks save if it is time, or save and stop."""
+    def _fetch(self, source, loader=None, extra=False):
+        """The next batch. Before it is used all ranks save if it is time, or save and stop. A stop signal
+        also ends the wait for it: no step has begun, so nothing is lost."""
+        batch = None
+        with contextlib.suppress(KeyboardInterrupt):
+            try:
+                self.waiting = True
+                batch = None if self.signals else next(source)
+            finally:
+                self.waiting = False
+        self._save_or_stop(loader, extra)
+        return batch
+
+    def _save_or_stop(self, loader, extra):
         minutes = (time.monotonic() - self.saved_at) / 60
         due = distributed.rank() == 0 and self.step > 0 and minutes >= self.config.save_every
-        if due and distributed.world_size() > 1:
-            self.saved_at = time.monotonic()  # asked for: not once more in the next step
-        stop, lost, due = self.votes.any(self.signals > 0, loader is not None and loader.lost, due)
+        stop, lost, due = distributed.any_rank(self.signals > 0, loader is not None and loader.lost, due)
         if lost:
             self.unreadable.add(loader.bad if loader is not None else set())
             raise DataError(f"{TRIES} images in a row cannot be read: {self.unreadable.examples()}")
-        ended = 0 < self.config.max_steps <= self.step
-        if stop or ended:
-            if extra:
-                raise Stopped("stopped by a signal in a pass over the data: the same command goes on from "
-                              f"what {self.out} holds")
-            self.save(final=True)
-            why = f"by a signal, after step {self.step}"
-            why = f"at --max-steps {self.config.max_steps}" if ended else why
-            more = "with more " * ended
-            raise Stopped(f"stopped {why}: saved in {self.out}, the same command {more}goes on from there")
+        if stop and extra:
+            raise Stopped("stopped by a signal in a pass over the data: the same command goes on from what "
+                          f"{self.out} holds")
+        if stop:
+            self._stop(f"by a signal, after step {self.step}", "the same command")
         if due and not extra:
             self.save()
 
+    def _stop_at_max_steps(self):
+        if 0 < self.config.max_steps <= self.step:
+            self._stop(f"at --max-steps {self.config.max_steps}", "the same command with more")
+
+    def _stop(self, why, how):
+        self.save(final=True)
+        raise Stopped(f"stopped {why}: saved in {self.out}, {how} goes on from there")
+
     def _on_signal(self, number, frame):
-        if not self.signals:  # often it comes twice: to every process, and once more from torchrun
-            os.write(2, b"signal received: saving and stopping before the next step (Ctrl-\\ quits)\n")
         self.signals += 1
+        if self.signals == 1:  # often it comes twice: to every process, and once more from torchrun
+            with contextlib.suppress(OSError):  # nobody may read it any more
+                os.write(2, b"signal received: saving and stopping before the next step (Ctrl-\\ quits)\n")
+        if self.waiting:
+            raise KeyboardInterrupt
 
     def log(self, loss, lr, z, index, assignments, **figures):
         """Counts a step; every --log-every steps writes a record. Call it in every step, on every rank.
@@ -200,7 +225,8 @@ class Run:
         self.unreadable.add(self.loader.bad)
         seconds = time.perf_counter() - self.clock
         health = self.meter.read(z)
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        memory /= 1e9 if sys.platform == "darwin" else 1e6  # bytes on macOS, KiB elsewhere
         if self.device.type == "cuda":
             memory = torch.cuda.max_memory_allocated() / 1e9
         figures = {name: float(x) if isinstance(x, torch.Tensor) else x for name, x in figures.items()}
@@ -242,15 +268,19 @@ class Run:
         c = self.config
         if c.keep_every and (epoch + 1) % c.keep_every == 0:
             self._write(self._export, self.out / f"backbone_{epoch + 1}.pt")
-        if c.eval_every and ((epoch + 1) % c.eval_every == 0 or epoch + 1 == c.epochs):
-            self.save()  # a run that is stopped during a long evaluation may not live to its end
-            self.evaluate(epoch + 1)
+        self.evaluate(epoch + 1)
         self._restart_clock()
 
     def evaluate(self, epoch):
-        """With --eval-every: 20-NN accuracy on the held-out images; the training images are the bank."""
-        if self.queries is None:
+        """When --eval-every says so: 20-NN accuracy on the held-out images; the bank is the training images.
+
+        A run that is stopped or killed in it begins it again. It is saved before: it may not live to the end.
+        """
+        c = self.config
+        if self.queries is None or (epoch % c.eval_every and epoch < c.epochs):
             return
+        if self.step:
+            self.save()
         bank, queries = (self._extract(self.model.backbone, images) for images in (self.images, self.queries))
         accuracy = features.knn_accuracy(*bank, *queries, k=min(20, len(self.images)))
         for k, (top1, _) in accuracy.items():
@@ -272,8 +302,9 @@ class Run:
                  **{name: thing.state_dict() for name, thing in self.objects.items()}}
         problem = self._write(self._save, state)
         self.saved_at = time.monotonic()
-        if not problem:
-            self.said.clear()  # a disk that is full once more is worth a word
+        if not self.trouble:
+            self.said.clear()  # since the save before nothing failed: a disk that is full once more is said
+        self.trouble = False
         if problem and final:
             raise CheckpointError(f"{problem}: the end of the run is not saved")
 
@@ -286,7 +317,7 @@ class Run:
         try:
             write(*arguments)
         except OSError as error:
-            problem = f"cannot write to {self.out}: {error.strerror or error}"
+            self.trouble, problem = True, f"cannot write to {self.out}: {error.strerror or error}"
             if problem not in self.said:
                 say(f"warning: {problem}; the training goes on, the next save tries again")
             self.said.add(problem)
@@ -301,29 +332,40 @@ class Run:
         checkpoint.export_backbone(path, self.model.backbone, info)
 
     def _resume(self):
-        """Loads the newest whole checkpoint, else the trunk of --init-from. Returns whether there was one."""
-        state = distributed.from_main(self._read)
+        """Loads the newest whole checkpoint, else the trunk of --init-from. Returns whether the evaluation
+        that is due at its step has been made."""
+        state, evaluated = distributed.from_main(self._read)
         if state is None:
             if self.trunk:
                 self.model.backbone.load_state_dict(self.trunk)
             return False
-        for name, thing in self.objects.items():
-            thing.load_state_dict(state[name])
-        self.step, self.unreadable.found = state["step"], set(state["bad"])
+        with border(CheckpointError, f"{self.out / 'checkpoint.pt'} {NOT_OURS}"):
+            for name, thing in self.objects.items():
+                thing.load_state_dict(state[name])
+            self.step = state["step"]
+            self.unreadable.found = {range(len(self.images)).index(i) for i in state["bad"]}
         say(f"resumed at step {self.step} of {self.total}")
-        return True
+        return evaluated
 
     def _read(self):
+        path, step = self.out / "checkpoint.pt", -1
         try:
-            expect = {"method": self.method, "data": self.images.fingerprint}
-            state = checkpoint.newest(self.out / "checkpoint.pt", expect)
-            changed = options.differences(self.config, state["config"]) if state else []
-            if changed:
-                made = f"{self.out / 'checkpoint.pt'} was made with other options: {', '.join(changed)}"
-                raise CheckpointError(f"{made}; --fresh starts over")
-            self.log_file.rewind(state["step"] if state else -1)
+            expect = {"format": 1, "method": self.method, "data": self.images.fingerprint}
+            state = checkpoint.newest(path, expect)
+            if state:
+                with border(CheckpointError, f"{path} {NOT_OURS}"):
+                    changed = options.differences(self.config, state["config"])
+                if changed:
+                    raise CheckpointError(
+                        f"{path} was made with other options: {', '.join(changed)}; --fresh starts over, "
+                        f"--init-from {self.out} with a new --out goes on from its trunk")
+                with border(CheckpointError, f"{path} {NOT_OURS}"):
+                    step = range(self.total + 1).index(state["step"])
+            records = self.log_file.rewind(step)
+            if step < self.total:
+                (self.out / "done.json").unlink(missing_ok=True)
             write_json(self.out / "config.json", {"method": self.method, **asdict(self.config)})
         except OSError as error:
             reason = error.strerror or error
             raise ArgumentError(f"--out {self.out} cannot be read or written: {reason}") from None
-        return state
+        return state, any("knn_k" in record and record["step"] == step for record in records)
