@@ -198,7 +198,7 @@ def assign(memory, prototypes, features, heads, lam, tolerance):
         largest = torch.bincount(mine[mine >= 0]).max()
         if largest == readable and K > 1:
             raise Diverged(f"head {h} has collapsed: it scores all images alike, so all get one label; "
-                           "a lower --lr may help")
+                           "are all images alike, or is --lr too high?")
         rounds.append([iterations, (mine != memory.targets[h]).double().mean(), largest])
         memory.targets[h] = mine
     iterations, changed, largest = (float(sum(values)) / len(heads) for values in zip(*rounds))

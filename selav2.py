@@ -178,7 +178,7 @@ def assign(memory, prototypes, temperature, lam, tolerance):
         mine = distributed.gather_rows(mine)  # (N,)
         if torch.bincount(mine[mine >= 0]).max() == readable and K > 1:
             raise Diverged(f"head {h} has collapsed: it scores all images alike, so all get one label; "
-                           "a lower --lr may help")
+                           "are all images alike, or is --lr too high?")
         memory.targets[h] = mine
     memory.filled.local.fill_(False)  # from here on it is filled anew
 

@@ -80,8 +80,8 @@ def swav_here(*arguments):
 
 def run_here(method, *arguments):
     """Runs a method's script, a module, in this process; returns its exit code."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT,
-                                                                signal.SIGUSR1)}
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+    handlers = {number: signal.getsignal(number) for number in numbers}
     try:
         launch(method.main, parse(method.Config, method.RECIPES, method.__doc__, [str(a) for a in arguments]))
         return 0

@@ -732,7 +732,7 @@ def test_a_constant_encoder_is_called_collapsed_once(tmp_path, capsys, monkeypat
 
     monkeypatch.setattr(swav.Model, "forward", constant)
     assert swav_here("--data", "shapes:64", *TINY, "--max-steps", meter.COLLAPSED_STEPS + 20, "--out",
-                     tmp_path, "--epochs", 100) == 0
+                     tmp_path, "--epochs", 100, "--precision", "float32") == 0
     out = capsys.readouterr().out
     assert out.count("collapsed:") == 1 and "--epsilon 0.03" in out
 
