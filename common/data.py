@@ -28,9 +28,9 @@ def open_images(spec, split="train", root=""):
     spec: a folder (class folders, flat or nested; its train/ or val/ is used when present), a list of files,
     "shapes", "shapes:N", or one of torchvision's "cifar10", "cifar100", "svhn", "stl10", each with ":/folder"
     to say where. A list is a text file with one path a line: `path`, `path label`, `path,label` (numbers from
-    0, or names; -1: none), or SimCLR's bare file names, whose class is what stands before "_"; or a .json file of
-    iNaturalist's annotations. Its paths start at root (default: the list's folder), or at train/ or val/ in
-    it.
+    0, or names; -1: none), or SimCLR's bare file names, whose class is what stands before "_"; or a .json
+    file of iNaturalist's annotations. Its paths start at root (default: the list's folder), or at train/ or
+    val/ in it.
     split: "train" or "val"; "": all of a folder. Only named sets and folders with a val/ have a "val" split.
     Returns a set with len(), labels (N,) int64 (-1: none) or None, classes, paths, fingerprint, read(i) ->
     PIL RGB image.

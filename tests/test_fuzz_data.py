@@ -15,7 +15,7 @@ from common.multicrop import center
 from common.sources.files import EXTENSIONS, decode
 
 QUICK = dict(deadline=10_000, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-LONG = pytest.param(20_000, marks=pytest.mark.slow)
+LONG = pytest.param(5000, marks=pytest.mark.slow)
 
 
 @pytest.fixture(scope="module")
