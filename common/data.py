@@ -30,15 +30,18 @@ def open_images(spec, split="train", root=""):
     spec: a folder (class folders, flat or nested; its train/ or val/ is used when present), a list of files,
     "shapes", "shapes:N", or one of torchvision's "cifar10", "cifar100", "svhn", "stl10", each with ":/folder"
     to say where. A list is a text file with one path a line: `path`, `path label`, `path,label` (numbers from
-    0, or names), or SimCLR's bare file names, whose class is what stands before "_"; or a .json file of
-    iNaturalist's annotations. Its paths start at root (default: the list's folder), or at train/ or val/ in
-    it.
+    0, or names; -1: none), or SimCLR's bare file names, whose class is what stands before "_"; or a .json
+    file of iNaturalist's annotations. Its paths start at root (default: the list's folder), or at train/ or
+    val/ in it.
     split: "train" or "val"; "": all of a folder. Only named sets and folders with a val/ have a "val" split.
     Returns a set with len(), labels (N,) int64 (-1: none) or None, classes, paths, fingerprint, read(i) ->
     PIL RGB image.
     Raises DataError if there is nothing to read.
     """
-    name, _, argument = str(spec).partition(":")
+    kinds = f"a folder, a list file, shapes, {', '.join(NAMED)}"
+    name, colon, argument = str(spec).partition(":")
+    if not str(spec) or (colon and not argument and name in ("shapes", *NAMED)):
+        raise DataError(f"{str(spec)!r} is not a name, is a variable of the shell empty? ({kinds})")
     if name == "shapes":
         from .sources.shapes import Shapes, count
 
@@ -48,18 +51,21 @@ def open_images(spec, split="train", root=""):
 
         return Torchvision(name, split, argument or os.path.join("data", name))
     path = Path(spec)
-    if path.is_dir():
+    with border(DataError, f"{spec} cannot be read"):
+        folder, file = path.is_dir(), path.is_file()
+        missing = "is neither a folder nor a regular file" if path.exists() else "does not exist"
+    if folder:
         if split == "val" and not (path / "val").is_dir():
             raise DataError(f"{path} has no val/ folder to evaluate on")
         from .sources.files import scan
 
         inner = path / split
         return scan(inner if inner.is_dir() else path)
-    if path.is_file():
+    if file:
         if split == "val":
             raise DataError(f"{path} is a list of images: name the list or folder to evaluate on with --val")
         return _open_list(path, root, split)
-    raise DataError(f"{spec} does not exist (a folder, a list file, shapes, {', '.join(NAMED)})")
+    raise DataError(f"{spec} {missing} ({kinds})")
 
 
 def _open_list(path, root, split):

@@ -5,7 +5,7 @@
     large, small = to_device(*collate([...])[1:], device)  # (2 B, 3, 224, 224), (6 B, 3, 96, 96)
 
 All randomness of a draw comes from (seed, epoch, position): the same on any rank, in any worker, and after a
-resume. Needs torch and torchvision only: copy this one file.
+resume. Needs torch, torchvision and Pillow only: copy this one file.
 """
 
 import itertools
@@ -16,11 +16,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torchvision.transforms import functional as TF
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet, RGB in [0, 1]
 STD = (0.229, 0.224, 0.225)
 TRIES = 100  # unreadable images in a row before a sample is given up
+THIN = 100  # a scaled image longer than so many times what is cut from it is not made as a whole
 ORDERS = torch.tensor(list(itertools.permutations(range(4))))  # (24, 4) brightness, contrast, saturation, hue
 
 
@@ -82,11 +84,15 @@ class MultiCrop:
 
     def __getitem__(self, key):
         epoch, position, index = key
-        rng = generator(self.seed, epoch, position)
-        index, image = read_or_next(self.images, index)
-        if image is None:
+        index, sample = read_or_next(self.images, index,
+                                     lambda image: self.cut(image, generator(self.seed, epoch, position)))
+        if sample is None:
             return -1, [torch.zeros(n, 3, s, s, dtype=torch.uint8)
                         for n, s in zip(self.crops, self.sizes)], torch.zeros(sum(self.crops), 8)
+        return index, *sample
+
+    def cut(self, image, rng):
+        """What is drawn from an RGB PIL image: crops and params."""
         pixels = to_tensor(image)
         crops, params = [], []
         for number, size, scale in zip(self.crops, self.sizes, self.scales):
@@ -97,7 +103,7 @@ class MultiCrop:
                 group.append(crop.flip(-1) if rng.random() < 0.5 else crop)
                 params.append(self.augmentation.draw(rng))
             crops.append(torch.stack(group))  # (V_r, 3, s, s)
-        return index, crops, torch.tensor(params)
+        return crops, torch.tensor(params)
 
 
 class RandomCrop:
@@ -113,12 +119,13 @@ class RandomCrop:
 
     def __getitem__(self, key):
         epoch, position, index = key
-        rng = generator(self.seed, epoch, position)
-        index, image = read_or_next(self.images, index)
-        if image is None:
+        index, square = read_or_next(self.images, index,
+                                     lambda image: center(image, self.resize, self.resize))
+        if square is None:
             return -1, [torch.zeros(1, 3, self.size, self.size, dtype=torch.uint8)], torch.zeros(1, 8)
+        rng = generator(self.seed, epoch, position)
         top, left = (rng.randint(0, self.resize - self.size) for _ in range(2))
-        crop = center(image, self.resize, self.resize)[:, top : top + self.size, left : left + self.size]
+        crop = square[:, top : top + self.size, left : left + self.size]
         crop = crop.flip(-1) if rng.random() < 0.5 else crop
         return index, [crop[None]], torch.tensor([self.augmentation.draw(rng)])
 
@@ -138,11 +145,10 @@ class CenterCrop:
         return len(self.images)
 
     def __getitem__(self, key):
-        index, image = read_or_next(self.images, key[-1])
+        index, crops = read_or_next(self.images, key[-1], self.cut)
         off = torch.tensor([[1.0, 1, 1, 0, -1, 0, 0, 0]]).expand(self.views, -1)
-        if image is None:
+        if crops is None:
             return -1, [torch.zeros(self.views, 3, self.size, self.size, dtype=torch.uint8)], off
-        crops = self.cut(image)
         if self.flip and generator(self.seed, *key[:2]).random() < 0.5:
             crops = crops.flip(-1)
         return index, [crops], off
@@ -157,7 +163,7 @@ class TenCrop(CenterCrop):
     views = 10
 
     def cut(self, image):
-        crops = TF.ten_crop(TF.resize(image, self.resize), self.size)
+        crops = TF.ten_crop(scaled(image, self.resize, self.size), self.size)
         return torch.stack([to_tensor(crop) for crop in crops])
 
 
@@ -166,7 +172,9 @@ class Warp(CenterCrop):
     shape was."""
 
     def cut(self, image):
-        return to_tensor(TF.resize(TF.resize(image, self.resize), (self.size, self.size)))[None]
+        most = THIN * max(self.resize, self.size)  # pixels of the long side, which end as `size` of them
+        sides = [min(most, int(self.resize * side / min(image.size))) for side in image.size[::-1]]
+        return to_tensor(TF.resize(TF.resize(image, sides), (self.size, self.size)))[None]
 
 
 def collate(samples):
@@ -176,13 +184,18 @@ def collate(samples):
     return torch.tensor(index), crops, torch.stack(params, dim=1)
 
 
-def read_or_next(images, index):
-    """(index, image) of the first readable image from `index` on; (index, None) if TRIES in a row are not."""
-    for i in range(min(TRIES, len(images))):
+def read_or_next(images, index, cut=lambda image: image):
+    """(index, cut(image)) of the first image from `index` on that can be read and cut; (index, None) if TRIES
+    in a row cannot."""
+    tries = min(TRIES, len(images))
+    for i in range(tries):
+        image = None
         try:
-            return (index + i) % len(images), images.read((index + i) % len(images))
-        except Exception:  # Pillow's plug-ins raise a dozen kinds for damaged files
-            continue
+            image = images.read((index + i) % len(images))
+            return (index + i) % len(images), cut(image)
+        except Exception:  # Pillow's plug-ins raise a dozen kinds for damaged files; memory may run out
+            if i == tries - 1 and image is not None:  # not the images: cut itself is at fault
+                raise
     return index, None
 
 
@@ -203,7 +216,37 @@ def resize(pixels, size):
 
 def center(image, resize, size):
     """PIL image to (3, size, size) uint8: short side to `resize`, then the central `size` x `size` pixels."""
-    return to_tensor(TF.center_crop(TF.resize(image, resize), size))
+    return to_tensor(TF.center_crop(scaled(image, resize, size), size))
+
+
+def scaled(image, resize, size):
+    """PIL image with its short side scaled to `resize`, to cut squares of `size` from its middle and ends.
+
+    A very thin image gives the first, the central and the last `size` pixels of its length alone, side by
+    side, where those squares lie: 10,000 x 1 pixels would become 2,560,000 x 256.
+    """
+    short, long = sorted(image.size)
+    length = int(resize * long / short)  # as torchvision rounds it
+    if length <= THIN * max(resize, size):
+        return TF.resize(image, resize)
+    axis, step = image.size.index(long), long / length  # step: pixels of the image for one of the scaled one
+    middle = size + (length - 3 * size) % 4  # so that the centre rounds as it does in the whole
+    strip = Image.new(image.mode, _along(axis, 2 * size + middle, resize))
+    area, place = [0, 0, *image.size], 0
+    for first, count in ((0, size), ((length - middle) // 2, middle), (length - size, size)):
+        start, end = first * step, min(long, (first + count) * step)
+        margin = math.ceil(step) + 1  # that the filter reads beyond them
+        area[axis::2] = max(0, int(start) - margin), min(long, int(end) + margin)
+        box = [0, 0, *image.size]
+        box[axis::2] = start - area[axis], end - area[axis]  # small numbers: Pillow has them in float32
+        part = image.crop(area).resize(_along(axis, count, resize), Image.Resampling.BILINEAR, box)
+        strip.paste(part, _along(axis, place, 0))
+        place += count
+    return strip
+
+
+def _along(axis, along, across):
+    return (across, along) if axis else (along, across)
 
 
 def random_box(height, width, scale, rng, ratio=(3 / 4, 4 / 3)):

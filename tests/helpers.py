@@ -118,6 +118,13 @@ def metrics(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+def unreadable(out):
+    """The images that bad_images.txt names, each with a reason."""
+    lines = (out / "bad_images.txt").read_text().splitlines()
+    assert all(reason for _, reason in (line.split("\t") for line in lines))
+    return [line.split("\t")[0] for line in lines]
+
+
 def losses(out):
     return [record["loss"] for record in metrics(out) if "loss" in record]
 

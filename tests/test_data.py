@@ -1,6 +1,7 @@
 """Where images come from (scanning, lists, decoding) and which images form a batch (order, loader)."""
 
 import errno
+import inspect
 import itertools
 import multiprocessing
 import os
@@ -9,7 +10,10 @@ import random
 import resource
 import shutil
 import signal
+import socket
 import struct
+import subprocess
+import sys
 import warnings
 import zlib
 
@@ -18,14 +22,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from common.data import Loader, batches, open_images
-from common.engine.errors import DataError
+from common.engine.errors import DataError, reason
 from common.engine.held_out import has_split, match_classes
+from common.engine.unreadable import Unreadable
 from common.multicrop import TRIES, Augmentation, CenterCrop, MultiCrop, collate, read_or_next
 from common.sources import files, named
-from common.sources.files import Files, decode
+from common.sources.files import EXTENSIONS, Files, decode
 from common.sources.shapes import Shapes
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
@@ -173,6 +178,13 @@ def test_torchvision_sets(monkeypatch):
     with pytest.raises(DataError, match=r"cifar10.*no network"):
         open_images("cifar10")
 
+    def damaged(*arguments, **options):
+        raise EOFError("Compressed file ended")  # tarfile, pickle and scipy.io each raise their own
+
+    monkeypatch.setattr(named.torchvision.datasets, "SVHN", damaged)
+    with pytest.raises(DataError, match=r"svhn cannot be read from data/svhn, nor downloaded: EOFError: Com"):
+        open_images("svhn")
+
 
 # ---------------------------------------------------------------------------------------------- scanning
 
@@ -187,6 +199,96 @@ def test_hidden_and_foreign_files_are_skipped(tmp_path):
 def test_extensions_in_any_case(tmp_path):
     names = ["a.JPG", "b.Jpeg", "c.JPEG", "d.PNG", "e.webp", "f.TIF", "g.tiff", "h.bmp", "i.gif", "j.ppm"]
     assert list(open_images(tree(tmp_path, *names)).paths) == names
+
+
+def test_every_ending_is_read_as_its_format(tmp_path):
+    for ending in EXTENSIONS:
+        noise().save(tmp_path / f"a{ending}")
+    images = open_images(tmp_path)
+    assert len(images) == len(EXTENSIONS) == 14
+    assert all(images.read(i).size == (64, 64) for i in range(len(images)))
+
+
+def test_files_that_are_left_out_are_said(tmp_path, capsys):
+    tree(tmp_path, "cat/1.png", "cat/2.jfif", "dog/3.jpe")
+    assert list(open_images(tmp_path).paths) == ["cat/1.png", "cat/2.jfif", "dog/3.jpe"]
+    assert not capsys.readouterr().out
+    for name in ("cat/4.heic", "cat/5.HEIC", "dog/6.heic", "dog/read me", "dog/7.txt", "dog/8.n\no"):
+        (tmp_path / name).touch()
+    assert len(open_images(tmp_path)) == 3
+    assert capsys.readouterr().out == (f"warning: {tmp_path}: 6 files are left out: "
+                                       "3 .heic, 2 of other names, 1 .txt\n")
+    with pytest.raises(DataError, match=r"holds no images \(.*\): 1 \.heic$"):
+        (tmp_path / "empty").mkdir()
+        (tmp_path / "empty" / "1.heic").touch()
+        open_images(tmp_path / "empty")
+
+
+def test_folders_that_systems_make_are_no_classes(tmp_path, capsys):
+    tree(tmp_path, "cat/1.png", "cat/@eaDir/1.png/SYNOPHOTO_THUMB_M.jpg", "@eaDir/cat/2.jpg", "desktop.ini",
+         "__MACOSX/cat/3.png", "#recycle/4.png", "$RECYCLE.BIN/5.png", "lost+found/6.png", "cat/Thumbs.db")
+    images = open_images(tmp_path)
+    assert list(images.paths) == ["cat/1.png"] and images.classes == ["cat"] and not capsys.readouterr().out
+
+
+@pytest.fixture
+def in_time():
+    """Ends a test that waits for ever."""
+    def late(*_):
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(10)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def special_files(root):
+    """A pipe, a socket, links to a device and to the pipe."""
+    os.mkfifo(root / "pipe.jpg")
+    with socket.socket(socket.AF_UNIX) as end:
+        end.bind(os.path.relpath(root / "socket.jpg"))  # the length of its name is limited
+    (root / "device.jpg").symlink_to("/dev/zero")
+    (root / "link.jpg").symlink_to("pipe.jpg")
+    return ["pipe.jpg", "socket.jpg", "device.jpg", "link.jpg"]
+
+
+def test_what_is_not_a_regular_file_is_left_out(tmp_path, capsys, in_time, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tree(tmp_path, "a.png")
+    (tmp_path / "gone.png").symlink_to("nowhere")  # an image that cannot be read: bad_images.txt names it
+    special_files(tmp_path)
+    images = open_images(tmp_path)
+    assert list(images.paths) == ["a.png", "gone.png"] and "4 not regular files\n" in capsys.readouterr().out
+    assert read_or_next(images, 1)[0] == 0
+
+
+def test_what_is_not_a_regular_file_is_never_opened(tmp_path, in_time, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tree(tmp_path, "a.png")
+    names = special_files(tmp_path)
+    images = Files(tmp_path, [*names, "a.png"])
+    for i in range(len(names)):
+        with pytest.raises(OSError, match="not a regular file"):
+            images.read(i)
+    assert read_or_next(images, 0)[0] == len(names)
+    (tmp_path / "list.txt").write_text("a.png\npipe.jpg\n")
+    with pytest.raises(DataError, match=r"line 2: .*pipe\.jpg is not a regular file"):
+        open_images(tmp_path / "list.txt")
+    with pytest.raises(DataError, match=r"pipe\.jpg is neither a folder nor a regular file"):
+        open_images(tmp_path / "pipe.jpg")
+
+
+def test_a_tree_of_any_depth_is_scanned(tmp_path):
+    name = "d/" * 300 + "a.png"
+    tree(tmp_path, name)
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(len(inspect.stack(0)) + 100)
+    try:
+        assert list(open_images(tmp_path).paths) == [name]
+    finally:
+        sys.setrecursionlimit(limit)
 
 
 def test_paths_come_in_the_order_of_their_bytes(tmp_path):
@@ -295,6 +397,12 @@ def picture(root):
         (picture, "a.png"),
         (lambda root: ("shapes:0", "train"), "shapes:0"),
         (lambda root: ("shapes:many", "train"), "shapes:many"),
+        (lambda root: ("shapes:²", "train"), "shapes:²"),
+        (lambda root: ("shapes:9999999999", "train"), "below 10 million"),
+        (lambda root: ("", "train"), "'' is not a name, is a variable of the shell empty"),
+        (lambda root: ("shapes:", "train"), "'shapes:' is not a name"),
+        (lambda root: ("cifar10:", "train"), "'cifar10:' is not a name"),
+        (lambda root: ("x" * 300, "train"), "xxx cannot be read: File name too long|does not exist"),
         pytest.param(bad_list(b"x" * 5000), "list.txt"),
         pytest.param(bad_list(b"a.png\n\n\nc.png\n"), "line 4"),
     ],
@@ -302,7 +410,7 @@ def picture(root):
         *("missing", "empty folder", "no val", "val of a list", "missing file", "label missing", "label on "
                                                                                                  "some"),
         *("empty list", "blank list", "binary", "zeros", "image as list", "shapes:0", "shapes:many",
-          "one long line"),
+          "shapes:²", "too many shapes", "empty", "shapes:", "cifar10:", "long name", "one long line"),
         "blank lines",
     ],
 )
@@ -484,10 +592,10 @@ def test_transient_error_is_retried(tmp_path, monkeypatch, number):
     monkeypatch.setattr(files.time, "sleep", naps.append)
     image_open = Image.open
 
-    def flaky(path):
+    def flaky(path, **options):
         if failures:
             raise OSError(failures.pop(), "transient")
-        return image_open(path)
+        return image_open(path, **options)
 
     monkeypatch.setattr(Image, "open", flaky)
     tree(tmp_path, "a.png")
@@ -504,6 +612,69 @@ def test_lasting_error_is_not_retried(tmp_path, monkeypatch):
                         lambda seconds: pytest.fail("waited for a file that is not there"))
     with pytest.raises(FileNotFoundError):
         decode(tmp_path / "a.png")
+
+
+def test_a_known_bad_file_is_not_touched_again(tmp_path, monkeypatch):
+    naps, opened = [], []
+
+    def failing(path, **options):
+        opened.append(path)
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(files.time, "sleep", naps.append)
+    images = open_images(tree(tmp_path, "a.png", "b.png"))
+    monkeypatch.setattr(Image, "open", failing)
+    for _ in range(3):
+        with pytest.raises(OSError, match="Input/output error") as error:
+            images.read(1)
+        assert reason(error.value) == "Input/output error"
+    assert opened == [str(tmp_path / "b.png")] * 3 and sum(naps) < 2  # one touch, tried three times
+    assert read_or_next(images, 1) == (1, None) and len(opened) == 6
+
+
+def test_only_the_formats_of_the_endings_are_tried(tmp_path, monkeypatch):
+    """Pillow hands EPS to Ghostscript, whatever the name of the file is."""
+    started = []
+    monkeypatch.setattr(subprocess, "Popen", lambda *arguments, **options: started.append(arguments) or 1 / 0)
+    (tmp_path / "a.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n")
+    with pytest.raises(UnidentifiedImageError):
+        decode(tmp_path / "a.jpg")
+    assert not started
+
+
+@pytest.mark.parametrize("megabytes", [2, 60])
+def test_a_png_with_a_long_text_is_read(tmp_path, megabytes):
+    text = PngImagePlugin.PngInfo()
+    text.add_text("comment", "a" * (megabytes << 20), zip=True)
+    IMAGE.save(tmp_path / "a.png", pnginfo=text)
+    assert np.array_equal(decode(tmp_path / "a.png"), RGB)
+
+
+def test_a_png_whose_text_is_a_bomb_is_refused(tmp_path):
+    text = PngImagePlugin.PngInfo()
+    text.add_text("comment", "a" * (70 << 20), zip=True)
+    IMAGE.save(tmp_path / "a.png", pnginfo=text)
+    with pytest.raises(ValueError, match="too large"):
+        decode(tmp_path / "a.png")
+
+
+def test_bad_images_are_named_with_the_reason(tmp_path, monkeypatch):
+    root = tree(tmp_path / "images", *"abcde")
+    images = Files(root, list("abcde"))
+    (root / "b").write_text("no image")
+    (root / "c").unlink()
+    found = Unreadable(images, 9, tmp_path / "bad_images.txt", lambda write: write())
+    found.add({1})
+    found.add({1, 2, 4})
+    lines = (tmp_path / "bad_images.txt").read_text().splitlines()
+    assert lines == [f"b\tUnidentifiedImageError: cannot identify image file {str(root / 'b')!r}",
+                     "c\tNo such file or directory", "e\tit can be read now"]
+    resumed = Unreadable(images, 3, tmp_path / "bad_images.txt", lambda write: write())
+    resumed.found = {1, 2, 4}
+    monkeypatch.setattr("common.engine.unreadable.SECONDS", 0)
+    with pytest.raises(DataError, match=r"4 images .* more than --max-bad 3: 'a' \(not tried again\), 'b' "):
+        resumed.add({0})
+    assert (tmp_path / "bad_images.txt").read_text().splitlines()[3] == "e\tnot tried again"
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1)])

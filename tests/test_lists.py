@@ -1,7 +1,9 @@
 """Published lists of images: each must open as the class folders that it describes."""
 
+import errno
 import json
 import os
+import re
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from PIL import Image
 from common.data import open_images
 from common.engine.errors import DataError
 from common.engine.held_out import match_classes, open_queries
+from common.sources.lists import open_list
 
 # Class folder: its images. Names sort as bytes (n1 after n02), and train has them in another order than val.
 TRAIN = {"n02": ["n02_7.JPEG", "n02_30.JPEG"], "n01": ["n01_10026.JPEG"],
@@ -119,6 +122,10 @@ def test_inaturalist(tmp_path):
     # folders judged by a list, other way round
     match_classes(folder_val := open_images(tmp_path, "val"), images)
     assert folder_val.classes == names and table(folder_val) == folder
+    unlabelled = annotations([f"train/{n}/{train[n][0]}" for n in names], names)
+    unlabelled["annotations"][0]["category_id"] = -1
+    (tmp_path / "some.json").write_text(json.dumps(unlabelled))
+    assert open_images(tmp_path / "some.json").labels.tolist() == [*range(11), -1]
     (tmp_path / "test.json").write_text(json.dumps({"images": [{"id": 1, "file_name": "val/0/v0_0.jpg"}]}))
     assert open_images(tmp_path / "test.json").labels is None
 
@@ -151,6 +158,17 @@ def test_classes_without_an_image_do_not_count(tmp_path):
             ' "annotations": [{"image_id": 3, "category_id": 5}, {"image_id": 3, "category_id": 6}]}',
             "2 annotations for 1 images: one each is needed",
         ),
+        ('{"images": [{"id": 3, "file_name": 7}]}', "TypeError: expected str"),
+        ('{"images": [{"id": 3, "file_name": null}]}', "TypeError: expected str"),
+        ('{"images": [{"id": 3, "file_name": "\\ud800"}]}', "UnicodeEncodeError"),
+        ('{"images": [{"id": 3, "file_name": "b\\n.png"}]}', r"image 1: \S+b\\n.png does not exist"),
+        ('{"images": [{"id": 3, "file_name": "a.png"}, {"id": 3, "file_name": "b"}]}', "1 ids for 2 images"),
+        ('{"images": [{"id": 3, "file_name": "a.png"}], "annotations": [{"image_id": [], "category_id": 5}]}',
+         "unhashable"),
+        ('{"images": [{"id": 3, "file_name": "a"}], "annotations": [{"image_id": 3, "category_id": null}]}',
+         "a category_id is neither a whole number nor text"),
+        ("[" * 100_000, "RecursionError"),
+        ('{"images": ' + "1" * 5000, "ValueError"),
     ],
 )
 def test_annotations_that_cannot_be_used(tmp_path, content, words):
@@ -219,6 +237,57 @@ def test_a_long_list_holds_its_bytes_and_no_objects(tmp_path, monkeypatch):
     held = sum(value.nbytes for value in vars(images).values() if isinstance(value, torch.Tensor))
     assert held < len(lines) + 16 * count and not any(isinstance(v, list) and len(v) > 205
                                                       for v in vars(images).values())
+
+
+@pytest.mark.parametrize(
+    "labels, numbers, classes",
+    [
+        (["2", "-1", "0"], [2, -1, 0], ["0", "1", "2"]),
+        (["2.0", "-1.0", "0."], [2, -1, 0], ["0", "1", "2"]),  # as pandas writes a column with gaps
+        (["1.0", "0", "-1"], [1, 0, -1], ["0", "1"]),
+        (["b", "-1", "a"], [1, -1, 0], ["a", "b"]),
+        (["7", "A", "-1"], [0, 1, -1], ["7", "A"]),  # digits and letters are characters' names
+        (["1700000000", "-1", "5"], [0, -1, 1], ["1700000000", "5"]),
+        (["-1", "-1.0"], None, []),
+    ],
+)
+def test_minus_one_is_no_label(tmp_path, labels, numbers, classes):
+    (images,) = lists(tmp_path, list=labels)
+    assert images.classes == classes
+    assert (images.labels if numbers is None else images.labels.tolist()) == numbers
+
+
+def test_minus_one_needs_no_class_to_match(tmp_path):
+    bank, queries = lists(tmp_path, train=["0", "-1", "1.0"], val=["1", "-1"])
+    match_classes(queries, bank)
+    assert bank.labels.tolist() == [0, -1, 1] and queries.labels.tolist() == [1, -1]
+
+
+@pytest.mark.parametrize("odd", ["1.5", "-2", "nan", "1e3", "+1", "10000000.0"])
+def test_numbers_that_are_no_class_are_refused(tmp_path, odd):
+    with pytest.raises(DataError, match=f"line 2: label '{re.escape(odd)}': a whole number from 0"):
+        lists(tmp_path, list=["1", odd, "0"])
+    (images,) = lists(tmp_path, names=["cat", odd])  # beside names it is one
+    assert images.classes == sorted(["cat", odd]) and not images.numbered
+
+
+def test_a_list_that_is_too_large_is_refused_unread(tmp_path):
+    with open(tmp_path / "list.txt", "wb") as file:
+        file.truncate(2**40)  # no block of it is on the disk
+    with pytest.raises(DataError, match="larger than 1 GiB"):
+        open_images(tmp_path / "list.txt")
+
+
+def test_a_list_that_cannot_be_read_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "list.txt").write_text("a.png")
+
+    def failing(*arguments, **options):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("builtins.open", failing)
+    for name in ("list.txt", "list.json"):
+        with pytest.raises(DataError, match=f"{name} cannot be read: Input/output error"):
+            open_list(tmp_path / name, "", "train")
 
 
 def test_names_are_never_matched_by_their_place(tmp_path):

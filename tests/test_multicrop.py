@@ -1,6 +1,7 @@
 """Crops that a worker cuts and photometric changes that the device makes, against torchvision and Pillow."""
 
 import colorsys
+import functools
 import itertools
 import math
 import random
@@ -18,10 +19,13 @@ from torchvision.transforms import functional as TF
 from common.multicrop import (
     MEAN,
     STD,
+    TRIES,
     Augmentation,
+    CenterCrop,
     MultiCrop,
     RandomCrop,
     TenCrop,
+    Warp,
     center,
     photometric,
     random_box,
@@ -373,6 +377,44 @@ def test_center_is_torchvisions():
             assert torch.equal(center(image, short, size), wanted)
 
 
+def beside_torchvision(width, height, resize, size):
+    """[(what CenterCrop, TenCrop, Warp cut from noise, the same by way of the whole scaled image)]."""
+    pixels = np.random.default_rng(width + height).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    whole = TF.resize(image, resize)
+    wanted = ([TF.center_crop(whole, size)], TF.ten_crop(whole, size), [TF.resize(whole, (size, size))])
+    return [(kind(None, resize, size).cut(image), torch.stack([to_tensor(crop) for crop in crops]))
+            for kind, crops in zip((CenterCrop, TenCrop, Warp), wanted)]
+
+
+@given(st.integers(1, 100), st.integers(1, 100), st.integers(8, 48), st.integers(0, 7))
+@settings(max_examples=150, deadline=None, derandomize=True)
+def test_cuts_are_torchvisions(width, height, resize, less):
+    for cut, wanted in beside_torchvision(width, height, resize, resize - less):
+        assert torch.equal(cut, wanted)
+
+
+@given(st.integers(1, 6), st.integers(101, 700), st.integers(0, 5), st.booleans(), st.integers(8, 40),
+       st.integers(0, 7))
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_cuts_of_thin_images_are_torchvisions(short, ratio, more, tall, resize, less):
+    sides = (short * ratio + more, short)[:: -1 if tall else 1]
+    pairs = beside_torchvision(*sides, resize, resize - less)
+    off = [(cut.int() - wanted.int()).abs() for cut, wanted in pairs]
+    assert off[0].max() <= 1 and off[1].max() <= 1
+    assert off[2].max() <= 3 and (off[2] > 1).double().mean() < 0.05  # Warp rounds a second time
+
+
+@pytest.mark.parametrize("kind, size", [(CenterCrop, (9999, 1)), (CenterCrop, (40_000_000, 1)),
+                                        (TenCrop, (1, 9999)), (Warp, (9999, 1)), (Warp, (1, 9999))])
+def test_a_very_thin_image_is_not_scaled_as_a_whole(kind, size, monkeypatch):
+    pixels, real = [], Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize",
+                        lambda image, new, *more: pixels.append(new[0] * new[1]) or real(image, new, *more))
+    crops = kind(None, 256, 224).cut(Image.new("RGB", size, (10, 200, 30)))
+    assert (crops == torch.tensor([10, 200, 30]).view(3, 1, 1)).all() and max(pixels) <= 100 * 256 * 256
+
+
 # ---- crops of evaluations
 
 
@@ -420,3 +462,24 @@ def test_crops_of_a_set_without_a_readable_image(make, monkeypatch):
     monkeypatch.setattr(OnePhoto, "read", lambda self, i: 1 / 0)
     index, (crops,), params = make(OnePhoto())[0, 0, 3]
     assert index == -1 and not crops.any() and len(crops) == len(params) in (1, 10)
+
+
+@pytest.mark.parametrize("make", [multicrop, lambda images: RandomCrop(images, 48, 32, Augmentation(), 0),
+                                  *(functools.partial(kind, resize=48, size=32)
+                                    for kind in (CenterCrop, TenCrop, Warp))])
+def test_an_image_too_large_to_cut_is_unreadable(make):
+    class Large:
+        def __getattr__(self, name):  # whatever is asked of it
+            raise MemoryError
+
+    crops, expected = (make(Images(photo(), second, photo(seed=2))) for second in (Large(), photo()))
+    index, cut, params = crops[3, 5, 1]
+    _, wanted, wanted_params = expected[3, 5, 2]
+    assert index == 2 and all(map(torch.equal, cut, wanted)) and torch.equal(params, wanted_params)
+
+
+def test_a_fault_of_the_cut_itself_is_raised():
+    crops = CenterCrop(Images(*[photo()] * (TRIES + 5)), 48, 32)
+    crops.cut = lambda image: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        crops[0, 0, 3]

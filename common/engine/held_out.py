@@ -1,5 +1,6 @@
 """The images to judge by, and their classes beside those of the training images."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -25,14 +26,14 @@ def held_out(config, images):
 def open_queries(spec, val="", root=""):
     """The images to judge by: those that `val` names (its "val" split, if it has one), else the "val" split
     of spec."""
-    if val and Path(val).is_file():
+    if val and os.path.isfile(val):
         return open_list(Path(val), root, "val")
     return open_images(val or spec, "val" if not val or has_split(val, "val") else "train", root)
 
 
 def has_split(spec, split):
     """Whether open_images(spec, split) would find something to open."""
-    return str(spec).partition(":")[0] in ("shapes", *NAMED) or (Path(spec) / split).is_dir()
+    return str(spec).partition(":")[0] in ("shapes", *NAMED) or os.path.isdir(os.path.join(spec, split))
 
 
 def match_classes(queries, bank):

@@ -1,21 +1,25 @@
 """The images that cannot be read: counted over ranks, named in a file, too many of them end the run."""
 
+import time
+
 import torch
 
 from .. import distributed
-from .errors import DataError, say
+from .errors import DataError, reason, say
 from .files import writing
+
+SECONDS = 10  # that finding the reasons may take at once
 
 
 class Unreadable:
     """What has been found so far, the same on every rank.
 
     limit: as many are put up with; -1: one in a thousand, at least 10. path: bad_images.txt. write: calls
-    what writes a file, on rank 0.
+    what writes a file, on rank 0, which alone knows the reasons.
     """
 
     def __init__(self, images, limit, path, write):
-        self.images, self.path, self.write, self.found = images, path, write, set()
+        self.images, self.path, self.write, self.found, self.reasons = images, path, write, set(), {}
         self.limit = limit if limit >= 0 else max(10, len(images) // 1000)
 
     def add(self, found):
@@ -33,8 +37,21 @@ class Unreadable:
                             f"{self.examples()}")
 
     def examples(self):
-        return ", ".join(repr(self.images.paths[i]) for i in sorted(self.found)[:3])
+        return ", ".join(f"{self.images.paths[i]!r} ({self.reasons.get(i, 'not tried again')})"
+                         for i in sorted(self.found)[:3])
 
     def _name(self):
+        end = time.monotonic() + SECONDS
+        for i in sorted(self.found - self.reasons.keys()):  # it was a worker that met the reason
+            if time.monotonic() < end:
+                self.reasons[i] = self._reason(i)
         with writing(self.path, text=True) as file:
-            file.writelines(f"{self.images.paths[i]}\n" for i in sorted(self.found))
+            file.writelines(f"{self.images.paths[i]}\t{self.reasons.get(i, 'not tried again')}\n"
+                            for i in sorted(self.found))
+
+    def _reason(self, i):
+        try:
+            self.images.read(i)
+        except Exception as error:  # Pillow's plug-ins raise a dozen kinds for damaged files
+            return reason(error)
+        return "it can be read now"

@@ -1,20 +1,29 @@
 """Image files: those below a folder, and what is in them."""
 
+import errno
 import hashlib
 import os
+import stat
 import time
 import warnings
+from collections import Counter
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
-from ..engine.errors import DataError
+from ..engine.errors import DataError, border, reason, say
 
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".avif",
-              ".jp2"}
-# errno of a network file system's bad moments: EIO, EAGAIN, ETIMEDOUT, ESTALE, EREMOTEIO
-RETRIED = {5, 11, 110, 116, 121}
+EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".ppm", ".pgm", ".bmp", ".webp", ".tif", ".tiff",
+              ".gif", ".avif", ".jp2"}
+# Pillow's formats of these endings alone: EPS, whatever its name is, would start Ghostscript.
+FORMATS = sorted({kind for ending, kind in Image.registered_extensions().items() if ending in EXTENSIONS})
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # one long text may fill what all have: 64 MB
+# What systems put beside photos: thumbnails, indices, deleted files. So do hidden files and folders.
+FOREIGN = {"@eaDir", "#recycle", "__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found",
+           "Thumbs.db", "desktop.ini"}
+# a network file system's bad moments; 121: EREMOTEIO, which Linux alone has
+RETRIED = {errno.EIO, errno.EAGAIN, errno.ETIMEDOUT, errno.ESTALE, 121}
 
 
 class Files:
@@ -32,6 +41,7 @@ class Files:
         digest = hashlib.sha256(b"\0".join(encoded)).hexdigest()
         self.fingerprint = f"{len(encoded)} files {digest[:16]}"
         self.paths = _Paths(self)
+        self.refused = {}  # why, by index: in the process that found out
 
     def __len__(self):
         return len(self._ends)
@@ -41,7 +51,15 @@ class Files:
         return os.fsdecode(self._bytes[start : int(self._ends[i])].numpy().tobytes())
 
     def read(self, i):
-        return decode(os.path.join(self.root, self.path(i)))
+        """The image as RGB. One that could not be read is not touched again: a bad disk takes seconds each
+        time."""
+        if i in self.refused:
+            raise OSError(0, self.refused[i])
+        try:
+            return decode(os.path.join(self.root, self.path(i)))
+        except Exception as error:
+            self.refused[i] = reason(error)
+            raise
 
 
 class _Paths:
@@ -64,72 +82,88 @@ def decode(path):
 
     16-bit and floating-point grey are scaled to 8 bits; CMYK, palette, grey and alpha are converted, and
     transparency is dropped; the EXIF orientation is ignored, as in the papers. Files over Pillow's limit of
-    179 million pixels are refused. Raises what Pillow raises for a file that it cannot read.
+    179 million pixels are refused. Raises what Pillow raises for a file that it cannot read, OSError for what
+    is no regular file: opening a pipe would wait for ever.
     """
     for attempt in (1, 2, 3):
         try:
             with warnings.catch_warnings():
                 # damaged EXIF, large images: thousands of lines in a real data set
                 warnings.simplefilter("ignore")
-                with Image.open(path) as image:
+                if not stat.S_ISREG(os.stat(path).st_mode):
+                    raise OSError(0, "not a regular file")
+                with Image.open(path, formats=FORMATS) as image:
                     return _to_rgb(image)
         except OSError as error:
             if error.errno not in RETRIED or attempt == 3:
                 raise
-            time.sleep(0.1 * 10**attempt)
+            time.sleep(0.01 * 10**attempt)
 
 
 def _to_rgb(image):
     if image.mode.startswith("I") or image.mode == "F":  # Pillow itself clips these to white or black
-        pixels = np.asarray(image, dtype=np.float64)
+        pixels = np.asarray(image)
         if not np.isfinite(pixels).all():
             raise ValueError("pixels that are not finite")
-        top = 65535 if pixels.max() > 255 else 255 if pixels.max() > 1 or image.mode != "F" else 1
-        top = 65535 if image.mode.startswith("I;16") else max(top, pixels.max())
-        image = Image.fromarray((pixels.clip(0) / top * 255).round().astype(np.uint8))
+        most = float(pixels.max())
+        top = 65535 if most > 255 else 255 if most > 1 or image.mode != "F" else 1
+        top = 65535 if image.mode.startswith("I;16") else max(top, most)
+        parts = np.array_split(pixels, pixels.size // 2**20 + 1)  # in float64 the whole takes 25 bytes each
+        parts = [(part.astype(np.float64).clip(0) / top * 255).round().astype(np.uint8) for part in parts]
+        image = Image.fromarray(np.concatenate(parts))
     return image.convert("RGB")
+
+
+def _special(path):
+    """Whether it is a pipe, a socket or a device, or a link to one: to open it may take for ever."""
+    return os.path.exists(path) and not os.path.isfile(path)
 
 
 def scan(root):
     """Image files below root in name order. Class = first folder below the root; no labels if images lie in
-    it."""
-    paths, empty, seen = [], [], set()
+    it. Says which files are left out."""
+    paths, folders, seen, left = [], [], set(), Counter()
     real_root = os.path.realpath(root)
 
-    def walk(relative):
-        found = False
+    def inside(relative):
         folder = os.path.join(root, relative)
-        try:
-            entries = sorted(os.scandir(folder), key=lambda entry: os.fsencode(entry.name))
-        except OSError as error:
-            raise DataError(f"{folder} cannot be read: {error.strerror}") from None
-        for entry in entries:
-            if entry.name.startswith("."):  # .DS_Store, ._photo.jpg, .thumbnails
-                continue
-            name = os.path.join(relative, entry.name)
-            if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
-                if entry.is_symlink():  # a link back into the tree would count images twice, or without end
-                    real = os.path.realpath(entry.path)
-                    if real in seen or os.path.commonpath([real, real_root]) in (real, real_root):
-                        continue
-                    seen.add(real)
-                inside = walk(name)
-                if not inside and not relative:
-                    empty.append(entry.name)
-                found = found or inside
-            elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
-                paths.append(name)
-                found = True
-        return found
+        with border(DataError, f"{folder} cannot be read"):
+            entries = sorted(os.scandir(folder), key=lambda entry: os.fsencode(entry.name), reverse=True)
+        return [(os.path.join(relative, entry.name), entry) for entry in entries]
 
-    walk("")
+    waiting = inside("")  # the next one is the last
+    while waiting:
+        name, entry = waiting.pop()
+        if entry.name.startswith(".") or entry.name in FOREIGN:  # .DS_Store, ._photo.jpg, .thumbnails
+            continue
+        ending = os.path.splitext(entry.name)[1].lower()
+        if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
+            if entry.is_symlink():  # a link back into the tree would count images twice, or without end
+                real = os.path.realpath(entry.path)
+                if real in seen or os.path.commonpath([real, real_root]) in (real, real_root):
+                    continue
+                seen.add(real)
+            folders.append(name)
+            waiting += inside(name)
+        elif ending not in EXTENSIONS:
+            left[ending if ending[1:].isalnum() and ending.isascii() else "of other names"] += 1
+        elif not entry.is_file(follow_symlinks=False) and _special(entry.path):
+            left["not regular files"] += 1
+        else:
+            paths.append(name)
+
+    kinds = ", ".join(f"{number} {kind}" for kind, number in left.most_common(5)) + ", ..." * (len(left) > 5)
     if not paths:
-        raise DataError(f"{root} holds no images ({' '.join(sorted(EXTENSIONS))})")
+        others = f": {kinds}" * bool(left)
+        raise DataError(f"{root} holds no images ({' '.join(sorted(EXTENSIONS))}){others}")
+    if left:
+        say(f"warning: {root}: {left.total()} files are left out: {kinds}")
     if any(os.sep not in path for path in paths):
         return Files(root, paths)
-    if empty:
-        print(f"warning: {root}: {len(empty)} folders without images are left out: "
-              f"{', '.join(map(repr, empty[:3]))}")
     classes = sorted({path.split(os.sep, 1)[0] for path in paths}, key=os.fsencode)
     number = {name: i for i, name in enumerate(classes)}
+    empty = [name for name in folders if os.sep not in name and name not in number]
+    if empty:
+        say(f"warning: {root}: {len(empty)} folders without images are left out: "
+            f"{', '.join(map(repr, empty[:3]))}")
     return Files(root, paths, [number[path.split(os.sep, 1)[0]] for path in paths], classes)

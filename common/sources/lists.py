@@ -2,13 +2,24 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
-from ..engine.errors import DataError
+from ..engine.errors import DataError, border
 from .files import EXTENSIONS, Files
+
+LARGEST = 2**30  # bytes: ImageNet-22k's list has 0.8
+NO_LABEL = re.compile(r"-1(\.0*)?")
+NUMBER = re.compile(r"\d{1,6}(\.0*)?")  # of a class; longer ones are names: times, bar codes
+LIKE_A_NUMBER = re.compile(r"[-+]?\d*\.?\d+(e[-+]?\d+)?|nan", re.IGNORECASE)
 
 
 def open_list(path, root, split):
+    with border(DataError, f"{path} cannot be read"), open(path, "rb") as file:
+        if os.path.getsize(path) > LARGEST:
+            raise DataError(f"{path} is larger than 1 GiB: too large for a list of images")
+        if b"\0" in file.read(4096):  # an archive or an image
+            raise DataError(f"{path} is not a list of images: a text file with one path a line is needed")
     read = _read_annotations if path.suffix.lower() == ".json" else _read_list
     return read(path, root, split)
 
@@ -25,21 +36,17 @@ def _check_some(path, root, names, place):
     list."""
     for i in range(0, len(names), max(1, len(names) // 10_000)):
         if not os.path.isfile(root / names[i]):
-            raise DataError(f"{path} {place(i)}: {os.fspath(root / names[i])[:200]} does not exist")
+            what = "is not a regular file" if os.path.exists(root / names[i]) else "does not exist"
+            name = repr(os.fspath(root / names[i]))[1:-1][:200]  # one line, whatever is in it
+            raise DataError(f"{path} {place(i)}: {name} {what}")
 
 
 def _read_list(path, root, split):
-    """A list file: a path a line, with an integer label or a class name behind it on every line or on
-    none."""
-    try:
-        with open(path, "rb") as file:
-            if b"\0" in file.read(4096):  # an archive or an image, perhaps larger than the memory
-                raise DataError(f"{path} is not a list of images: a text file with one path a line is needed")
+    """A list file: a path a line, with a number or a class name behind it on every line or on none."""
+    with border(DataError, f"{path} cannot be read"):
         text = path.read_text(encoding="utf-8", errors="surrogateescape").removeprefix("\ufeff")
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from None
-    lines = [line for line in text.split("\n") if line.strip()]
-    if not lines or "\0" in text:
+    lines = [line for line in text.split("\n") if line.strip()] if "\0" not in text else []
+    if not lines:
         raise DataError(f"{path} is not a list of images: a text file with one path a line is needed")
 
     endings = tuple(EXTENSIONS)
@@ -70,47 +77,58 @@ def _read_list(path, root, split):
     else:
         root = _start(path, root, split, names[0])
     _check_some(path, root, names, place)
-    if labels[0] is None:
+    if labels[0] is None or all(map(NO_LABEL.fullmatch, labels)):
         return Files(root, names)
-    # longer ones are names: times, bar codes
-    numeric = all(label.isdecimal() and len(label) < 7 for label in labels)
-    classes = sorted(set(labels), key=os.fsencode)
-    if numeric:
-        classes = [str(i) for i in range(max(map(int, labels)) + 1)]
-    number = {name: i for i, name in enumerate(classes)}
-    labels = [int(label) if numeric else number[label] for label in labels]
-    return Files(root, names, labels, classes, numeric)
+    number, classes, numbered = _number(labels, lambda label: f"{path} {place(labels.index(label))}")
+    labels = [number[label] for label in labels]
+    return Files(root, names, labels, classes, numbered)
+
+
+def _number(labels, where):
+    """{label: its number}, the names of the classes, whether these are numbers. -1 stands for no label."""
+    number = dict.fromkeys(labels, -1)
+    kinds = sorted((label for label in number if not NO_LABEL.fullmatch(label)), key=os.fsencode)
+    odd = [label for label in kinds if not NUMBER.fullmatch(label)]
+    if not odd:  # 1.0 is class 1: so a table program writes it that left one out
+        number |= {label: int(float(label)) for label in kinds}
+        return number, [str(i) for i in range(max(number.values()) + 1)], True
+    if all(map(LIKE_A_NUMBER.fullmatch, kinds)) and not all(map(str.isdecimal, kinds)):
+        needed = "a whole number from 0 to 999999 as on other lines, or -1 for no label, is needed"
+        raise DataError(f"{where(odd[0])}: label {odd[0][:200]!r}: {needed}")
+    return number | {label: i for i, label in enumerate(kinds)}, kinds, False
 
 
 def _read_annotations(path, root, split):
     """A .json file of iNaturalist's competitions: images with id and file_name, annotations with image_id and
     category_id.
 
-    Classes are the ids of its categories, as text; iNaturalist's class folders have these names.
+    Classes are the ids of its categories, as text; iNaturalist's class folders have these names. -1: none.
     """
-    try:
+    needed = "images with id and file_name, and annotations with image_id and category_id, are needed"
+    with border(DataError, f"{path} is not a list of images in iNaturalist's format: {needed}"):
         content = json.loads(path.read_bytes())
         images = {image["id"]: image["file_name"] for image in content["images"]}
         pairs = [(a["image_id"], a["category_id"]) for a in content.get("annotations") or []]
         named = {category["id"] for category in content.get("categories") or []}
-        ids = sorted(named | {category for _, category in pairs})
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from None
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        needed = "images with id and file_name, and annotations with image_id and category_id, are needed"
-        raise DataError(f"{path} is not a list of images in iNaturalist's format: {needed} "
-                        f"({type(error).__name__})") from None
+        ids = sorted((named | {category for _, category in pairs}) - {-1})
+        if not all(isinstance(i, (int, str)) for i in ids):
+            raise TypeError("a category_id is neither a whole number nor text")
+        names, category = list(images.values()), dict(pairs)
+        for name in names:
+            os.fsencode(name)
     if not images:
         raise DataError(f"{path} lists no images")
-    names, category = list(images.values()), dict(pairs)
+    if len(images) < len(content["images"]):
+        count = len(content["images"])
+        raise DataError(f"{path} has {len(images)} ids for {count} images: one each is needed")
     root = _start(path, root, split, names[0])
     _check_some(path, root, names, lambda i: f"image {i + 1}")
-    if not pairs:
+    if not ids:
         return Files(root, names)
     if len(category) < len(pairs):
         raise DataError(f"{path} has {len(pairs)} annotations for {len(category)} images: one each is needed")
     missing = [image for image in images if image not in category]
     if missing:
-        raise DataError(f"{path}: image {missing[0]!r} has no annotation, but other images have one")
-    number = {category: i for i, category in enumerate(ids)}
+        raise DataError(f"{path}: image {missing[0]!r:.200} has no annotation, but other images have one")
+    number = {category: i for i, category in enumerate(ids)} | {-1: -1}
     return Files(root, names, [number[category[image]] for image in images], map(str, ids))

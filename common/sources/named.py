@@ -3,7 +3,7 @@
 import torch
 import torchvision
 
-from ..engine.errors import DataError
+from ..engine.errors import DataError, border
 
 TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "svhn": "SVHN", "stl10": "STL10"}
 
@@ -17,10 +17,8 @@ class Torchvision:
         which = {"train": split == "train"} if name.startswith("cifar") else {"split": wanted}
         if name == "stl10" and split == "train":
             which = {"split": "train+unlabeled"}
-        try:
+        with border(DataError, f"{name} cannot be read from {root}, nor downloaded"):
             self.set = cls(root, download=True, **which)
-        except (OSError, RuntimeError) as error:
-            raise DataError(f"{name}: not in {root}, and it cannot be downloaded ({error})") from None
         labels = torch.as_tensor(self.set.targets if hasattr(self.set, "targets") else self.set.labels).long()
         self.labels = labels  # -1 for STL-10's unlabelled images
         self.classes = list(getattr(self.set, "classes", map(str, range(10))))

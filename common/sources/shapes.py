@@ -73,6 +73,6 @@ def draw_shape(label, rng, size=32):
 
 
 def count(text):
-    if not text.isdigit() or int(text) < 1:
-        raise DataError(f"shapes:{text}: the number of images is needed behind the colon")
+    if not text.isdecimal() or not 0 < int(text[:8]) < 10**7:
+        raise DataError(f"shapes:{text[:99]}: a number of images below 10 million is needed behind the colon")
     return int(text)
