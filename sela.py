@@ -100,7 +100,7 @@ class Config(RunOptions):
     tolerance: float = option(0.01, "balancing ends once no label's mass is off by this share", above=0)
     relabellings: int = option(100, "times that labels are found", least=1)
     relabel_power: float = option(2.0, "spacing of relabellings: 1 even, 2 ever more rarely", above=0)
-    one_head: bool = option(False, "each relabelling is of one head, in turn, not of all")
+    one_head: bool = option(False, "each relabelling is of one head, another every epoch, not of all")
     labelling: str = option("train", "images that labels are found from; clean: centre crops, eval mode",
                             choices=("train", "clean"))
 
@@ -123,6 +123,10 @@ class Model(nn.Module):
             self.backbone = ARCHITECTURES[config.arch](width=config.width, stem=config.stem)
         heads = (nn.Linear(self.backbone.feature_dim, config.prototypes) for _ in range(config.heads))
         self.prototypes = nn.ModuleList(heads)  # (K, F) each
+        if "alexnet" in config.arch:  # as its own linear layers; those of a ResNet start as torch has them
+            for head in self.prototypes:
+                nn.init.normal_(head.weight, std=0.01)
+                nn.init.zeros_(head.bias)
 
     def forward(self, crops):
         """crops: a list, per resolution (V_r B, 3, s, s). Returns features (V B, F), H scores (V B,
@@ -256,13 +260,13 @@ def stored_dtype(config, device):
     return torch.float16 if dtype == torch.bfloat16 else dtype
 
 
-def relabel(model, memory, loader, run, config):
-    """Labels of all heads, or of the one whose turn it is, from one pass over all images."""
+def relabel(model, memory, loader, run, config, epoch):
+    """Labels of all heads, or of the one whose turn it is in this epoch, from one pass over all images."""
     if config.labelling == "train":
         features = features_in_training(model, loader, run, config, config.epochs + memory.done)
     else:
         features = run.features(model.backbone)
-    heads = [memory.done % config.heads] if config.one_head else range(config.heads)
+    heads = [epoch % config.heads] if config.one_head else range(config.heads)
     with run.timed("clusters"):
         assign(memory, model.prototypes, features, heads, config.lam, config.tolerance)
     memory.done += 1
@@ -277,7 +281,7 @@ def train_one_epoch(net, optimizer, memory, loader, run, config, epoch):
     for step, (index, crops, params) in run.steps(loader, batches, epoch):
         # assign: all images, at the published times, at most once a step
         if memory.done < len(times) and step * config.batch_size >= times[memory.done]:
-            relabel(model, memory, loader, run, config)
+            relabel(model, memory, loader, run, config, epoch)
 
         # schedule
         lr = drops(step, len(batches), config.lr, config.drop_epochs, config.drop_factor)

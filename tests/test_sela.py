@@ -4,6 +4,7 @@ that is killed."""
 import csv
 import re
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -191,6 +192,27 @@ def test_heads_take_turns_and_the_log_says_what_a_relabelling_did(tmp_path):
     records = [r for r in metrics(tmp_path) if "loss" in r]
     assert [r["relabellings"] for r in records] == [1] * 6 + [2] and all(0 <= r["changed"] <= 1
                                                                          for r in records)
+
+
+def test_the_epoch_says_whose_turn_it_is(monkeypatch, tmp_path):
+    """As in cifar.py: its number modulo that of heads, not how often labels were found."""
+    turns = []
+    monkeypatch.setattr(sela, "assign", lambda memory, prototypes, features, heads, *_: turns.append(heads))
+    assert here(*SHARED, "--heads", 3, "--one-head", "--relabellings", 9, "--relabel-power", 1, "--out",
+                tmp_path) == 0
+    # at the first steps of 16 that have seen 0, 50, 100 .. 300 of the 4 x 80 images
+    assert turns == [[0], [0], [1], [2], [2], [0], [0]]
+
+
+@pytest.mark.parametrize(("arch", "spread"), [("alexnet", 0.01), ("alexnet_small", 0.01),
+                                              ("resnet10", 1 / (3 * 512) ** 0.5)])
+def test_heads_start_as_the_authors_do(arch, spread):
+    torch.manual_seed(0)
+    config = replace(recipe(sela.Config, sela.RECIPES, "alexnet_10x3k"), arch=arch, heads=2, prototypes=500)
+    for head in sela.Model(config).prototypes:
+        assert head.weight.std().item() == pytest.approx(spread, rel=0.01)
+        assert (arch == "resnet10") == bool(head.bias.any())
+    assert not torch.equal(head.weight, sela.Model(config).prototypes[1].weight)
 
 
 def test_assignments_are_the_labels_of_all_images(tmp_path):
