@@ -56,7 +56,7 @@ RECIPES = {  # name: (result, ImageNet linear top-1 where not said, what differs
         sobel=True, crops=(1,), sizes=(224,), scales=(0.08, 1.0), jitter=(0.4, 0.4, 1.0, 0.5), blur_p=0.0,
         prototypes=10000, temperature=1.0, epochs=200, batch_size=512, lr=0.1, final_lr=0.1, warmup_epochs=0,
         start_lr=0.0, weight_decay=1e-5)),
-    "resnet50_200ep": ("50.4 (mmselfsup)", dict(sobel=False, lr=0.3, final_lr=0.3)),
+    "resnet50_200ep": ("50.4 (a contributor of mmselfsup)", dict(sobel=False, lr=0.3, final_lr=0.3)),
     "alexnet_sobel_500ep": ("37.9 for the best layer (VISSL, of the authors' weights)", dict(
         PLAIN, arch="alexnet", sobel=True, epochs=500, batch_size=256, lr=0.05, final_lr=0.05)),
     "shapes": ("20-NN 46.9 on held-out images, untrained 30.3: measured here", SHAPES),
