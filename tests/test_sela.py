@@ -194,6 +194,20 @@ def test_heads_take_turns_and_the_log_says_what_a_relabelling_did(tmp_path):
                                                                          for r in records)
 
 
+def test_the_network_of_the_paper_trains_and_is_read_back(tmp_path):
+    """That of the default recipe: what is written is the trunk that released weights are read into."""
+    small = ["--recipe", "resnet50_10x3k", "--sizes", 32, "--batch-size", 4, "--prototypes", 3, "--heads", 2]
+    assert here("--data", "shapes:8", *small, "--epochs", 1, "--workers", 0, "--max-steps", 2, "--out",
+                tmp_path) == 0
+    trunk, info = load_backbone(tmp_path)
+    assert (info["arch"], type(trunk).__name__) == ("preact50", "PreactResNet50")
+    weights = saved(tmp_path)["model"]
+    assert all(torch.equal(weights[f"backbone.{name}"], x) for name, x in trunk.state_dict().items())
+    assert weights["backbone.layer4.0.shortcut.weight"].shape == (2048, 1024, 1, 1)
+    usual = recipe(sela.Config, sela.RECIPES, "resnet50_10x3k_strong")
+    assert (usual.arch, usual.epochs, usual.prototypes, usual.heads) == ("resnet50", 280, 3000, 10)
+
+
 def test_the_epoch_says_whose_turn_it_is(monkeypatch, tmp_path):
     """As in cifar.py: its number modulo that of heads, not how often labels were found."""
     turns = []
@@ -331,6 +345,7 @@ def test_options_that_cannot_work(tmp_path, capsys):
         ("--tolerance", 0): "--tolerance 0: more than 0",
         ("--heads", 0): "--heads 0: at least 1",
         ("--augs", 1, "--crops", 2): "--augs 1 is one crop an image: --crops 1",
+        ("--arch", "preact50"): "--arch preact50 has no other width or stem: --width 1 --stem imagenet",
         ("--arch", "alexnet_small"): "--arch alexnet_small takes images of 224 pixels",
         ("--arch", "alexnet", "--sizes", 224, "--eval-size", 64): "--arch alexnet takes images of 224 pixels",
     }.items():
@@ -343,7 +358,7 @@ def test_published_recipes():
     def get(name):
         return recipe(sela.Config, sela.RECIPES, name)
 
-    for name, (arch, H, K) in {"resnet50_10x3k": ("resnet50", 10, 3000), "alexnet_1x1k": ("alexnet", 1, 1000),
+    for name, (arch, H, K) in {"resnet50_10x3k": ("preact50", 10, 3000), "alexnet_1x1k": ("alexnet", 1, 1000),
                                "alexnet_1x10k": ("alexnet", 1, 10_000),
                                "alexnet_10x3k": ("alexnet", 10, 3000)}.items():
         c = get(name)

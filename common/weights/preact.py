@@ -1,4 +1,4 @@
-"""The pre-activation ResNet-50 of SeLa's first release, to use its weights. Imports torch alone: one file to
+"""The pre-activation ResNet-50 of SeLa's paper, to train it or use its weights. Imports torch alone: one file to
 lift.
 
 Batch norm and ReLU come before each convolution; none follows the first convolution or the last sum. Written
