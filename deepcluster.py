@@ -101,7 +101,7 @@ class Model(nn.Module):
             self.backbone = alexnet("deepcluster", sobel=config.sobel)
         else:
             trunk = ARCHITECTURES[config.arch]
-            self.backbone = trunk(config.width, config.stem, sobel=config.sobel, fan_in=True)
+            self.backbone = trunk(width=config.width, stem=config.stem, sobel=config.sobel, fan_in=True)
         self.prototypes = nn.Linear(self.backbone.feature_dim, config.prototypes)  # weight (K, F)
 
     def forward(self, crops):

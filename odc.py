@@ -93,7 +93,7 @@ class Model(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.backbone = ARCHITECTURES[config.arch](config.width, config.stem, fan_in=True)
+        self.backbone = ARCHITECTURES[config.arch](width=config.width, stem=config.stem, fan_in=True)
         self.projection_head = nn.Sequential(
             nn.Linear(self.backbone.feature_dim, config.hidden),
             nn.BatchNorm1d(config.hidden, momentum=0.001, affine=False),
