@@ -56,11 +56,11 @@ RECIPES = {  # name: (result, ImageNet linear top-1 where not said, what differs
         sobel=True, crops=(1,), sizes=(224,), scales=(0.08, 1.0), jitter=(0.4, 0.4, 1.0, 0.5), blur_p=0.0,
         prototypes=10000, temperature=1.0, epochs=200, batch_size=512, lr=0.1, final_lr=0.1, warmup_epochs=0,
         start_lr=0.0, weight_decay=1e-5)),
-    "resnet50_200ep": ("50.4 (mmselfsup)", dict(sobel=False, lr=0.3, final_lr=0.3)),
+    "resnet50_200ep": ("50.4 (a contributor of mmselfsup)", dict(sobel=False, lr=0.3, final_lr=0.3)),
     "alexnet_sobel_500ep": ("37.9 for the best layer (VISSL, of the authors' weights)", dict(
         PLAIN, arch="alexnet", sobel=True, epochs=500, batch_size=256, lr=0.05, final_lr=0.05)),
-    "shapes": ("20-NN 46.9 on held-out images, untrained 30.3: measured here", SHAPES),
-    "cifar": ("20-NN 45.6 from 10,000 images of CIFAR-10, untrained 35.0: measured here",
+    "shapes": ("20-NN 46.9 on held-out images, untrained 30.3: measured here, fan-out start", SHAPES),
+    "cifar": ("20-NN 45.6 from 10,000 images of CIFAR-10, untrained 35.0: measured here, fan-out start",
               dict(TINY, epochs=20)),
     "small": ("settings of cifar for longer: not measured", dict(TINY, epochs=50)),
 }
@@ -101,7 +101,7 @@ class Model(nn.Module):
             self.backbone = alexnet("deepcluster", sobel=config.sobel)
         else:
             trunk = ARCHITECTURES[config.arch]
-            self.backbone = trunk(width=config.width, stem=config.stem, sobel=config.sobel)
+            self.backbone = trunk(width=config.width, stem=config.stem, sobel=config.sobel, fan_in=True)
         self.prototypes = nn.Linear(self.backbone.feature_dim, config.prototypes)  # weight (K, F)
 
     def forward(self, crops):

@@ -54,8 +54,8 @@ RECIPES = {  # name: (result, ImageNet linear top-1 where not said, what differs
         "the default with --data",
         dict(crops=(1,), sizes=(224,), scales=(0.08, 1.0), jitter=(0.4, 0.4, 1.0, 0.5), blur_p=0.0,
              prototypes=10000, temperature=1.0, epochs=440, batch_size=512, lr=0.06, weight_decay=1e-5)),
-    "shapes": ("20-NN 47.1 on held-out images, untrained 30.3: measured here", SHAPES),
-    "cifar": ("20-NN 39.7 from 10,000 images of CIFAR-10, untrained 35.0: measured here",
+    "shapes": ("20-NN 47.1 on held-out images, untrained 30.3: measured here, fan-out start", SHAPES),
+    "cifar": ("20-NN 39.7 from 10,000 images of CIFAR-10, untrained 35.0: measured here, fan-out start",
               dict(TINY, epochs=20)),
     "small": ("settings of cifar for longer: not measured", dict(TINY, epochs=50)),
 }
@@ -93,7 +93,7 @@ class Model(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.backbone = ARCHITECTURES[config.arch](width=config.width, stem=config.stem)
+        self.backbone = ARCHITECTURES[config.arch](width=config.width, stem=config.stem, fan_in=True)
         self.projection_head = nn.Sequential(
             nn.Linear(self.backbone.feature_dim, config.hidden),
             nn.BatchNorm1d(config.hidden, momentum=0.001, affine=False),

@@ -47,8 +47,8 @@ BATCH_4096 = dict(batch_size=4096, lr=4.8, final_lr=0.0048, warmup_epochs=10, st
 WIDE = dict(BATCH_4096, epochs=400, crops=(2, 4), hidden=8192)
 W4 = dict(WIDE, width=4.0, scales=(0.08, 1.0, 0.08, 0.14), batch_size=2560, queue_length=2560,
           queue_start_epoch=0)
-W5 = dict(WIDE, width=5.0, hidden=10240, batch_size=1536, start_lr=0.1875, final_lr=0.0, queue_length=1536,
-          queue_start_epoch=0)
+W5 = dict(WIDE, width=5.0, hidden=10240, head_norm=False, batch_size=1536, start_lr=0.1875, final_lr=0.0,
+          queue_length=1536, queue_start_epoch=0)
 TWO_CROPS = dict(crops=(2,), sizes=(224,), scales=(0.08, 1.0))
 TINY = dict(arch="resnet10", width=0.5, stem="small", hidden=256, dim=64, crops=(4,), sizes=(32,),
             scales=(0.2, 1.0), eval_size=48, jitter=(0.4, 0.4, 0.4, 0.1), blur_p=0.0, prototypes=32,
@@ -69,7 +69,7 @@ RECIPES = {  # name: (result, ImageNet linear top-1 where not said, what differs
     "swav_200ep_bs256": ("72.7, 4 GPUs", dict(epochs=200)),
     "swav_rn50w2": ("77.3, 128 GPUs", dict(WIDE, width=2.0)),
     "swav_rn50w4": ("77.9, 64 GPUs", W4),
-    "swav_rn50w5": ("78.5, 128 GPUs", W5),
+    "swav_rn50w5": ("78.5, 128 GPUs; learning rates ours", W5),
     "shapes": ("20-NN 68.4 on held-out images, untrained 30.3: measured here", SHAPES),
     "cifar": ("20-NN 55.6 from 10,000 images of CIFAR-10, untrained 35.0: measured here",
               dict(TINY, epochs=20)),
@@ -84,6 +84,7 @@ REMEDY = """  try in this order: fewer --prototypes (ten per class you expect, a
 @dataclass
 class Config(RunOptions):
     hidden: int = option(2048, "width of the projection head's hidden layer", group="model", least=1)
+    head_norm: bool = option(True, "batch norm in the projection head", group="model")
     dim: int = option(128, "size D of the embedding", group="model", least=1)
 
     epsilon: float = option(0.05, "epsilon of Sinkhorn: smaller makes sharper codes", above=0)
@@ -108,7 +109,7 @@ class Model(nn.Module):
         self.backbone = ARCHITECTURES[config.arch](width=config.width, stem=config.stem)
         self.projection_head = nn.Sequential(
             nn.Linear(self.backbone.feature_dim, config.hidden),
-            nn.BatchNorm1d(config.hidden),
+            *([nn.BatchNorm1d(config.hidden)] if config.head_norm else []),
             nn.ReLU(inplace=True),
             nn.Linear(config.hidden, config.dim),
         )

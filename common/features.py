@@ -140,8 +140,9 @@ def knn_accuracy(bank, labels, queries, query_labels, k, temperature=0.07):
     """{k: (top-1, top-5)} in percent of the queries of all ranks; top-5 is None below five classes or
     neighbours.
 
-    Arguments as in `knn_classify`; rows with label -1 (unreadable images) are left out. A class without a
-    vote never counts; of classes with equal votes the first comes first.
+    Arguments as in `knn_classify`; rows with label -1 (unreadable images) are left out. Of classes with equal
+    votes the first comes first, those without a vote too, as in DINO's and MMSelfSup's evaluation: where
+    fewer than five have votes, the first of the others may be among the top five.
     """
     largest = max([-1, *labels.tolist(), *query_labels.tolist()])
     classes = int(distributed.all_max(torch.tensor(largest))) + 1
@@ -158,7 +159,7 @@ def knn_accuracy(bank, labels, queries, query_labels, k, temperature=0.07):
             right = votes.gather(1, answer)
             # classes ranked higher
             before = (~(votes <= right) | ((votes == right) & (order < answer))).sum(dim=1, keepdim=True)
-            counts[1:] += ((right > 0) & (before < best)).sum(dim=0)
+            counts[1:] += (before < best).sum(dim=0)
         total, *hits = distributed.all_sum(counts).tolist()
         top1, top5 = (100 * count / max(1, total) for count in hits)
         accuracy[number] = (top1, top5 if min(number, classes) >= 5 else None)

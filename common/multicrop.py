@@ -353,9 +353,9 @@ def _blur(x, sigma, radius=11):
 
 
 def _rotate(x, angle):
-    """Counter-clockwise by `angle` degrees around the centre, bilinear, black outside."""
+    """Counter-clockwise by `angle` degrees around the centre, each pixel the nearest one's, black outside."""
     angle = angle.view(-1) * (math.pi / 180)
     zero = torch.zeros_like(angle)
     turn = torch.stack([angle.cos(), -angle.sin(), zero, angle.sin(), angle.cos(), zero], dim=1)  # (B, 6)
     grid = F.affine_grid(turn.view(-1, 2, 3), list(x.shape), align_corners=False)
-    return F.grid_sample(x, grid, align_corners=False)
+    return F.grid_sample(x, grid, mode="nearest", align_corners=False)

@@ -2,8 +2,9 @@
 
 `width` multiplies the channels of every layer, the stem included (RN50w2 of the SwAV paper is
 resnet50(width=2)). `stem="small"` is for images of 32 to 64 pixels: a 3x3 convolution without stride and no
-max-pool. `sobel=True` puts two fixed filters, the image's gradients, in front: DeepCluster's input. At width
-1 with the "imagenet" stem, the state dict is torchvision's without `fc`.
+max-pool. `sobel=True` puts two fixed filters, the image's gradients, in front: DeepCluster's input. Weights
+start by He's rule, scaled by the outputs of a filter as torchvision does, or with `fan_in=True` by its inputs
+as OpenSelfSup does. At width 1 with the "imagenet" stem, the state dict is torchvision's without `fc`.
 """
 
 import torch
@@ -67,7 +68,7 @@ class Sobel(nn.Module):
 class ResNet(nn.Module):
     """Trunk: (B, in_channels, H, W) -> (B, feature_dim), globally average-pooled."""
 
-    def __init__(self, block, depths, width, stem, in_channels, sobel):
+    def __init__(self, block, depths, width, stem, in_channels, sobel, fan_in):
         super().__init__()
         if stem not in ("imagenet", "small"):
             raise ValueError(f'stem is "imagenet" or "small", got {stem!r}')
@@ -97,7 +98,8 @@ class ResNet(nn.Module):
         self.feature_dim = inputs
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                fan = "fan_in" if fan_in else "fan_out"
+                nn.init.kaiming_normal_(module.weight, mode=fan, nonlinearity="relu")
 
     def stages(self, x):
         """Maps by name: "conv1" (after batch norm and ReLU, before the max-pool), "layer1" .. "layer4"."""
@@ -111,20 +113,20 @@ class ResNet(nn.Module):
         return F.adaptive_avg_pool2d(self.stages(x)["layer4"], 1).flatten(1)  # (B, feature_dim)
 
 
-def resnet10(width=1, stem="imagenet", in_channels=3, sobel=False):
-    return ResNet(BasicBlock, (1, 1, 1, 1), width, stem, in_channels, sobel)
+def resnet10(width=1, stem="imagenet", in_channels=3, sobel=False, fan_in=False):
+    return ResNet(BasicBlock, (1, 1, 1, 1), width, stem, in_channels, sobel, fan_in)
 
 
-def resnet18(width=1, stem="imagenet", in_channels=3, sobel=False):
-    return ResNet(BasicBlock, (2, 2, 2, 2), width, stem, in_channels, sobel)
+def resnet18(width=1, stem="imagenet", in_channels=3, sobel=False, fan_in=False):
+    return ResNet(BasicBlock, (2, 2, 2, 2), width, stem, in_channels, sobel, fan_in)
 
 
-def resnet34(width=1, stem="imagenet", in_channels=3, sobel=False):
-    return ResNet(BasicBlock, (3, 4, 6, 3), width, stem, in_channels, sobel)
+def resnet34(width=1, stem="imagenet", in_channels=3, sobel=False, fan_in=False):
+    return ResNet(BasicBlock, (3, 4, 6, 3), width, stem, in_channels, sobel, fan_in)
 
 
-def resnet50(width=1, stem="imagenet", in_channels=3, sobel=False):
-    return ResNet(Bottleneck, (3, 4, 6, 3), width, stem, in_channels, sobel)
+def resnet50(width=1, stem="imagenet", in_channels=3, sobel=False, fan_in=False):
+    return ResNet(Bottleneck, (3, 4, 6, 3), width, stem, in_channels, sobel, fan_in)
 
 
 ARCHITECTURES = {"resnet10": resnet10, "resnet18": resnet18, "resnet34": resnet34, "resnet50": resnet50}

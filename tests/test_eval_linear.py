@@ -5,6 +5,7 @@ import io
 import json
 import math
 import shutil
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -54,6 +55,8 @@ PUBLISHED = {
     "inat18_84e": (84, 256, 0.01, 1e-4, True, {0: 1e-2, 24: 1e-3, 48: 1e-4, 72: 1e-5}),
     "swav_100e": (100, 256, 0.3, 1e-6, False, "cosine"),
     "vissl_28e": (28, 256, 0.01, 5e-4, True, {0: 1e-2, 8: 1e-3, 16: 1e-4, 24: 1e-5}),
+    "vissl_places205_14e": (14, 256, 0.01, 5e-4, True, {0: 1e-2, 4: 1e-3, 8: 1e-4, 12: 1e-5}),
+    "vissl_inat18_84e": (84, 256, 0.01, 5e-4, True, {0: 1e-2, 24: 1e-3, 48: 1e-4, 72: 1e-5}),
     "sela_resnet_146e": (146, 1024, 0.1, 0.0, False, {0: 1e-1, 85: 1e-2, 128: 1e-3}),
     "dc_alexnet_90e": (90, 256, 0.01, 1e-7, False, "root"),
     "sela_alexnet_36e": (36, 192, 0.01, 1e-5, False, {0: 1e-2, 10: 1e-3, 20: 1e-4, 30: 1e-5}),
@@ -87,7 +90,8 @@ def test_what_presets_look_at():
         assert list(PRESETS[name].probes) == goyal
     for name in ("avgpool_100e", "swav_100e", "sela_resnet_146e"):
         assert PRESETS[name].probes == ("avgpool",)
-    assert [p.partition("+")[2] for p in PRESETS["vissl_28e"].probes] == ["affine"] * 6 + [""]
+    for name in ("vissl_28e", "vissl_places205_14e", "vissl_inat18_84e"):
+        assert [p.partition("+")[2] for p in PRESETS[name].probes] == ["affine"] * 6 + [""]
 
     def those(what):
         return {name: what(p) for name, p in PRESETS.items() if what(p)}
@@ -97,6 +101,10 @@ def test_what_presets_look_at():
     ten = {"sela_resnet_146e", "dc_alexnet_90e", "sela_alexnet_36e"}
     assert set(those(lambda p: p.view.views == 10)) == ten
     assert set(those(lambda p: p.probabilities)) == {"dc_alexnet_90e"}
+    assert those(lambda p: p.first_validation - 1) == {"sela_alexnet_36e": 26}  # epochs that are not judged
+    default = those(lambda p: p.start is eval_linear.uniform)  # nn.Linear's own
+    assert set(default) == {"vissl_28e", "vissl_places205_14e", "vissl_inat18_84e", "sela_resnet_146e",
+                            "dc_alexnet_90e"}
     assert those(lambda p: (p.jitter or p.lighting) and (p.jitter, p.lighting)) == {"mhead_90e": (0.4, 0.1)}
     assert {(p.resize, p.size) for name, p in PRESETS.items() if name != "small"} == {(256, 224)}
 
@@ -508,6 +516,19 @@ def test_published_presets_on_an_alexnet(images, tmp_path, monkeypatch, capsys, 
     assert [r["probe"] for r in record["results"]] == list(PRESETS[preset].probes) and record["arch"] == arch
 
 
+def test_ten_crops_or_one(images, imagenet_stem, capsys):
+    def ran(*options):
+        record, _ = evaluate(capsys, eval_linear, imagenet_stem, "--data", images, "--epochs", 1,
+                             "--workers", 0, "--batch-size", 15, *options)
+        return record["crops"]
+
+    assert ran("--preset", "sela_resnet_146e") == ran("--crops", 10, "--preset", "avgpool_100e") == 10
+    seen = []
+    with mock.patch.object(eval_linear, "judge", lambda *a: seen.append(a[2]) or judge(*a)):
+        assert ran("--preset", "sela_resnet_146e", "--crops", 1) == 1
+    assert set(seen) == {1}
+
+
 def test_a_sobel_resnet50_of_reduced_width(images, tmp_path, capsys):
     info = dict(arch="resnet50", stem="imagenet", sobel=True, resize=256, size=224, method="deepcluster")
     path = export(tmp_path / "b.pt", resnet50(width=0.125, sobel=True), **info)
@@ -573,6 +594,7 @@ def test_errors(tmp_path, images, run, imagenet_stem, capsys):
         ((*own, "--save-features", tmp_path / "features"), 2, "an .npz file"),
         ((*own, "--epochs", 4, "--lr", "1e38"), 5, "every classifier"),
         ((*own, "--preset", "mhead_90e", "--cache"), 2, "cached features are those of avgpool"),
+        ((*own, "--crops", 10, "--cache"), 2, "--crops 10: cached features are of one crop an image"),
         ((*own, "--layers", "feature5"), 2, "feature5 is not in --preset small: choose from avgpool"),
         ((*own, "--size", 30), 2, "--resize 24 is smaller than --size 30"),
         ((*own, "--epochs", 0), 2, "--epochs 0: more than 0 is needed"),

@@ -69,7 +69,7 @@ def with_torchvision(image, row, radius=11):
             image = jitter[operation](image, factors[operation])
     image = TF.rgb_to_grayscale(image, 3) if grey == 1 else image
     image = TF.gaussian_blur(image, 2 * radius + 1, sigma) if sigma > 0 else image
-    return TF.rotate(image, angle, InterpolationMode.BILINEAR) if angle else image
+    return TF.rotate(image, angle, InterpolationMode.NEAREST) if angle else image
 
 
 def drawn(n, seed=0, **options):

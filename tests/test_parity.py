@@ -1,6 +1,8 @@
 """The same numbers as the official implementations: tests/golden/ holds what those gave on seeded inputs."""
 
+import importlib
 import zlib
+from dataclasses import replace
 from unittest import mock
 
 import numpy as np
@@ -13,6 +15,7 @@ from helpers import golden, ranks
 import swav
 from common import features, resnet
 from common.distributed import rank
+from common.engine.options import recipe
 from common.optim import LARC, warmup_cosine
 from common.sinkhorn import sinkhorn
 
@@ -280,6 +283,21 @@ def test_resnet50_with_several_prototype_heads(dtype):
         close(F.linear(z, prototypes), of(numbers, f"eval_scores_head{head}", dtype), dtype, 5e-6, 1e-10)
 
 
+@pytest.mark.parametrize(("method", "row", "spread"), [
+    ("deepcluster", "resnet50_200ep", 2 / (3 * 49)), ("deepcluster", "resnet50_sobel_200ep", 2 / (2 * 49)),
+    ("odc", "odc_440ep", 2 / (3 * 49)), ("swav", "swav_400ep", 2 / (64 * 49)),
+    ("sela", "resnet50_1k_strong", 2 / (64 * 49))])
+def test_how_a_resnet_starts(method, row, spread):
+    """OpenSelfSup's by the inputs of a filter, those of SwAV's and SeLa's authors by its outputs."""
+    script = importlib.import_module(method)
+    torch.manual_seed(0)
+    trunk = script.Model(replace(recipe(script.Config, script.RECIPES, row), prototypes=2)).backbone
+    assert trunk.conv1.weight.std().item() == pytest.approx(spread**0.5, rel=0.03)
+    inputs = method in ("deepcluster", "odc")
+    spread = 2 / (1024 if inputs else 512)  # of a 1 x 1 convolution, 1024 to 512
+    assert trunk.layer4[0].conv1.weight.std().item() == pytest.approx(spread**0.5, rel=0.03)
+
+
 @pytest.mark.parametrize("arch", ["resnet18", "resnet34", "resnet50"])
 def test_weights_pass_to_torchvision_and_back(arch):
     torch.manual_seed(0)
@@ -326,4 +344,4 @@ def test_knn(name):
         assert torch.equal(votes[k].argmax(dim=1), numbers[f"pred_k{k}"])
         counts = [float(share) * len(truth) / 100 for share in accuracy[k]]
         assert counts == pytest.approx([int(numbers[f"top1_count_k{k}"]),
-                                        int(numbers[f"top5_count_only_voted_k{k}"])], abs=1e-6)
+                                        int(numbers[f"top5_count_k{k}"])], abs=1e-6)

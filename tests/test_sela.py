@@ -4,6 +4,7 @@ that is killed."""
 import csv
 import re
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -193,6 +194,41 @@ def test_heads_take_turns_and_the_log_says_what_a_relabelling_did(tmp_path):
                                                                          for r in records)
 
 
+def test_the_network_of_the_paper_trains_and_is_read_back(tmp_path):
+    """That of the default recipe: what is written is the trunk that released weights are read into."""
+    small = ["--recipe", "resnet50_10x3k", "--sizes", 32, "--batch-size", 4, "--prototypes", 3, "--heads", 2]
+    assert here("--data", "shapes:8", *small, "--epochs", 1, "--workers", 0, "--max-steps", 2, "--out",
+                tmp_path) == 0
+    trunk, info = load_backbone(tmp_path)
+    assert (info["arch"], type(trunk).__name__) == ("preact50", "PreactResNet50")
+    weights = saved(tmp_path)["model"]
+    assert all(torch.equal(weights[f"backbone.{name}"], x) for name, x in trunk.state_dict().items())
+    assert weights["backbone.layer4.0.shortcut.weight"].shape == (2048, 1024, 1, 1)
+    usual = recipe(sela.Config, sela.RECIPES, "resnet50_10x3k_strong")
+    assert (usual.arch, usual.epochs, usual.prototypes, usual.heads) == ("resnet50", 280, 3000, 10)
+
+
+def test_the_epoch_says_whose_turn_it_is(monkeypatch, tmp_path):
+    """As in cifar.py: its number modulo that of heads, not how often labels were found."""
+    turns = []
+    monkeypatch.setattr(sela, "assign", lambda memory, prototypes, features, heads, *_: turns.append(heads))
+    assert here(*SHARED, "--heads", 3, "--one-head", "--relabellings", 9, "--relabel-power", 1, "--out",
+                tmp_path) == 0
+    # at the first steps of 16 that have seen 0, 50, 100 .. 300 of the 4 x 80 images
+    assert turns == [[0], [0], [1], [2], [2], [0], [0]]
+
+
+@pytest.mark.parametrize(("arch", "spread"), [("alexnet", 0.01), ("alexnet_small", 0.01),
+                                              ("resnet10", 1 / (3 * 512) ** 0.5)])
+def test_heads_start_as_the_authors_do(arch, spread):
+    torch.manual_seed(0)
+    config = replace(recipe(sela.Config, sela.RECIPES, "alexnet_10x3k"), arch=arch, heads=2, prototypes=500)
+    for head in sela.Model(config).prototypes:
+        assert head.weight.std().item() == pytest.approx(spread, rel=0.01)
+        assert (arch == "resnet10") == bool(head.bias.any())
+    assert not torch.equal(head.weight, sela.Model(config).prototypes[1].weight)
+
+
 def test_assignments_are_the_labels_of_all_images(tmp_path):
     assert here(*SHARED, "--epochs", 1, "--out", tmp_path) == 0
     assignments = np.load(tmp_path / "assignments.npz")["assignments"]
@@ -309,6 +345,7 @@ def test_options_that_cannot_work(tmp_path, capsys):
         ("--tolerance", 0): "--tolerance 0: more than 0",
         ("--heads", 0): "--heads 0: at least 1",
         ("--augs", 1, "--crops", 2): "--augs 1 is one crop an image: --crops 1",
+        ("--arch", "preact50"): "--arch preact50 has no other width or stem: --width 1 --stem imagenet",
         ("--arch", "alexnet_small"): "--arch alexnet_small takes images of 224 pixels",
         ("--arch", "alexnet", "--sizes", 224, "--eval-size", 64): "--arch alexnet takes images of 224 pixels",
     }.items():
@@ -321,7 +358,7 @@ def test_published_recipes():
     def get(name):
         return recipe(sela.Config, sela.RECIPES, name)
 
-    for name, (arch, H, K) in {"resnet50_10x3k": ("resnet50", 10, 3000), "alexnet_1x1k": ("alexnet", 1, 1000),
+    for name, (arch, H, K) in {"resnet50_10x3k": ("preact50", 10, 3000), "alexnet_1x1k": ("alexnet", 1, 1000),
                                "alexnet_1x10k": ("alexnet", 1, 10_000),
                                "alexnet_10x3k": ("alexnet", 10, 3000)}.items():
         c = get(name)

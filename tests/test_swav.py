@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ from helpers import (
 )
 
 import swav
-from common.engine.options import parse, recipe
+from common.engine.options import parse, recipe, table
 
 # ---- one process or many
 
@@ -298,6 +298,12 @@ def test_published_recipes():
         (2, 8192, 4096, 0), (4, 8192, 2560, 2560), (5, 10240, 1536, 1536)]  # fmt: skip
     assert all(w.crops == (2, 4) and w.epochs == 400 and w.lr == 4.8 for w in (w2, w4, w5))
     assert w4.scales == (0.08, 1.0, 0.08, 0.14) and (w5.final_lr, w5.start_lr) == (0.0, 0.1875)
+    # The released model of this width has a head without batch norm: these names, and no others.
+    with torch.device("meta"):
+        heads = {w.width: swav.Model(w).projection_head.state_dict() for w in (w2, w5)}
+    assert [(name, *x.shape) for name, x in heads[5].items()] == [
+        ("0.weight", 10240, 10240), ("0.bias", 10240), ("2.weight", 128, 10240), ("2.bias", 128)]  # fmt: skip
+    assert {name[0] for name in heads[2]} == set("013")
     results = {"swav_800ep": 75.3, "swav_400ep": 74.6, "swav_200ep": 73.9, "swav_100ep": 72.1,
                "swav_400ep_2x224": 70.1}
     results |= {"swav_400ep_bs256": 74.3, "swav_200ep_bs256": 72.7, "swav_400ep_8x32": 74.3}
@@ -316,6 +322,18 @@ def test_learning_rates_follow_the_batch_size_unless_given():
     given = get("--batch-size", "2048", "--lr", "1.2")
     assert (given.lr, given.final_lr, given.start_lr) == pytest.approx((1.2, 0.0012, 0.075))
     assert get("--batch-size", "2048", "--final-lr", "0").final_lr == 0
+
+
+@pytest.mark.parametrize("method", ["swav", "selav2", "deepclusterv2", "deepcluster", "odc", "sela"])
+def test_what_list_recipes_prints_can_be_typed(method):
+    method = importlib.import_module(method)
+    for name, printed in zip(method.RECIPES, table(method.Config, method.RECIPES).splitlines()[1::2]):
+        typed = [] if printed == "    (the defaults)" else printed.split()
+        found = parse(method.Config, method.RECIPES, "", ["--recipe", next(iter(method.RECIPES)), *typed])
+        wanted = recipe(method.Config, method.RECIPES, name)
+        # a rate to warm up from follows --lr, which changes nothing where nothing is warmed up
+        idle = {} if getattr(wanted, "warmup_epochs", 1) else {"start_lr": wanted.start_lr}
+        assert replace(found, recipe=name, **idle) == wanted, name
 
 
 def test_list_recipes_and_help_are_readable(capsys):

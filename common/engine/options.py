@@ -194,7 +194,7 @@ def table(cls, recipes):
     base = asdict(recipe(cls, recipes, next(iter(recipes))))
     lines = []
     for name, (result, values) in recipes.items():
-        changed = [f"{_flag(key)} {_words(value)}" for key, value in values.items() if value != base[key]]
+        changed = [_typed(key, value) for key, value in values.items() if value != base[key]]
         lines += [f"{name:24} {result}", "    " + (" ".join(changed) or "(the defaults)")]
     return "\n".join(lines)
 
@@ -203,9 +203,17 @@ def differences(config, saved):
     """Options in which a resumed run differs from the saved dict and may not, as "--lr 0.6 (saved 0.3)"
     strings."""
     current = asdict(config)
-    was = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
-    return [f"{_flag(f.name)} {_words(current[f.name])} (saved {_words(saved.get(f.name))})"
-            for f in fields(config) if not f.metadata["free"] and current[f.name] != was.get(f.name)]
+    was = {f.name: f.default for f in fields(config)}  # of an option that came later, its default
+    was |= {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
+    return [f"{_flag(f.name)} {_words(current[f.name])} (saved {_words(was[f.name])})"
+            for f in fields(config) if not f.metadata["free"] and current[f.name] != was[f.name]]
+
+
+def _typed(name, value):
+    """An option as it is typed."""
+    if isinstance(value, bool):
+        return _flag(name if value else f"no_{name}")
+    return f"{_flag(name)} {_words(value)}".rstrip()
 
 
 def _flag(name):
@@ -220,13 +228,15 @@ def _words(value):
 
 def _add(group, f, default):
     text = f.metadata["help"].replace("%", "%%")
-    if f.type is bool:
-        group.add_argument(_flag(f.name), action="store_true", default=argparse.SUPPRESS, help=text)
+    if f.type is bool:  # --name, and --no-name
+        text += f" (default: {'on' if default else 'off'})"
+        group.add_argument(_flag(f.name), action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
+                           help=text)
         return
     many = get_origin(f.type) is tuple
     kind = get_args(f.type)[0] if many else f.type
     text += f" (default: {_words(default)})" if default not in ("", ()) else ""
-    group.add_argument(_flag(f.name), type=kind, nargs="+" if many else None, action=_Tuple if many
+    group.add_argument(_flag(f.name), type=kind, nargs="*" if many else None, action=_Tuple if many
                        else "store", default=argparse.SUPPRESS, choices=f.metadata["choices"], help=text,
                        metavar=None if f.metadata["choices"] else {int: "N", float: "X", str: "NAME"}[kind])
 

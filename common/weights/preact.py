@@ -1,5 +1,5 @@
-"""The pre-activation ResNet-50 of SeLa's first release, to use its weights. Imports torch alone: one file to
-lift.
+"""The pre-activation ResNet-50 of SeLa's paper, to train it or to use its weights. Imports torch alone: one
+file to lift.
 
 Batch norm and ReLU come before each convolution; none follows the first convolution or the last sum. Written
 after models/resnetv2.py of yukimasano/self-label: channels and layers, not code.
