@@ -212,7 +212,7 @@ def test_errors_of_arguments(tmp_path, capsys):
         ("--no-such-option",): "unrecognized arguments: --no-such-option",
         ("--warmup-epochs", "70"): "--warmup-epochs 70 is longer than the run",
         ("--batch-size", "0"): "--batch-size 0: at least 2",
-        ("--lr", "nan"): "--lr nan: a number of usual size is needed",
+        ("--lr", "nan"): "--lr nan: more than 0",
         ("--eval-every", "-1"): "--eval-every -1: at least 0",
         ("--workers", "-2"): "--workers -2: at least -1",
         ("--seed", str(2**70)): "--seed 1180591620717411303424: at least 0 and less than",

@@ -182,11 +182,11 @@ def _check_bounds(f, value):
     holds = {"above": lambda v, b: v > b, "least": lambda v, b: v >= b, "below": lambda v, b: v < b,
              "most": lambda v, b: v <= b}
     for v in value if isinstance(value, tuple) else (value,):
-        if not isinstance(v, str) and v and not 1e-30 < abs(v) < 1e12:  # or products of it would be infinite
-            raise ArgumentError(f"{_flag(f.name)} {_words(value)}: a number of usual size is needed")
         if not all(holds[name](v, bound) for name, bound in bounds.items()):
             needed = " and ".join(f"{words[name]} {bound}" for name, bound in bounds.items())
             raise ArgumentError(f"{_flag(f.name)} {_words(value)}: {needed} is needed")
+        if not isinstance(v, str) and v and not 1e-30 < abs(v) < 1e12:  # or products of it would be infinite
+            raise ArgumentError(f"{_flag(f.name)} {_words(value)}: a number of usual size is needed")
 
 
 def table(cls, recipes):
