@@ -88,14 +88,13 @@ class Run:
         start, as in `if memory.epoch < epoch: assign(...)`, and draw from a generator seeded by the epoch.
         """
         evaluated = self._resume()
-        epoch, begun = divmod(self.step, self.steps_per_epoch)
+        first, begun = divmod(self.step, self.steps_per_epoch)
         if not begun and not evaluated:
-            self.evaluate(epoch)
+            self.evaluate(first)
         self._restart_clock()
-        while epoch < self.config.epochs:
+        for epoch in range(first, self.config.epochs):
             self._stop_at_max_steps()
             yield epoch
-            epoch += 1
         self.save(final=True)
         seconds = round(time.monotonic() - self.started)
         done = {"steps": self.step, "epochs": self.config.epochs, "seconds_since_last_start": seconds}
@@ -354,12 +353,10 @@ class Run:
             state = checkpoint.newest(path, expect)
             if state:
                 with border(CheckpointError, f"{path} {NOT_OURS}"):
-                    changed = options.differences(self.config, state["config"])
-                if changed:
-                    raise CheckpointError(
-                        f"{path} was made with other options: {', '.join(changed)}; --fresh starts over, "
-                        f"--init-from {self.out} with a new --out goes on from its trunk")
-                with border(CheckpointError, f"{path} {NOT_OURS}"):
+                    if changed := options.differences(self.config, state["config"]):
+                        raise CheckpointError(
+                            f"{path} was made with other options: {', '.join(changed)}; --fresh starts over, "
+                            f"--init-from {self.out} with a new --out goes on from its trunk")
                     step = range(self.total + 1).index(state["step"])
             records = self.log_file.rewind(step)
             if step < self.total:
