@@ -53,8 +53,10 @@ def load(path, expect=None):
     if not isinstance(state, dict):
         raise Damaged(f"{path} is no checkpoint: it holds no names")
     for key, value in (expect or {}).items():
-        if state.get(key) != value:
-            raise CheckpointError(f"{path} has {key} {state.get(key)!r}, here it is {value!r}")
+        found = state.get(key)
+        if type(found) is not type(value) or found != value:
+            found = repr(found).splitlines()[0]
+            raise CheckpointError(f"{path} has {key} {found:.200}, here it is {value!r}")
     return state
 
 
