@@ -14,7 +14,6 @@ small clusters are high by chance alone.
 
 import csv
 import itertools
-import json
 import math
 from pathlib import Path
 
@@ -24,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import data, distributed, weights
-from common.engine.errors import ArgumentError, CheckpointError, DataError, say
+from common.engine.errors import ArgumentError, CheckpointError, DataError, border, say
 from common.engine.files import writing
 from common.engine.held_out import open_queries
 from common.engine.launch import launch
@@ -67,8 +66,6 @@ def by_heads(assign, images, how):
     """Clusters (H, N) int64, -1 where an image cannot be read, and scores (H, N), on every rank."""
     rows, _ = extract(assign, images, **how)  # this rank's
     clusters, scores = distributed.gather_rows(rows.float().cpu()).t().chunk(2)  # (H, N) each
-    if not scores[clusters >= 0].isfinite().all():
-        raise CheckpointError("the heads give scores that are not finite: the weights are damaged")
     return clusters.nan_to_num(-1).long().numpy(), scores.numpy()
 
 
@@ -98,10 +95,8 @@ def by_run(folder, images):
     clusters = read_assignments(path, images).astype(np.int64)
     if not (clusters >= 0).any():
         raise DataError(f"{path}: no image has a cluster yet")
-    try:
-        k = json.loads((Path(folder) / "config.json").read_text())["prototypes"]
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder}/config.json cannot be read ({error})") from None
+    with border(CheckpointError, f"{folder}/config.json cannot be used"):
+        k = evaluation.config(folder)["prototypes"]
     return clusters, [max(k, int(clusters.max()) + 1)] * len(clusters)
 
 
@@ -194,6 +189,12 @@ def open_subject(args):
     return training, images, "training images" if args.training else "held-out images"
 
 
+def copies(head):
+    """How many rows of a linear layer are copies of one above; of prototypes the directions count alone."""
+    rows = F.normalize(head.weight) if head.bias is None else torch.cat([head.weight, head.bias[:, None]], 1)
+    return len(rows) - len(rows.unique(dim=0))
+
+
 def check_head(args, heads):
     if args.head >= heads:
         has = f"{args.trunk} has {heads} head{'s' * (heads > 1)}, numbered from 0"
@@ -243,6 +244,11 @@ def main(args):
     say(f"{args.trunk}: {evaluation.name(info)}, {info['size']} px; {judged}")
     if unassigned := record["unassigned"]:
         say(f"warning: {unassigned} images cannot be read, or have no cluster yet, and are left out")
+    doubled = 0 if args.kmeans else sum(map(copies, assign.model.heads))
+    idle = sum(head["clusters"] - head["used"] for head in record["heads"])
+    if doubled or idle:
+        say(f"warning: of {sum(sizes)} clusters {idle} have none of these images, "
+            f"{doubled} are copies of others")
     labels = images.labels
     if labels is not None and len(labels[labels >= 0].unique()) > 1:
         compared = distributed.from_main(compare, clusters, labels.numpy())

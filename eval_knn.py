@@ -44,8 +44,8 @@ def main(args):
         classes = info["classes"]
     else:
         trunk, info = evaluation.open_trunk(args, device)
-        images = evaluation.open_labelled(args)
         how = evaluation.extraction(args, info, device, args.batch_size)
+        images = evaluation.open_labelled(args)
         (bank, labels), (queries, truth) = (extract(trunk, part, **how) for part in images)
         for part, found, option in zip(images, (labels, truth), ("--data", "--val")):
             evaluation.warn_of_unreadable(part, found, option)

@@ -412,13 +412,11 @@ def main(args):
         trunk, info = evaluation.open_trunk(args, device)
         images, queries = evaluation.open_labelled(args)
         info = {**info, "resize": preset.resize or info["resize"], "size": preset.size or info["size"]}
-        if info["resize"] < info["size"]:
-            raise ArgumentError(f"--resize {info['resize']} is smaller than --size {info['size']}")
+        how = evaluation.extraction(args, info, device)
         try:
             maps = shapes(trunk, info["size"], preset.layers)
         except ValueError as error:
             raise ArgumentError(f"--preset {args.preset} does not fit {args.trunk}: {error}") from None
-        how = evaluation.extraction(args, info, device)
         if cached:
             rows = extract_both(trunk, info, images, queries, how, args.save_features)
             source = Cached(*rows, device)

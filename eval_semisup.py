@@ -212,7 +212,12 @@ def finetune(model, lr, head, p, loader, images, queries, seed, how):
         if not math.isfinite(loss):
             yield loss, None, None
             return
-        yield loss, *accuracy(*extract(model, queries, **how))
+        try:
+            scores, truth = extract(model, queries, **how)
+        except Diverged:
+            yield loss, None, None
+            return
+        yield loss, *accuracy(scores, truth)
 
 
 def report(settings, p):
@@ -271,6 +276,7 @@ def main(args):
     p, warning = resolve(args)
     repeatable(args.deterministic)
     trunk, info = evaluation.open_trunk(args, device)
+    how = {**evaluation.extraction(args, info, device), "bad": set()}
     everything, queries = evaluation.open_labelled(args)
     # a list says itself which
     whole = args.fraction is None and distributed.from_main(Path(args.data).is_file)
@@ -278,7 +284,6 @@ def main(args):
     if len(images) < p.batch_size:
         drawn = f"{len(images)} images are drawn of --data"
         raise DataError(f"{drawn}, fewer than one batch: --batch-size {p.batch_size}")
-    how = {**evaluation.extraction(args, info, device), "bad": set()}
     loader = data.Loader(training_crops(images, info["size"], args.seed), args.workers, device.type == "cuda")
 
     counts = images.labels.bincount()

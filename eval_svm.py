@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from common import distributed
-from common.engine.errors import ArgumentError, DataError, say
+from common.engine.errors import ArgumentError, DataError, border, say
 from common.engine.launch import launch
 from common.evaluation import pooling
 from common.evaluation import protocol as evaluation
@@ -120,6 +120,7 @@ class Voc:
         ids = {split: sorted(next(iter(table.values()))) for split, table in tables.items()}
         self.names, self.trainval = ids["trainval"] + ids["test"], len(ids["trainval"])
         rows = [[tables[split][name][i] for name in self.classes] for split in ids for i in ids[split]]
+        self.paths = [str(self.path(name)) for name in self.names]
         self.targets = np.array(rows, dtype=np.int64)
         self.labels = torch.zeros(len(self), dtype=torch.int64)  # extract makes it -1 where it cannot read
         missing = [name for name in self.names if not self.path(name).is_file()]
@@ -138,10 +139,8 @@ class Voc:
 
 def _read(parse, path):
     """parse(path). Raises DataError for whatever a file that is damaged, or not there, makes it raise."""
-    try:
+    with border(DataError, f"{path} cannot be read"):
         return parse(path)
-    except Exception as error:
-        raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _lines(path):

@@ -1,7 +1,7 @@
 """The trunks in torchvision's own networks, for any project: nothing of this repository is imported.
 
     network = torch.hub.load("path/to/this/repository", "resnet50", checkpoint="runs/swav", source="local")
-    features = network.eval()(images)  # (B, 2048), of normalised images
+    features = network(images)  # (B, 2048), of normalised images: the network is in eval mode
 
 checkpoint: a run directory, a backbone.pt, or what `python -m common.weights FILE --to torchvision` or `--to
 model` wrote.
@@ -29,34 +29,52 @@ def resnet50(checkpoint):
 
 
 def _load(arch, checkpoint):
-    """torchvision's network with a checkpoint's weights: its `fc` is the cluster head where the file has one,
-    else the identity.
+    """torchvision's network with a checkpoint's weights, in eval mode: its `fc` is the cluster head where the
+    file has one, else the identity.
 
-    Raises ValueError if the file holds another network, or a record that does not agree with its CRC.
+    Raises ValueError if the file is damaged, holds another network, or a weight that is not finite.
     """
     path = Path(checkpoint)
     path = path / "backbone.pt" if path.is_dir() else path
     if not path.is_file():
         raise ValueError(f"{path} does not exist")
-    if zipfile.is_zipfile(path):  # torch.load does not look at checksums; what others wrote may have none
-        records = zipfile.ZipFile(path)
-        if any(record.CRC for record in records.infolist()) and records.testzip():
-            raise ValueError(f"{path} is damaged")
-    saved = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(saved, dict):
-        raise ValueError(f"{path} holds no weights")
-    state, info = saved.get("state_dict", saved), saved.get("info", {})
-    network = torchvision.models.get_model(arch, num_classes=len(state.get("fc.weight", [0])))
-    if "fc.weight" not in state:
-        network.fc = torch.nn.Identity()
     try:
+        saved = _read(path)
+    except Exception as error:  # zipfile and torch raise many kinds for what they refuse
+        line = (str(error).splitlines() or [""])[0]
+        raise ValueError(f"{path} is damaged, or holds no weights: {type(error).__name__}: {line}") from None
+    state, info = saved.get("state_dict", saved), saved.get("info")
+    try:
+        network = torchvision.models.get_model(arch, num_classes=len(state.get("fc.weight", [0])))
+        if "fc.weight" not in state:
+            network.fc = torch.nn.Identity()
         network.load_state_dict(state)
-    except RuntimeError as error:
-        if info:
-            sobel = ", Sobel" if info.get("sobel") else ""
-            reason = f"{info['arch']} x{info['width']:g}, {info['stem']} stem{sobel}"
+    except Exception as error:  # anything may be in a file
+        if isinstance(info, dict):
+            words = (info.get(name) for name in ("arch", "width", "stem"))
+            reason = "{} x{}, {} stem".format(*words) + ", Sobel" * bool(info.get("sobel"))
         else:
             convert = f"python -m common.weights {path} --to torchvision --out new.pt"
-            reason = f"{str(error).splitlines()[1].strip()}; if it is another project's: {convert}"
+            reason = (str(error).splitlines()[1:] or [type(error).__name__])[0].strip()
+            reason += f"; if it is another project's: {convert}"
         raise ValueError(f"{path} is no {arch} of torchvision: {reason}") from None
-    return network
+    for name, tensor in network.state_dict().items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{path}: {name} is not finite")
+    return network.eval()
+
+
+def _read(path):
+    """The dict in a file. torch.load alone compares no checksums; what others wrote may have none."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            records = file.infolist()
+            folders = any(record.external_attr & 0x10 for record in records)  # which torch would not read
+            if folders or sum(record.file_size for record in records) > path.stat().st_size:
+                raise ValueError("its list of records is wrong")
+            if any(record.CRC for record in records) and (name := file.testzip()):
+                raise ValueError(f"the checksum of {name} does not agree")
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(saved, dict):
+        raise ValueError("it is no dict")
+    return saved

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from . import data, distributed
 from .distributed import rows_of
+from .engine.errors import Diverged
 from .multicrop import MEAN, STD, CenterCrop, photometric
 
 
@@ -20,6 +21,7 @@ def extract(model, images, resize, size, device, mean=MEAN, std=STD, batch_size=
     TenCrop shows the model ten crops an image, (10 B, 3, size, size) crop-major, of which it makes B rows.
     Returns features (n, D), as the model gives them, and labels (n,) int64 or None: of the rows [rN/W,
     (r+1)N/W). A row whose image cannot be read is NaN and has label -1.
+    Raises Diverged, on every rank, if a row of another image is not finite.
     """
     first, last = rows_of(len(images), distributed.rank(), distributed.world_size())
     loader = data.Loader(view(images, resize, size), workers, pin_memory=device.type == "cuda")
@@ -36,6 +38,7 @@ def extract(model, images, resize, size, device, mean=MEAN, std=STD, batch_size=
             return model(x)
 
     features, unreadable = None, []
+    spoilt = torch.zeros(last - first, dtype=torch.bool, device=device)  # rows that are not finite
     source = loader.epoch(0, batches)
     for step, wanted in enumerate(batches):
         index, crops, params = (fetch if step < every_rank else next)(source)
@@ -43,6 +46,7 @@ def extract(model, images, resize, size, device, mean=MEAN, std=STD, batch_size=
         block = forward(photometric(crops, params.flatten(0, 1), mean, std, dtype))  # (B, D)
         features = block.new_empty(last - first, block.shape[1]) if features is None else features
         features[step * batch_size :][: len(block)] = block
+        spoilt[step * batch_size :][: len(block)] = ~block.isfinite().all(1)
         unreadable += [position for (position, i), got in zip(wanted, index.tolist()) if got != i]
     if features is None:  # a rank without rows: of the others' width and type
         features = forward(torch.zeros(view.views, 3, size, size, device=device, dtype=dtype))[:0]
@@ -53,6 +57,13 @@ def extract(model, images, resize, size, device, mean=MEAN, std=STD, batch_size=
     features[unreadable] = math.nan
     if labels is not None:
         labels[unreadable] = -1
+    spoilt[unreadable] = False
+    rows = distributed.gather_rows(spoilt.nonzero()[:, 0] + first).tolist()
+    if rows:
+        paths = getattr(images, "paths", range(len(images)))
+        few = ", ".join(repr(paths[i]) for i in rows[:3])
+        raise Diverged(f"features of images that can be read are not finite, {len(rows)} of {len(images)}: "
+                       f"{few}; the weights have run away")
     return features, labels
 
 

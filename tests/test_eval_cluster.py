@@ -18,7 +18,7 @@ from torch import nn
 
 import eval_cluster
 from common import data, features, weights
-from common.engine.errors import CheckpointError
+from common.engine.errors import Diverged
 from common.engine.log import mutual_information
 from common.evaluation import metrics as agreement
 from common.evaluation.metrics import ami, ari, hungarian_accuracy, nmi, purity
@@ -167,6 +167,20 @@ def test_known_heads_have_known_scores(tmp_path, capsys):
     assert "300 held-out images, clusters by the heads" in out and f"{'head 1':8}{'2 of 5':>16}" in out
     assert f"{'mean':24}" in out and f"{'chance':24}" in out
     assert b"head 1 of 2" in page
+    assert "\nwarning: of 8 clusters 3 have none of these images, 2 are copies of others\n" in out
+    of_colours(tmp_path, 300, heads=1)
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_copies_of_prototypes():
+    head = nn.Linear(2, 4, bias=False)
+    head.weight.data.copy_(torch.tensor([[3.0, 4], [-3, -4], [0.6, 0.8], [0, 1]]))
+    assert eval_cluster.copies(head) == 1
+    head.weight.data[2] = head.weight.data[0]
+    biased = nn.Linear(2, 4)
+    biased.weight.data.copy_(head.weight)
+    biased.bias.data.copy_(torch.tensor([0.0, 0, 1, 0]))
+    assert (eval_cluster.copies(head), eval_cluster.copies(biased)) == (1, 0)
 
 
 def test_each_head_has_its_own_cluster_and_score(tmp_path):
@@ -192,7 +206,7 @@ def test_two_processes_find_what_one_finds(tmp_path):
 def test_a_score_that_is_no_number_is_an_error(tmp_path, monkeypatch):
     forward = Colours.forward
     monkeypatch.setattr(Colours, "forward", lambda *x: [scores * float("nan") for scores in forward(*x)])
-    with pytest.raises(CheckpointError, match="not finite"):
+    with pytest.raises(Diverged, match=r"not finite, 30 of 30: '0.png', '1.png', '2.png'; the weights"):
         of_colours(tmp_path, 30)
 
 
@@ -310,8 +324,14 @@ def test_errors(run, photos, tmp_path, capsys):
     image_tree(tmp_path / "one", classes=1)
     image_tree(tmp_path / "others", classes=2, images=50, size=(8, 8))
     empty, foreign, torn = tmp_path / "empty", tmp_path / "foreign", tmp_path / "torn"
-    for copy in (empty, foreign, torn):
+    odd = {f"odd{i}": content for i, content in enumerate((
+        '{"data": 5}', '{"data": ["a"], "prototypes": 5}', '{"root": {}}', '{"prototypes": "x"}', "[1]", "5",
+        "null", "{", "[" * 9999, "\udcff"))}
+    for copy in (empty, foreign, torn, *(tmp_path / name for name in odd)):
         shutil.copytree(run, copy)
+    for name, content in odd.items():
+        (tmp_path / name / "config.json").write_bytes(content.encode(errors="surrogateescape"))
+    (foreign / "config.json").write_text('{"data": "shapes:100"}')
     with np.load(run / "assignments.npz") as file:
         np.savez(empty / "assignments.npz", assignments=np.full((1, 100), -1), paths=file["paths"])
     (torn / "assignments.npz").write_bytes(b"PK")
@@ -338,6 +358,11 @@ def test_errors(run, photos, tmp_path, capsys):
         ((run, "--data", photos, "--training"), 3, "is of other images: it lacks 36 of 36, such as"),
         ((empty, "--training"), 3, "no image has a cluster yet"),
         ((torn, "--training"), 3, "is not an assignments.npz"),
+        ((foreign, "--training"), 4, "config.json cannot be used: KeyError: 'prototypes'"),
+        *(((tmp_path / name, *more), 4, f"{name}/config.json cannot be used: ")
+          for name in odd for more in ((), ("--training",))),
+        ((run, "--size", 99), 2, "is smaller than --size 99"),
+        ((trunk, "--data", photos, "--kmeans", 3, "--size", 30), 2, "--resize 20 is smaller than --size 30"),
         ((photos, "--data", photos, "--training"), 3, "assignments.npz does not exist: a run writes it"),
         ((run, "--images", tmp_path / "nothing"), 3, "nothing does not exist"),
         ((run, "--out", tmp_path / "file" / "below"), 2, "cannot be written"),
@@ -365,7 +390,8 @@ def test_typical_images_are_scored_where_the_heads_agree():
         def forward(self, x):
             return [scores[(x[:, 0, 0, 0] * STD[0] + MEAN[0]).mul(255).round().long()]]
 
-    images = types.SimpleNamespace(labels=None, read=lambda i: Image.new("RGB", (4, 4), (i, 0, 0)))
+    images = types.SimpleNamespace(labels=None, paths="abcde",
+                                   read=lambda i: Image.new("RGB", (4, 4), (i, 0, 0)))
     how = dict(resize=4, size=4, device=torch.device("cpu"))
     clusters = np.array([0, 0, 1, 1, 1])  # the heads have the last one in cluster 0
     all_of_them, few = (eval_cluster.typical(eval_cluster.Assign(Model()), images, clusters, 0, how, most)

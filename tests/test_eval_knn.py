@@ -11,11 +11,16 @@ from evaluations import COLOURS, CPU, colour_tree, evaluate, export, refuses, ru
 from helpers import ROOT, finish, start, swav_here
 from PIL import Image
 
+import eval_cluster
 import eval_knn
+import eval_linear
+import eval_semisup
+import eval_svm
 from common import weights
 from common.features import knn_accuracy
 from common.features import knn_classify as classify
 from common.multicrop import MEAN, STD, center
+from common.resnet import resnet10
 
 
 @pytest.fixture(scope="module")
@@ -121,8 +126,20 @@ def test_errors(tmp_path, images, backbone, capsys):
         ((*own, "--k", 0), 2, "more than 0 is needed"),
         ((*own, "--temperature", "nan"), 2, "more than 0 is needed"),
         ((*own, "--size", -4), 2, "0 or more is needed"),
+        ((*own, "--size", 30), 2, "--resize 24 is smaller than --size 30"),
+        ((*own, "--resize", 16), 2, "--resize 16 is smaller than --size 20"),
         ((*own, "--K", 5), 2, "unrecognized arguments"),
     ))
+
+
+@pytest.mark.parametrize("script", [eval_knn, eval_cluster, eval_linear, eval_semisup, eval_svm])
+def test_a_trunk_whose_features_overflow_is_blamed_itself(tmp_path, images, capsys, script):
+    trunk = resnet10(width=0.125, stem="small")
+    trunk.layer4[0].bn2.weight.data.fill_(3e38)
+    more = ("--kmeans", 3) if script is eval_cluster else ()
+    path = export(tmp_path / "backbone.pt", trunk)
+    refuses(capsys, script, [((path, "--data", images, *more), 4,
+                              "backbone.pt gives features that are not finite: its weights have run away")])
 
 
 @pytest.mark.parametrize("content", [

@@ -561,6 +561,12 @@ def test_errors(tmp_path, images, run, imagenet_stem, capsys):
         (lone / split / "a").mkdir(parents=True)
         Image.new("RGB", (20, 20), (5 * len(split), 0, 0)).save(lone / split / "a" / f"{split}.png")
     x = np.zeros((4, 3), np.float32)
+
+    def spoilt(value):  # two rows of four
+        rows = x.astype(np.float64)
+        rows[1, 2] = rows[2, 0] = value
+        return rows
+
     good = dict(train_features=x, train_labels=np.arange(4), val_features=x, val_labels=np.arange(4))
     for name, change in (
         ("label", dict(val_labels=np.array([0, 1, 2, 7]))),
@@ -570,11 +576,20 @@ def test_errors(tmp_path, images, run, imagenet_stem, capsys):
         ("objects", dict(train_features=np.array([[1], None, 2, 3], dtype=object))),
         ("scalar", dict(train_features=np.float32(1))),
         ("info", dict(info="[1]")),
+        ("wide", dict(info='{"width": "1"}')),
+        ("half", dict(train_labels=np.arange(4) / 2)),
+        ("many", dict(train_labels=np.array([0, 1, 2, 10**9]))),
+        ("none", dict(val_labels=np.full(4, -1))),
+        ("complex", dict(val_features=x * 1j)),
+        ("nan", dict(train_features=spoilt(np.nan), train_labels=np.array([0, -1, 2, 3]),
+                     val_labels=np.array([0, 2, 3, 3]))),
+        ("large", dict(val_features=spoilt(1e39))),
     ):
         np.savez(tmp_path / f"{name}.npz", **{**good, **change})
     np.savez(tmp_path / "few.npz", train_features=x)
     (tmp_path / "page.npz").write_text("<html>")
     whole = (tmp_path / "label.npz").read_bytes()
+    (tmp_path / "short.npz").write_bytes(whole.replace(b"<f4", b"<f2", 1))  # half of the numbers, unseen
     (tmp_path / "torn.npz").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "flipped.npz").write_bytes(whole.replace(x.tobytes(), b"\1" + x.tobytes()[1:]))
     own, pick = (run, "--data", images), (imagenet_stem, "--data", images, "--preset")
@@ -604,14 +619,17 @@ def test_errors(tmp_path, images, run, imagenet_stem, capsys):
         ((*own, "--seed", -1), 2, "--seed -1"),
         ((run, "--data", lone), 3, "1 labelled images are too few to train on"),
         ((run, "--data", images / "train" / "red"), 3, "has no val/ folder"),
-        (file("none"), 3, "none.npz cannot be read: No such file"),
+        (file("missing"), 3, "val_labels are needed): No such file"),
         (file("page"), 3, "page.npz is no file of features"),
-        (file("few"), 3, "few.npz is no file of features: train_features (N, D)"),
+        (file("few"), 3, "few.npz is no file of features (train_features (N, D)"),
         (file("label"), 3, "label 7 of the features to classify is not among the training labels"),
         (file("width"), 3, "of one D for train and val: found (4, 3), (4, 2), (4,), (4,)"),
         (file("length"), 3, "found (4, 3), (4, 3), (3,), (4,)"),
-        *((file(name), 3, f"{name}.npz is no file of features: train_features (N, D), train_labels (N,)")
-          for name in ("words", "objects", "scalar", "info", "torn", "flipped")),
+        *((file(name), 3, f"{name}.npz is no file of features (train_features (N, D), train_labels (N,)")
+          for name in ("words", "objects", "scalar", "info", "torn", "flipped", "wide", "half", "many",
+                       "none", "complex", "short")),
+        (file("nan"), 3, "nan.npz: row 2 of train_features is not finite, nor are 0 others"),
+        (file("large"), 3, "large.npz: row 1 of val_features is not finite, nor are 1 others"),
         ((*file("label"), "--data", images), 2, "--data needs a trunk"),
         ((*file("label"), "--random-init"), 2, "--random-init needs a trunk"),
     ))

@@ -11,6 +11,7 @@ from torch import nn
 
 import eval_semisup
 from common import data, distributed
+from common.engine.errors import Diverged
 from common.evaluation.metrics import accuracy
 from common.evaluation.protocol import Subset
 from common.multicrop import MEAN, STD, Augmentation, MultiCrop
@@ -256,6 +257,16 @@ def test_a_setting_that_diverges_is_said_and_the_others_go_on(backbone, capsys):
     assert "the loss of every setting is not finite" in capsys.readouterr().err
 
 
+def test_a_setting_whose_features_are_not_finite_has_diverged(backbone, capsys, monkeypatch):
+    def overflow(*arguments, **how):
+        raise Diverged("features of images that can be read are not finite")
+
+    monkeypatch.setattr(eval_semisup, "extract", overflow)
+    assert run_here(eval_semisup, backbone, "--data", "shapes:100", *FEW, "--fraction", 0.5) == 5
+    out, error = capsys.readouterr()
+    assert "diverged in epoch 1" in out and "the loss of every setting is not finite" in error
+
+
 def test_unreadable_images_are_replaced_and_said(tmp_path, backbone, capsys):
     root = image_tree(tmp_path, classes=2, images=6)
     (root / "train" / "n00" / "2.JPEG").write_text("no image")
@@ -295,6 +306,7 @@ def test_errors(tmp_path, backbone, capsys):
         ((*own, "--lr", 0.1, 0), 2, "--lr 0.1 0: more than 0"),
         ((*own, "--head", "nan"), 2, "--head nan: more than 0"),
         ((*own, "--epochs", 0), 2, "--epochs 0"),
+        ((*own, "--size", 30), 2, "--resize 16 is smaller than --size 30"),
         ((*own, "--batch-size", 1), 2, "--batch-size 1"),
         ((*own, "--preset", "swav"), 2, "invalid choice: 'swav'"),
         (own, 3, "10 images are drawn of --data, fewer than one batch: --batch-size 50"),

@@ -359,6 +359,7 @@ def test_errors(voc2007, backbone, tmp_path, capsys, monkeypatch):
     voc = (backbone, "--data", voc2007)
     refuses(capsys, eval_svm, (
         ((backbone,), 2, "--data is needed"),
+        (avgpool(voc2007, "--crop", "center", "--size", 30), 2, "--resize 16 is smaller than --size 30"),
         ((backbone, "--data", tmp_path / "nothing"), 2, "feature5 is defined on a map of 7x7"),
         (avgpool(tmp_path / "nothing"), 3, "is no VOCdevkit"),
         ((*voc, "--layers", "conv9"), 2, "invalid choice: 'conv9'"),

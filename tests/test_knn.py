@@ -4,10 +4,55 @@ import numpy as np
 import pytest
 import torch
 from helpers import ranks
+from PIL import Image
 
 from common.distributed import rank
-from common.features import knn_accuracy
+from common.engine.errors import Diverged
+from common.features import extract, knn_accuracy
 from common.features import knn_classify as classify
+
+
+class Greys:
+    """Images of one grey each; what is no grey cannot be read."""
+
+    def __init__(self, *values):
+        self.values, self.labels = values, torch.zeros(len(values), dtype=torch.int64)
+        self.paths = [f"{i}.png" for i in range(len(values))]
+
+    def __len__(self):
+        return len(self.values)
+
+    def read(self, i):
+        return Image.new("RGB", (4, 4), (self.values[i],) * 3)
+
+
+class Overflowing(torch.nn.Module):
+    """White becomes infinite, black nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.factor = torch.nn.Parameter(torch.tensor(3e38))
+
+    def forward(self, x):
+        return x.mean((2, 3)).clamp(min=0) * self.factor
+
+
+def features_of(*values):
+    try:
+        return extract(Overflowing(), Greys(*values), 4, 4, torch.device("cpu"), batch_size=2)
+    except Diverged as error:
+        return str(error)
+
+
+def test_features_of_readable_images_that_are_not_finite_are_refused_by_name():
+    rows, labels = features_of(0, None, 0, 0, None)
+    assert rows.isnan().any(1).tolist() == [False, True, False, False, True]
+    assert labels.tolist() == [0, -1, 0, 0, -1]
+    found = "features of images that can be read are not finite, 2 of 5: '2.png', '4.png'; "
+    found += "the weights have run away"
+    assert features_of(0, None, 255, 0, 255) == found
+    assert ranks(2, features_of, 0, None, 255, 0, 255) == [found, found]
+    assert ranks(2, features_of, 0, 0, 0, 0, 255) == [found.replace("2 of 5: '2.png', ", "1 of 5: ")] * 2
 
 
 def draw(seed=0, bank=40, queries=7, classes=3, dim=6):

@@ -397,6 +397,14 @@ def test_the_checkpoint_of_an_older_run_is_verified_and_loads(tmp_path):
         read()
 
 
+def test_what_is_expected_is_compared_with_whatever_is_there(tmp_path):
+    for found in (torch.zeros(9, 9), torch.zeros(1), [1], None, "1", 1.0, True, {1: 2}):
+        checkpoint.save(tmp_path / "checkpoint.pt", {"format": found})
+        with pytest.raises(CheckpointError, match=r"checkpoint.pt has format .*, here it is 1$") as refusal:
+            checkpoint.load(tmp_path / "checkpoint.pt", {"format": 1})
+        assert "\n" not in str(refusal.value)
+
+
 def test_what_is_no_dict_is_no_checkpoint(tmp_path):
     checkpoint.save(tmp_path / "checkpoint.pt", [1, 2])
     with pytest.raises(Damaged, match=r"checkpoint.pt is no checkpoint: it holds no names"):

@@ -6,14 +6,13 @@ Both are what torch.save writes: a zip, with a CRC of each record. torch.load do
 
 import errno
 import os
-import pickle
 import zipfile
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from .errors import CheckpointError, Damaged, say
+from .errors import CheckpointError, Damaged, reason, say
 from .files import writing
 
 
@@ -46,17 +45,18 @@ def load(path, expect=None):
     with open(path, "rb") as file:
         try:
             state = torch.load(verified(file), map_location="cpu", weights_only=True)
-        except OSError as error:
-            if error.errno in (None, errno.EINVAL):  # zipfile's own, for a file that is cut
-                raise Damaged(f"{path} is damaged, or no checkpoint: {reason(error)}") from None
-            raise  # a disk's bad moment does not damage a file
         except Exception as error:  # zipfile and torch raise many kinds for what they refuse
+            # zipfile's own, for a file that is cut, have no number
+            if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+                raise  # a disk's bad moment does not damage a file
             raise Damaged(f"{path} is damaged, or no checkpoint: {reason(error)}") from None
     if not isinstance(state, dict):
         raise Damaged(f"{path} is no checkpoint: it holds no names")
     for key, value in (expect or {}).items():
-        if type(state.get(key)) is not type(value) or state[key] != value:
-            raise CheckpointError(f"{path} has {key} {state.get(key)!r}, here it is {value!r}")
+        found = state.get(key)
+        if type(found) is not type(value) or found != value:
+            found = repr(found).splitlines()[0]
+            raise CheckpointError(f"{path} has {key} {found:.200}, here it is {value!r}")
     return state
 
 
@@ -87,25 +87,21 @@ def newest(path, expect=None):
 
 
 def verified(file):
-    """The open file, at its start. Raises what zipfile raises unless it is a zip whose records agree with
-    their CRCs; one in which none is set passes with a warning."""
+    """The open file, at its start. Raises what zipfile raises unless it is a zip whose records lie in it as
+    they are, not packed, and agree with their CRCs; one in which none is set passes with a warning."""
     with zipfile.ZipFile(file) as records:
         written = [record for record in records.infolist() if record.file_size]
         if not written or any(record.external_attr & 0x10 for record in written):
             raise zipfile.BadZipFile("its list of records is wrong")  # torch would not read a folder
+        size = os.fstat(file.fileno()).st_size
+        if (held := sum(record.file_size for record in written)) > size:  # packed, maybe to gigabytes
+            raise zipfile.BadZipFile(f"its records hold {held:,} bytes, the file itself has {size:,}")
         if not any(record.CRC for record in written):
             say(f"warning: {file.name} has no checksums: damage to it would not be seen")
         elif name := records.testzip():
             raise zipfile.BadZipFile(f"the checksum of {name} does not agree")
     file.seek(0)
     return file
-
-
-def reason(error):
-    """Why a file was refused, in one line."""
-    if isinstance(error, pickle.UnpicklingError):  # torch's own words advise against weights_only=True
-        return "it is not what torch.save writes"
-    return str(error).partition("\n")[0] or "it is empty or cut"
 
 
 def export_backbone(path, backbone, info, clusters=None, labels=None):

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from .. import data, distributed, weights
-from ..engine.errors import ArgumentError, CheckpointError, DataError, say
+from ..engine.errors import ArgumentError, CheckpointError, DataError, border, say
 from ..engine.files import writing
 from ..engine.held_out import match_classes, open_queries
 from ..engine.launch import autocast_dtype
@@ -111,12 +111,24 @@ def name(info):
 
 
 def open_trunk(args, device):
-    """(trunk, info) that the arguments name, on the device; with --random-init its weights are random."""
+    """(trunk, info) that the arguments name, on the device; with --random-init its weights are random.
+
+    Raises CheckpointError if it gives features that are not finite, ArgumentError if it does not take images
+    of this size.
+    """
     trunk, info = distributed.from_main(weights.load_backbone, args.trunk)
     if args.random_init:
         torch.manual_seed(0)
         trunk, info = weights.build_backbone(info), {**info, "method": "random weights"}
-    return trunk.to(device, memory_format=torch.channels_last), sized(args, info)
+    trunk, info = trunk.to(device, memory_format=torch.channels_last).eval(), sized(args, info)
+    try:
+        with torch.inference_mode():
+            features = trunk(torch.ones(1, 3, info["size"], info["size"], device=device))
+    except ValueError as error:
+        raise ArgumentError(f"--size {info['size']} does not fit {args.trunk}: {error}") from None
+    if not features.isfinite().all():
+        raise CheckpointError(f"{args.trunk} gives features that are not finite: its weights have run away")
+    return trunk, info
 
 
 def sized(args, info):
@@ -154,15 +166,22 @@ def _folder(images):
 
 def sources(args):
     """(data, root, val) that the arguments name, or else the run of the trunk; data is "" if neither does."""
-    saved = Path(args.trunk) / "config.json"
-    try:
-        run = json.loads(saved.read_text()) if saved.is_file() else {}
-    except ValueError:
-        raise CheckpointError(f"{saved} is damaged") from None
+    run = config(args.trunk)
     if args.data:  # comes without the root and the held-out images of what the run was trained on
         return args.data, args.root, args.val
     spec = run.get("data") or ("shapes" if run else "")
     return spec, args.root or run.get("root", ""), args.val or run.get("val", "")
+
+
+def config(folder):
+    """What the config.json of a run says; {} where there is none."""
+    path = Path(folder, "config.json")
+    with border(CheckpointError, f"{path} cannot be used"):
+        run = json.loads(path.read_text()) if path.is_file() else {}
+        for name, kind in {"data": str, "root": str, "val": str, "prototypes": int}.items():
+            if not isinstance(run.get(name, kind()), kind):
+                raise TypeError(f"{name} is {run[name]!r:.60}, no {kind.__name__}")
+    return run
 
 
 class Subset:
@@ -170,6 +189,7 @@ class Subset:
 
     def __init__(self, images, index):
         self.images, self.index = images, index
+        self.paths = [images.paths[i] for i in index]
         self.labels = None if images.labels is None else images.labels[index]
 
     def __len__(self):
@@ -180,7 +200,10 @@ class Subset:
 
 
 def extraction(args, info, device, batch_size=256):
-    """The keywords of features.extract that the arguments and the trunk's info set."""
+    """The keywords of features.extract that the arguments and the trunk's info set. Raises ArgumentError for
+    images larger than what they are cut from: the rest would be black."""
+    if info["resize"] < info["size"]:
+        raise ArgumentError(f"--resize {info['resize']} is smaller than --size {info['size']}")
     return dict(resize=info["resize"], size=info["size"], device=device, mean=info.get("mean", MEAN),
                 std=info.get("std", STD), batch_size=batch_size, workers=args.workers,
                 precision=autocast_dtype(args.precision, device))

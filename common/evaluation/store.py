@@ -1,5 +1,6 @@
 """What is kept in .npz files: features of two sets, and the clusters of a run's images."""
 
+import contextlib
 import json
 
 import numpy as np
@@ -7,10 +8,11 @@ import torch
 
 from .. import distributed
 from ..distributed import rows_of
-from ..engine.errors import DataError, say
+from ..engine.errors import DataError, border, say
 from ..engine.files import writing
 
 SPLITS = ("train", "val")
+LABELS = 1_000_000  # more would be numbers of something else than classes
 
 
 def save(path, train, val, info):
@@ -53,27 +55,34 @@ def load(path):
     """((features, labels) to train on, those to judge by, info) of a file that `save` or numpy.savez wrote:
     this rank's rows. info["classes"] is one more than the largest label to train on.
 
-    Raises DataError if it is no such file, or if a label to judge by is not among those to train on.
+    Raises DataError if it is no such file, if a label to judge by is not among those to train on, or if a row
+    with a label is not finite.
     """
     place = distributed.rank(), distributed.world_size()
-    shapes, features, labels = [], [], []
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            for split in SPLITS:
+    shapes, features, labels, spoilt = [], [], [], []
+    needed = "train_features (N, D), train_labels (N,), val_features and val_labels are needed"
+    with _arrays(path, f"{path} is no file of features ({needed})") as arrays:
+        for split in SPLITS:
+            with np.errstate(over="ignore"):
                 x = arrays[f"{split}_features"]  # all rows, for a moment
-                shapes.append(x.shape)
-                features.append(torch.from_numpy(x[slice(*rows_of(len(x), *place))].astype(np.float32)))
-                labels.append(torch.from_numpy(arrays[f"{split}_labels"].astype(np.int64)))
-            info = dict(json.loads(str(arrays["info"]))) if "info" in arrays else {}
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
-    except Exception as error:  # NumPy, zipfile, zlib and JSON each have their own for a damaged file
-        needed = "train_features (N, D), train_labels (N,), val_features and val_labels are needed"
-        raise DataError(f"{path} is no file of features: {needed} ({error})") from None
-    if shapes != [(*y.shape, shapes[0][-1]) for y in labels] or not all(len(y) for y in labels):
+                x = x.astype(np.float32, casting="same_kind", copy=False)
+            shapes.append(x.shape)
+            spoilt.append(~np.isfinite(x).all(tuple(range(1, x.ndim))))
+            features.append(torch.from_numpy(x[slice(*rows_of(len(x), *place))].copy()))
+            y = arrays[f"{split}_labels"].astype(np.int64, casting="same_kind")
+            if y.max() not in range(LABELS):
+                raise ValueError(f"{split}_labels are up to {y.max()}, 0 to {LABELS - 1} is needed")
+            labels.append(torch.from_numpy(y))
+        info = dict(json.loads(str(arrays["info"]))) if "info" in arrays else {}
+        format(info.get("width") or 1, "g")  # as it will be shown
+    if shapes != [(*y.shape, shapes[0][-1]) for y in labels]:
         needed = "features (N, D) with labels (N,) are needed, of one D for train and val"
         found = ", ".join(str(tuple(shape)) for shape in (*shapes, *(y.shape for y in labels)))
         raise DataError(f"{path}: {needed}: found {found}")
+    for split, rows, y in zip(SPLITS, spoilt, labels):
+        if len(rows := np.flatnonzero(rows & (y.numpy() >= 0))):  # those of unreadable images have label -1
+            few = f"row {rows[0]} of {split}_features is not finite, nor are {len(rows) - 1} others"
+            raise DataError(f"{path}: {few}")
     unknown = sorted(set(labels[1].tolist()) - set(labels[0].tolist()) - {-1})
     if unknown:
         unknown = f"label {unknown[0]} of the features to classify"
@@ -83,22 +92,28 @@ def load(path):
     return train, val, info
 
 
+@contextlib.contextmanager
+def _arrays(path, what):
+    """The arrays of an .npz file. What is raised while they are read becomes DataError, in one line."""
+    with border(DataError, what), np.load(path, allow_pickle=False) as arrays:
+        if name := arrays.zip.testzip():  # NumPy compares a checksum only where it reads a record to its end
+            raise ValueError(f"the checksum of {name} does not agree")
+        yield arrays
+
+
 def read_assignments(path, images):
     """The clusters of a set's images in each head, (H, N) int32, -1 for none, from a run's assignments.npz:
     matched by path.
 
     Raises DataError if path is no such file, or if it lacks an image of the set.
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            table, paths = file["assignments"], bytes(file["paths"]).decode(errors="surrogateescape")
+    if not path.exists():
+        raise DataError(f"{path} does not exist: a run writes it at the end of its first epoch")
+    with _arrays(path, f"{path} is not an assignments.npz that a run wrote") as file:
+        table, paths = file["assignments"], bytes(file["paths"]).decode(errors="surrogateescape")
         columns = {name: column for column, name in enumerate(paths.split("\0"))}
-        if table.ndim != 2 or table.shape[1] != paths.count("\0") + 1:
-            raise ValueError
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist: a run writes it at the end of its first epoch") from None
-    except Exception:  # NumPy, zipfile and zlib each have their own for a damaged file
-        raise DataError(f"{path} is not an assignments.npz that a run wrote") from None
+        if table.dtype.kind != "i" or table.ndim != 2 or table.shape[1] != paths.count("\0") + 1:
+            raise ValueError(f"clusters {table.dtype} {table.shape} of {paths.count(chr(0)) + 1} images")
     found = np.array([columns.get(name, -1) for name in images.paths])
     if (found < 0).any():
         missing = images.paths[int((found < 0).argmax())]

@@ -79,6 +79,27 @@ SOBEL = {  # the filters in front of every trunk with two channels
 }
 
 
+def _within(kinds, least, most):
+    return lambda x: isinstance(x, kinds) and least <= x <= most
+
+
+def _three(least, most):
+    fine = _within((int, float), least, most)
+    return lambda x: isinstance(x, (list, tuple)) and len(x) == 3 and all(map(fine, x))
+
+
+INFO = {  # what a backbone.pt may say of its trunk, beside arch and stem
+    "method": ("a name", lambda x: isinstance(x, str)),
+    "width": ("a number above 0", _within((int, float), 1 / 64, 1e6)),
+    "channels": ("3", _within(int, 3, 3)),
+    "mean": ("three numbers", _three(-1e3, 1e3)),
+    "std": ("three numbers above 0", _three(1e-3, 1e3)),
+    "resize": ("1 to 10,000 pixels", _within(int, 1, 10_000)),
+    "size": ("1 to 10,000 pixels", _within(int, 1, 10_000)),
+    "epoch": ("a number", _within((int, float), 0, 1e9)),
+}
+
+
 def recognise(saved):
     """Contents of what torch.load gave. Raises Refused where no trunk is found; on odd content also the
     errors of odd types."""
@@ -102,11 +123,19 @@ def recognise(saved):
 
 def _written_here(saved, labels):
     """Contents of what `export_backbone` or `export_model` wrote."""
-    state = saved["state_dict"]
+    state, info = saved["state_dict"], saved["info"]
+    for name, (needed, fine) in INFO.items():
+        if name in info and not fine(info[name]):
+            raise Refused(f"is no checkpoint that is known: its {name} is {_short(info[name])}, not {needed}")
     trunk = {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}
     fc = {f"top_layer{name[2:]}": tensor for name, tensor in state.items() if name.startswith("fc.")}
     projection, heads, _ = find_heads({**saved.get("clusters", {}), **fc})
-    return Contents(dict(saved["info"]), trunk, projection, heads, labels)
+    return Contents(dict(info), trunk, projection, heads, labels)
+
+
+def _short(*things):
+    """The first few of what a file holds, in words that stay in one line."""
+    return ", ".join(f"{str(thing)!r:.60}".strip("'") for thing in things[:5])
 
 
 def _unwrap(saved):
@@ -121,8 +150,8 @@ def _unwrap(saved):
         for part in parts["heads"] if isinstance(parts["heads"], list) else [parts["heads"]]:
             state.update({f"heads.{key}": tensor for key, tensor in part.items()})
     wrappers = ("model_state_dict", "state_dict", "model", "net")
-    while inner := next((state[key] for key in wrappers if isinstance(state.get(key), dict)), None):
-        state = inner
+    while key := next((key for key in wrappers if isinstance(state.get(key), dict)), None):
+        state = state.pop(key)  # taken out: a dict may hold itself
     tensors = {}
     for key, tensor in state.items():
         if isinstance(key, str) and hasattr(tensor, "shape"):  # NumPy's too
@@ -130,6 +159,9 @@ def _unwrap(saved):
             if name in tensors:
                 raise Refused(f"has {name} twice, once as {key}")
             tensors[name] = torch.as_tensor(tensor)
+    if not tensors:
+        others = _short(*state) + " and " * bool(state)
+        raise Refused(f"is no checkpoint that is known: it holds {others}no tensors")
     return tensors
 
 
@@ -140,10 +172,10 @@ def _find_trunk(state):
         found = sorted({match["prefix"] for match in matches if match})
         usual = [prefix for prefix in found if PREFIXES.issuperset(prefix.split("."))]
         if len(found) > 1 and len(usual) != 1:
-            raise Refused(f"holds several trunks: {', '.join(found)}")
+            raise Refused(f"holds several trunks: {_short(*found)}")
         if found:
             return layout, (usual or found)[0]
-    raise Refused(f"is no checkpoint that is known: it holds {', '.join(sorted(state)[:3]) or 'no tensors'}")
+    raise Refused(f"is no checkpoint that is known: it holds {_short(*sorted(state))}")
 
 
 def _split(state, layout, prefix, fc_is_head):

@@ -10,8 +10,7 @@ from torch import nn
 
 from .. import alexnet, resnet
 from ..engine import checkpoint
-from ..engine.checkpoint import reason
-from ..engine.errors import CheckpointError
+from ..engine.errors import CheckpointError, border, reason
 from ..multicrop import MEAN, STD
 from . import families, preact
 from .model import Model, build_heads, find_heads
@@ -22,19 +21,19 @@ class HeadsDoNotFit(CheckpointError):
 
 
 def load_backbone(path, trust_pickle=False):
-    """(trunk, info) of a run directory, a backbone.pt, or the checkpoint of another project: families.py
-    lists them.
+    """(trunk in eval mode, info) of a run directory, a backbone.pt, or the checkpoint of another project:
+    families.py lists them.
 
-    Every weight of the trunk must be in the file, of its shape, and the other way round; else CheckpointError
-    names some. Counters of batch norm may be missing. trust_pickle: run the code that an old file may hold;
-    without it none ever is.
+    Every weight of the trunk must be in the file, of its shape, finite, and the other way round; else
+    CheckpointError names some. Counters of batch norm may be missing. trust_pickle: run the code that an old
+    file may hold; without it none ever is.
     """
     return open_trunk(path, trust_pickle)[:2]
 
 
 def load_model(path, trust_pickle=False):
-    """(Model, info) of a run directory, whose weights are those of its checkpoint.pt, or of any file that
-    `load_backbone` reads.
+    """(Model in eval mode, info) of a run directory, whose weights are those of its checkpoint.pt, or of any
+    file that `load_backbone` reads.
 
     Where the method or the file has none, projection_head is None and heads are empty.
     """
@@ -76,20 +75,17 @@ def open_trunk(path, trust_pickle=False):
     path = Path(path)
     path = path / "backbone.pt" if path.is_dir() else path
     saved = _read(path, trust_pickle)
-    try:
-        contents = families.recognise(saved)
+    with border(CheckpointError, f"{path} is no checkpoint that is known"):
+        try:
+            contents = families.recognise(saved)
+        except families.Refused as error:
+            raise CheckpointError(f"{path} {error}") from None
         info = {"method": "unknown", "resize": 256, "size": 224, "mean": MEAN, "std": STD, **contents.info}
+        with torch.device("meta"):  # costs nothing, whatever size a file says
+            _compare(build_backbone(info), contents.trunk, path, info)
         trunk = build_backbone(info)
         _fill(trunk, contents.trunk, path, info)
-    except families.Refused as error:
-        raise CheckpointError(f"{path} {error}") from None
-    except CheckpointError:
-        raise
-    # anything may be in a file
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        what = f"{type(error).__name__}: {reason(error)}"
-        raise CheckpointError(f"{path} is no checkpoint that is known ({what})") from None
-    return trunk, info, contents
+    return trunk.eval(), info, contents
 
 
 def open_model(path, trust_pickle=False):
@@ -98,23 +94,21 @@ def open_model(path, trust_pickle=False):
     backbone, info, contents = open_trunk(path, trust_pickle)
     if path.is_dir():
         path = path / "checkpoint.pt"
-        try:
-            saved = checkpoint.load(path)
-        except FileNotFoundError:
-            raise CheckpointError(f"{path} does not exist") from None
-        trunk = {name.removeprefix("backbone."): tensor for name, tensor in saved["model"].items()
-                 if name.startswith("backbone.")}
-        _fill(backbone, trunk, path, info)
-        projection, heads, _ = find_heads(saved["model"])
-        labels = saved["meter"]["assignments"].long()
+        with border(CheckpointError, f"{path} cannot be used"):
+            saved = checkpoint.load(path, {"format": 1})
+            trunk = {name.removeprefix("backbone."): tensor for name, tensor in saved["model"].items()
+                     if name.startswith("backbone.")}
+            _fill(backbone, trunk, path, info)
+            projection, heads, _ = find_heads(saved["model"])
+            labels = saved["meter"]["assignments"].long()
         contents = contents._replace(projection=projection, heads=heads, labels=labels)
-    try:
+    with border(HeadsDoNotFit, f"{path}: its heads do not fit its {info['arch']}"):
+        _check_bytes([*contents.projection.values(), *contents.heads], path)
         projection, heads = build_heads(contents.projection, contents.heads)
-        model = Model(backbone, projection, heads, relu=info["arch"] == "alexnet")
-        model.eval().scores(torch.zeros(1, backbone.feature_dim))  # raises if they do not fit
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise HeadsDoNotFit(f"{path}: its heads do not fit its {info['arch']} ({reason(error)})") from None
-    return model.train(), info, contents
+        model = Model(backbone, projection, heads, relu=info["arch"] == "alexnet").eval()
+        model.scores(torch.zeros(1, backbone.feature_dim))  # raises if they do not fit
+        _check_finite(model, path, HeadsDoNotFit)
+    return model, info, contents
 
 
 def _read(path, trust_pickle):
@@ -140,7 +134,28 @@ def _read(path, trust_pickle):
 
 
 def _fill(module, state, path, info):
-    """Loads a state dict that has every tensor of the module, counters of batch norm apart, and no other."""
+    """Loads a state dict that has every tensor of the module, counters of batch norm apart, all finite, and
+    no other."""
+    _compare(module, state, path, info)
+    module.load_state_dict({**module.state_dict(), **state})
+    _check_finite(module, path)
+
+
+def _check_finite(module, path, kind=CheckpointError):
+    for name, tensor in module.state_dict().items():
+        if spoilt := int((~tensor.isfinite()).sum()):
+            raise kind(f"{path}: {name} is not finite in {spoilt} of {tensor.numel()} numbers")
+
+
+def _check_bytes(parts, path):
+    """Raises if dicts of tensors hold more bytes than their file: many numbers may share the same bytes."""
+    held, size = sum(tensor.nbytes for part in parts for tensor in part.values()), path.stat().st_size
+    if held > size:
+        raise CheckpointError(f"{path}: its tensors have {held:,} bytes, the file itself has {size:,}")
+
+
+def _compare(module, state, path, info):
+    """Raises CheckpointError with some names unless a state dict has the module's tensors."""
     own = module.state_dict()
     needed = {name for name in own if not name.endswith("num_batches_tracked")}
     missing, unknown = sorted(needed - state.keys()), sorted(state.keys() - own.keys())
@@ -152,4 +167,4 @@ def _fill(module, state, path, info):
         reasons = ", ".join(f"{word} {names[:3]}{f' and {len(names) - 3} more' * (len(names) > 3)}"
                             for word, names in words if names)
         raise CheckpointError(f"{path} is no {describe(info)}: {fit} of {len(needed)} tensors fit; {reasons}")
-    module.load_state_dict({**own, **state})
+    _check_bytes([state], path)
