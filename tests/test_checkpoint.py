@@ -813,7 +813,7 @@ def test_what_cannot_be_exported(tmp_path, capsys):
         ("projected", ("--to", "model"), 4, "its clusters are those of a projection (SwAV)"),
         ("sela18.pth", ("--to", "model", "--head", 3), 2, "--head 3: 0 to 2 are there"),
         ("sela18.pth", ("--to", "model", "--head", -1), 2, "--head -1: 0 to 2 are there"),
-        ("swav", ("--to", "torchvision", "--out", ""), 2, "--to and --out go together"),
+        ("swav", ("--to", "torchvision", "--out", ""), 2, "--out has an empty value"),
         ("swav", (), 2, "--to and --out go together"),
         ("swav", ("--to", "torchvision", "--out", tmp_path / "swav"), 2, "is the file itself"),
         ("swav", ("--to", "torchvision", "--out", nowhere), 2, "cannot be written: No such file"),

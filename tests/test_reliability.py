@@ -1,6 +1,5 @@
 """Faults, injected into runs of swav.py, and what becomes of the run. docs/reliability.md is the list."""
 
-import contextlib
 import errno
 import hashlib
 import importlib
@@ -17,7 +16,6 @@ import subprocess
 import time
 import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -48,7 +46,7 @@ from common import data, resnet, weights
 from common.distributed import rank
 from common.engine import checkpoint
 from common.engine import log as meter
-from common.engine.errors import CheckpointError, Damaged, Diverged
+from common.engine.errors import CheckpointError, Damaged
 from common.engine.run import Run
 
 # ---- exact resume
@@ -696,25 +694,6 @@ def test_a_readable_image_whose_features_are_not_finite_ends_the_run(tmp_path, c
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1
     assert not (tmp_path / "assignments.npz").exists()
-
-
-def accepted(bad):
-    """What becomes of rows of which the last rank has one that is not finite."""
-    rows = torch.zeros(5, 3)
-    rows[2] = math.nan if rank() == 1 else 0.0
-    try:
-        run = SimpleNamespace(images=range(10), timed=contextlib.nullcontext, save_or_stop=None,
-                              unreadable=SimpleNamespace(found=bad, add=lambda found: None),
-                              _stop_unless_finite=lambda weights: None,
-                              _extract=lambda model, images, **how: (rows, None))
-        return Run.features(run, torch.nn.Linear(1, 1)) is rows
-    except Diverged as error:
-        return str(error)
-
-
-def test_all_ranks_end_for_features_of_one_that_are_not_finite():
-    assert ranks(2, accepted, {7}) == [True, True]  # an image that cannot be read
-    assert all("not finite" in error for error in ranks(2, accepted, set()))
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path, capsys, monkeypatch):
