@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..distributed import restarts
 from .errors import ArgumentError
 
 
@@ -58,6 +59,16 @@ def write_assignments(folder, table, images):
         writer.writerows([path, *column] for path, column in zip(images.paths, table.T.tolist()))
 
 
+def _started_by():
+    return f" of {os.getppid()} on {platform.node()}"
+
+
+def restarted(folder):
+    """Whether torchrun has started the run of this directory once more: the lock names torchrun's process."""
+    lock = folder / "lock"
+    return restarts() > 0 and lock.exists() and lock.read_text().endswith(_started_by())
+
+
 def claim(folder, fresh):
     """Makes a run directory this process's own; returns the lock, an open file. fresh: empties it.
 
@@ -76,7 +87,7 @@ def claim(folder, fresh):
             lock.seek(0)
             raise ArgumentError(f"--out {folder} is in use by another run ({lock.read()})") from None
         lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {platform.node()}")
+        lock.write(f"process {os.getpid()}{_started_by()}")
         lock.flush()
         for path in [path for pattern in stale.split() for path in folder.glob(pattern)]:
             path.unlink()
