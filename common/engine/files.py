@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 
-from ..distributed import restarts
 from .errors import ArgumentError
 
 
@@ -63,10 +62,10 @@ def _started_by():
     return f" of {os.getppid()} on {platform.node()}"
 
 
-def restarted(folder):
-    """Whether torchrun has started the run of this directory once more: the lock names torchrun's process."""
+def same_parent(folder):
+    """Whether the process that had a run directory last was started by the process that started this one."""
     lock = folder / "lock"
-    return restarts() > 0 and lock.exists() and lock.read_text().endswith(_started_by())
+    return lock.exists() and lock.read_text().endswith(_started_by())
 
 
 def claim(folder, fresh):

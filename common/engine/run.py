@@ -15,7 +15,7 @@ from .. import distributed, features
 from ..multicrop import MEAN, STD, TRIES
 from . import checkpoint, options
 from .errors import ArgumentError, CheckpointError, DataError, Diverged, Stopped, border, say
-from .files import claim, restarted, write_assignments, write_json
+from .files import claim, same_parent, write_assignments, write_json
 from .launch import autocast_dtype
 from .log import Log, Meter, step_line
 from .unreadable import Unreadable
@@ -74,7 +74,8 @@ class Run:
 
     def _beginning(self):
         """Whether to start over, and the trunk to start from."""
-        c, fresh = self.config, self.config.fresh and not restarted(self.out)
+        c, restarted = self.config, distributed.restarts() > 0 and same_parent(self.out)  # by torchrun
+        fresh = c.fresh and not restarted
         if not c.init_from or (not fresh and (self.out / "checkpoint.pt").exists()):
             return fresh, None
         from ..weights import load_trunk
