@@ -14,6 +14,7 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 import warnings
 import zlib
 
@@ -671,7 +672,8 @@ def test_bad_images_are_named_with_the_reason(tmp_path, monkeypatch):
                      "c\tNo such file or directory", "e\tit can be read now"]
     resumed = Unreadable(images, 3, tmp_path / "bad_images.txt", lambda write: write())
     resumed.found = {1, 2, 4}
-    monkeypatch.setattr("common.engine.unreadable.SECONDS", 0)
+    monkeypatch.setattr("common.engine.unreadable.SECONDS", 0.1)
+    monkeypatch.setattr(Files, "read", lambda self, i: time.sleep(9))
     with pytest.raises(DataError, match=r"4 images .* more than --max-bad 3: 'a' \(not tried again\), 'b' "):
         resumed.add({0})
     assert (tmp_path / "bad_images.txt").read_text().splitlines()[3] == "e\tnot tried again"

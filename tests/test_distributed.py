@@ -109,6 +109,7 @@ def test_too_few_gpus_are_said_by_one_process_of_the_node(monkeypatch, capsys, l
     monkeypatch.setenv("RANK", str(8 + local_rank))  # the second node: rank 0 knows nothing of it
     monkeypatch.setenv("LOCAL_RANK", str(local_rank))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("WORLD_SIZE", "16")
     with pytest.raises(SystemExit) as stop:
         launch(distributed.start, "cuda")
     error = "error: --device cuda needs a GPU for each process: 1 for 2 on this node\n"

@@ -78,7 +78,7 @@ def test_streams_that_take_nothing_end_no_run(tmp_path, streams):
     )
     assert run.returncode == 0 and run.stderr == ""
     assert (tmp_path / "run" / "done.json").exists() and len(losses(tmp_path / "run")) == 8
-    assert re.fullmatch(r"process \d+ on .*", (tmp_path / "run" / "lock").read_text())
+    assert re.fullmatch(r"process \d+ of \d+ on .*", (tmp_path / "run" / "lock").read_text())
 
 
 def test_any_name_is_printed_on_an_ascii_terminal(tmp_path):
@@ -554,7 +554,7 @@ def test_reasons_are_not_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr(unreadable, "SECONDS", 0.2)
     images = data.open_images("shapes:10")
     monkeypatch.setattr(type(images), "read", lambda self, i: time.sleep(5))
-    bad = unreadable.Unreadable(images, 5, tmp_path / "bad_images.txt", lambda write, new: write(new))
+    bad = unreadable.Unreadable(images, 5, tmp_path / "bad_images.txt", lambda write: write())
     began = time.monotonic()
     bad.add({3})
     assert time.monotonic() - began < 3 and "not tried again" in (tmp_path / "bad_images.txt").read_text()

@@ -29,7 +29,7 @@ class Unreadable:
         if not new:
             return
         self.found |= new
-        self.write(self._name, new)
+        self.write(self._name)
         say(f"warning: {len(self.found)} images cannot be read and are replaced by their neighbours: "
             f"see {self.path}")
         if len(self.found) > self.limit:
@@ -40,14 +40,15 @@ class Unreadable:
         return ", ".join(f"{self.images.paths[i]!r} ({self.reasons.get(i, 'not tried again')})"
                          for i in sorted(self.found)[:3])
 
-    def _name(self, new):
+    def _name(self):
+        new = sorted(self.found - self.reasons.keys())
+        self.reasons |= dict.fromkeys(new, "not tried again")
         # It was a worker that met the reason. A thread looks for it, since the read may hang.
-        looking = threading.Thread(target=self._look, args=(sorted(new),), daemon=True)
+        looking = threading.Thread(target=self._look, args=(new,), daemon=True)
         looking.start()
         looking.join(SECONDS)
         with writing(self.path, text=True) as file:
-            file.writelines(f"{self.images.paths[i]}\t{self.reasons.get(i, 'not tried again')}\n"
-                            for i in sorted(self.found))
+            file.writelines(f"{self.images.paths[i]}\t{self.reasons[i]}\n" for i in sorted(self.found))
 
     def _look(self, new):
         for i in new:
