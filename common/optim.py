@@ -35,7 +35,7 @@ class LARC(torch.optim.Optimizer):
                 continue
             grads = [p.grad for p in params]
             decay = group["weight_decay"]
-            # All norms and all factors in a handful of launches: no loop over tensors, no wait for the device.
+            # All norms and factors in a handful of launches: no loop over tensors waits for the device.
             p_norms = torch.stack(torch._foreach_norm(params))
             g_norms = torch.stack(torch._foreach_norm(grads))
             scales = group["trust_coefficient"] * p_norms / (g_norms + decay * p_norms + group["eps"])

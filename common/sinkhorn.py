@@ -28,8 +28,8 @@ def sinkhorn(scores, epsilon=0.05, iterations=3):
     scores: (B, K) similarities of this rank's samples. Samples of all ranks are balanced together. Or (U, B,
         K): U such problems, each by itself, that share the messages to other ranks.
     iterations: rounds; 3 in the paper. 0 gives softmax(scores / epsilon).
-    Returns codes of this rank's samples, in the shape of scores: rows sum to 1; the prototypes' masses are equal up to
-    convergence. Computes in promote_types(scores.dtype, float32). Checked against main_swav.py of
+    Returns codes of this rank's samples, in the shape of scores: rows sum to 1; the prototypes' masses are
+    equal up to convergence. Computes in promote_types(scores.dtype, float32). Checked against main_swav.py of
     facebookresearch/swav.
     """
     with torch.autocast(scores.device.type, enabled=False):

@@ -224,8 +224,9 @@ def pretend_gpu(allowed=None):
             return to(self, *args, **kwargs)
 
     values = dict(is_available=True, device_count=1, current_device=0, is_bf16_supported=True,
-                  set_device=None, is_current_stream_capturing=False, get_device_capability=(9, 0), manual_seed_all=None,
-                  empty_cache=None, max_memory_allocated=0, reset_peak_memory_stats=None)
+                  is_current_stream_capturing=False, get_device_capability=(9, 0), set_device=None,
+                  manual_seed_all=None, empty_cache=None, max_memory_allocated=0,
+                  reset_peak_memory_stats=None)
     patches = [(torch.cuda, name, lambda *a, value=value, **k: value) for name, value in values.items()]
     patches += [(torch.cuda, "synchronize", lambda *a: gpu.wait("synchronize")),
                 (torch.accelerator, "is_available", lambda: True), (torch.nn.Module, "to", module_to),
