@@ -8,18 +8,26 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from evaluations import CPU, colour_tree, evaluate, export
 from helpers import ranks, run_here
-from pretend_gpu import Refused, pretend_gpu
+from pretend_gpu import Refused, pretend_gpu, unwrap
 
 import deepcluster
 import deepclusterv2
+import eval_cluster
+import eval_knn
+import eval_linear
+import eval_semisup
 import odc
 import sela
 import selav2
 import swav
+from common import data
 from common.engine.options import recipe
 from common.engine.run import Run
+from common.features import extract
 from common.optim import LARC
+from common.resnet import resnet10
 
 STEPS = 3
 TINY = "--data shapes:96 --arch resnet10 --width 0.125 --crops 2 2 --sizes 24 16 --scales 0.4 1 0.2 0.4 "
@@ -108,6 +116,44 @@ def collectives():
 
 def test_messages_do_not_grow_with_crops_or_heads():
     assert ranks(2, collectives) == [[(3, 0), (0, 1), (0, 1), (0, 1)]] * 2
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory):
+    """A trunk, and images of three colours."""
+    root = tmp_path_factory.mktemp("colours")
+    return export(root / "backbone.pt"), colour_tree(root / "images", train=(9, 9, 9), val=(4, 4, 4))
+
+
+@pytest.mark.parametrize("script, options", [
+    (eval_knn, "--k 1 5 --batch-size 8"), (eval_linear, "--epochs 1 --batch-size 8"),
+    (eval_linear, "--epochs 1 --batch-size 8 --cache"), (eval_cluster, "--kmeans 3"),
+    (eval_semisup, "--epochs 1 --batch-size 8 --fraction 1 --lr 0.01 --head 1")])
+def test_evaluations_ask_for_nothing_that_cuda_refuses(colours, capsys, monkeypatch, script, options):
+    backbone, images = colours
+    monkeypatch.chdir(backbone.parent)
+    command = (script, backbone, "--data", images, *options.split(), *CPU)
+    on_cpu, _ = evaluate(capsys, *command)
+    with pretend_gpu() as gpu:
+        on_gpu, _ = evaluate(capsys, *command, "--device", "cuda")
+    assert on_gpu == on_cpu and gpu.of(gpu.launches, "elsewhere") > 100
+
+
+def test_features_wait_once_a_pass_for_batches_of_one_size():
+    """cuDNN tunes its kernels for each size of a batch."""
+    images, trunk = data.open_images("shapes:11", "train"), resnet10(width=0.125, stem="small")
+    seen = []
+    trunk.register_forward_hook(lambda module, x, y: seen.append(len(x[0])))
+    found, waits = [], []
+    for device, batch_size in (("cpu", 4), ("cuda", 4), ("cuda", 11), ("cuda", 256)):
+        with pretend_gpu() as gpu, gpu.phase("features"):
+            device = torch.device(device)
+            rows, _ = extract(trunk.to(device), images, 24, 20, device, batch_size=batch_size)
+        waits += [place for (phase, _, place), n in gpu.waits.items() if n > 1 and "features.py" in place]
+        found.append(unwrap(rows))
+    assert seen == [4, 4, 3, *[4] * 3, 11, 11] and not waits
+    for rows in found[1:]:
+        torch.testing.assert_close(rows, found[0], rtol=0, atol=1e-6)
 
 
 # ---- the pretended GPU itself
