@@ -3,6 +3,7 @@ launches."""
 
 import contextlib
 from dataclasses import replace
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -22,6 +23,7 @@ import odc
 import sela
 import selav2
 import swav
+from benchmarks import step as benchmark
 from common import data
 from common.engine.options import recipe
 from common.engine.run import Run
@@ -154,6 +156,18 @@ def test_features_wait_once_a_pass_for_batches_of_one_size():
     assert seen == [4, 4, 3, *[4] * 3, 11, 11] and not waits
     for rows in found[1:]:
         torch.testing.assert_close(rows, found[0], rtol=0, atol=1e-6)
+
+
+def test_the_benchmark_of_a_step_runs_there():
+    config = replace(recipe(swav.Config, swav.RECIPES, "shapes"), width=0.125, batch_size=8, queue_length=16,
+                     precision="float32")
+    args = SimpleNamespace(rounds=1, steps=1)
+    with pretend_gpu():
+        device = torch.device("cuda", 0)
+        figures = benchmark.eager(config, benchmark.Synthetic(config, device), args)
+        figures |= benchmark.kernels(device, args, rows=100, K=5, D=8)
+    parts = {f"{part}, share of our step" for part in ("photometric", "LARC", "Sinkhorn")}
+    assert figures.keys() > parts and all(figures[name] > 0 for name in ("ours, images/s", *parts))
 
 
 # ---- the pretended GPU itself
