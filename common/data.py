@@ -132,7 +132,6 @@ class Loader:
                                   prefetch_factor=2 if workers else None, persistent_workers=workers > 0,
                                   worker_init_fn=_start_worker,
                                   multiprocessing_context=start_method if workers else None)
-        # The workers ignore the SIGTERM by which multiprocessing would end them when the interpreter exits.
         atexit.register(self.close)
 
     def close(self):
@@ -147,7 +146,11 @@ class Loader:
         """Batches of the epoch from step `first` on: index (B,) int64, crops [(V_r, B, 3, s, s) uint8],
         params (V, B, 8). Raises WorkerError whatever goes wrong in a worker."""
         self._keys.current = epoch, batches, range(first, len(batches))
-        for step, (index, crops, params) in zip(range(first, len(batches)), self._arriving()):
+        return self._batches(batches, first, self._net(lambda: iter(self._loader)))
+
+    def _batches(self, batches, first, source):
+        for step in range(first, len(batches)):
+            index, crops, params = self._net(lambda: next(source))
             for (_, wanted), got in zip(batches[step], index.tolist()):
                 if got != wanted:  # every image from the one wanted up to the one that came is unreadable
                     skipped = (got - wanted) % self._n if got >= 0 else min(TRIES, self._n)
@@ -155,13 +158,13 @@ class Loader:
                     self.lost |= got < 0
             yield index, crops, params
 
-
-    def _arriving(self):
+    def _net(self, function):
+        """function(). What is raised in a worker, or where it is started, becomes WorkerError."""
         if self._loader.num_workers:
             with border(WorkerError, "loader workers need to write to /dev/shm; --workers 0 does not"):
                 multiprocessing.Lock()
         try:
-            yield from self._loader
+            return function()
         except Exception as error:
             if not self._loader.num_workers:
                 raise
@@ -177,6 +180,15 @@ class _Keys:
         epoch, batches, steps = self.current
         for step in steps:
             yield [(epoch, position, index) for position, index in batches[step]]
+
+
+@atexit.register
+def _kill_workers():
+    # Of a loader that was interrupted while it started them. They ignore the SIGTERM by which
+    # multiprocessing would end them.
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def _start_worker(worker):

@@ -36,7 +36,7 @@ def start(device="auto"):
             error.speaks = local_rank == 0  # known to all processes of this node, and to no other node
             raise error
         torch.cuda.set_device(local_rank)
-    if "RANK" in os.environ and not dist.is_initialized():
+    if ("RANK" in os.environ or world_size > 1) and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         with border(JobError, f"the environment variables {TORCHRUN}"):
             store, *_ = next(rendezvous("env://"))

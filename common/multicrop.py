@@ -187,16 +187,17 @@ def collate(samples):
 
 
 def read_or_next(images, index, cut=lambda image: image):
-    """(index, cut(image)) of the first image from `index` on that can be read and cut; (index, None) if TRIES
-    in a row cannot."""
-    tries = min(TRIES, len(images))
-    for i in range(tries):
-        image = None
+    """(index, cut(image)) of the first image from `index` on that can be read, and cut without running out of
+    memory; (index, None) if TRIES in a row cannot."""
+    for i in range(min(TRIES, len(images))):
         try:
             image = images.read((index + i) % len(images))
+        except Exception:  # Pillow's plug-ins raise a dozen kinds for damaged files
+            continue
+        try:
             return (index + i) % len(images), cut(image)
-        except Exception:  # Pillow's plug-ins raise a dozen kinds for damaged files; memory may run out
-            if i == tries - 1 and image is not None:  # not the images: cut itself is at fault
+        except (MemoryError, RuntimeError) as error:
+            if "memory" not in f"{type(error).__name__} {error}".lower():
                 raise
     return index, None
 

@@ -36,8 +36,8 @@ from PIL import Image
 
 import sela
 import swav
-from common import data, features
-from common.engine import checkpoint, options
+from common import data, features, multicrop
+from common.engine import checkpoint, options, unreadable
 from common.engine.errors import UserError
 from common.engine.log import Log
 
@@ -363,6 +363,7 @@ def test_memory_that_a_cpu_does_not_have_is_one_line(tmp_path, option):
     "variables",
     [
         dict(RANK="0"),
+        dict(WORLD_SIZE="2"),
         dict(RANK="abc"),
         dict(RANK="3"),
         dict(LOCAL_RANK=""),
@@ -426,7 +427,8 @@ def goes_on_or_refuses(out, state):
 
 
 @pytest.mark.parametrize(
-    "state", [[], {}, {"step": -7}, {"step": 10**9}, {"format": 2}, {"bad": [64]}, {"memory": []}]
+    "state",
+    [[], {}, {"step": -7}, {"step": 10**9}, {"step": 2.5}, {"format": 2}, {"bad": [64]}, {"memory": []}],
 )
 def test_a_checkpoint_of_other_content_is_one_line(stopped, capsys, state):
     out, good = stopped
@@ -488,3 +490,87 @@ def test_odd_options_never_show_a_traceback(pairs):
         options.check(options.parse(swav.Config, swav.RECIPES, "", words), 1)
     except (SystemExit, UserError) as error:
         assert getattr(error, "exit_code", None) == 2 or error.code in (0, 2)
+
+
+# ---- found by a second look
+
+PARTLY = """import os, signal, sys
+from multiprocessing.process import BaseProcess
+begin, begun = BaseProcess.start, []
+def start(process):
+    begun.append(process)
+    if len(begun) == 2:
+        os.kill(os.getpid(), signal.SIGINT)
+    if len(begun) == 3 and "--full" in sys.argv:
+        raise OSError(24, "Too many open files")
+    begin(process)
+BaseProcess.start = start
+import swav as m
+m.launch(m.main, m.parse(m.Config, m.RECIPES, "", [word for word in sys.argv[1:] if word != "--full"]))"""
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_run_ends_though_its_workers_were_not_all_started(tmp_path, monkeypatch, full):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    (tmp_path / "partly.py").write_text(PARTLY)
+    line = command(
+        *SHARED, "--workers", 3, *["--full"] * full, "--out", tmp_path, script=tmp_path / "partly.py"
+    )
+    run = start(*line)
+    started = []
+    while run.poll() is None:
+        started = tree(run.pid)[1:] or started
+        time.sleep(0.05)
+    code, out, err = finish(run)
+    assert (code, "stopped by a signal" in out) == ((3, False) if full else (0, True)), out + err
+    assert ("Too many open files" in err) == full
+    wait_for(lambda: not [pid for pid in started if Path(f"/proc/{pid}").exists()], 30)
+
+
+def test_fresh_starts_over_where_the_first_try_did_not_get_that_far(tmp_path, monkeypatch):
+    shared = [*SHARED, "--out", tmp_path, "--max-steps"]
+    assert swav_here(*shared, 4) == 0
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setattr(os, "getppid", lambda: 1)  # another torchrun's
+    assert swav_here(*shared, 1, "--fresh") == 0 and saved(tmp_path)["step"] == 1
+
+
+@pytest.mark.parametrize("kind", [MemoryError, lambda: RuntimeError("[alloc_cpu.cpp] can't allocate memory")])
+def test_short_memory_does_not_make_a_checkpoint_damaged(tmp_path, capsys, monkeypatch, kind):
+    shared = [*SHARED, "--out", tmp_path, "--max-steps"]
+    assert swav_here(*shared, 1) == 0 and swav_here(*shared, 2) == 0
+
+    def refused(*arguments, **options):
+        raise kind()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "load", refused)
+        assert swav_here(*shared, 3) == 1 and "memory is full" in capsys.readouterr().err
+    assert not (tmp_path / "damaged_checkpoint.pt").exists()
+    assert swav_here(*shared, 3) == 0 and "resumed at step 2" in capsys.readouterr().out
+
+
+def test_reasons_are_not_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(unreadable, "SECONDS", 0.2)
+    images = data.open_images("shapes:10")
+    monkeypatch.setattr(type(images), "read", lambda self, i: time.sleep(5))
+    bad = unreadable.Unreadable(images, 5, tmp_path / "bad_images.txt", lambda write, new: write(new))
+    began = time.monotonic()
+    bad.add({3})
+    assert time.monotonic() - began < 3 and "not tried again" in (tmp_path / "bad_images.txt").read_text()
+
+
+def test_a_fault_of_our_own_in_a_cut_is_no_unreadable_image():
+    images = data.open_images("shapes:10")
+
+    def broken(image):
+        raise NameError("of ours")
+
+    with pytest.raises(NameError):
+        multicrop.read_or_next(images, 3, broken)
+
+
+def test_names_that_the_system_refuses_are_one_line(tmp_path, capsys):
+    assert swav_here(*SHARED, "--init-from", "x" * 300, "--out", tmp_path) == 2
+    err = capsys.readouterr().err
+    assert "File name too long" in err and one_line(err)

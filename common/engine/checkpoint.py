@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .errors import CheckpointError, Damaged, reason, say
+from .errors import CheckpointError, Damaged, out_of_memory, reason, say
 from .files import writing
 
 
@@ -49,6 +49,8 @@ def load(path, expect=None):
             # zipfile's own, for a file that is cut, have no number
             if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
                 raise  # a disk's bad moment does not damage a file
+            if out_of_memory(error):
+                raise
             raise Damaged(f"{path} is damaged, or no checkpoint: {reason(error)}") from None
     if not isinstance(state, dict):
         raise Damaged(f"{path} is no checkpoint: it holds no names")

@@ -5,9 +5,11 @@ import atexit
 import contextlib
 import os
 import pickle
+import re
 import sys
 import time
 
+import torch
 import torch.distributed as dist
 
 
@@ -67,10 +69,17 @@ def border(kind, what):
     there becomes one line, an error of `kind` that begins with `what`. A UserError passes."""
     try:
         yield
-    except UserError:
+    except (UserError, torch.OutOfMemoryError):  # the memory of a GPU is never the fault of a file
         raise
     except Exception as error:  # each library raises its own kinds, and a damaged file raises any
         raise kind(f"{what}: {reason(error)}") from None
+
+
+def out_of_memory(error):
+    """Whether it says that there is not enough memory, of a GPU or else."""
+    if isinstance(error, RuntimeError):
+        return re.search("can't allocate memory|out of memory|overflow", str(error)) is not None
+    return isinstance(error, MemoryError)
 
 
 def reason(error):
@@ -102,8 +111,11 @@ def fail(message, code, speaks=None):
 def open_streams():
     """Lets any text be printed wherever stdout and stderr go: to an ASCII terminal, a full disk, a pipe that
     nobody reads, or nowhere."""
+    while (number := os.open(os.devnull, os.O_RDWR)) < 3:  # closed by the shell: the next file would get it
+        pass
+    os.close(number)
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by the shell: else the next file opened would get its number
+        if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))
         if hasattr(getattr(sys, name), "reconfigure"):
             getattr(sys, name).reconfigure(errors="backslashreplace")

@@ -58,6 +58,16 @@ def write_assignments(folder, table, images):
         writer.writerows([path, *column] for path, column in zip(images.paths, table.T.tolist()))
 
 
+def _started_by():
+    return f" of {os.getppid()} on {platform.node()}"
+
+
+def same_parent(folder):
+    """Whether the process that had a run directory last was started by the process that started this one."""
+    lock = folder / "lock"
+    return lock.exists() and lock.read_text().endswith(_started_by())
+
+
 def claim(folder, fresh):
     """Makes a run directory this process's own; returns the lock, an open file. fresh: empties it.
 
@@ -76,7 +86,7 @@ def claim(folder, fresh):
             lock.seek(0)
             raise ArgumentError(f"--out {folder} is in use by another run ({lock.read()})") from None
         lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {platform.node()}")
+        lock.write(f"process {os.getpid()}{_started_by()}")
         lock.flush()
         for path in [path for pattern in stale.split() for path in folder.glob(pattern)]:
             path.unlink()

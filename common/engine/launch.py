@@ -8,9 +8,7 @@ import torch
 
 from .. import batchnorm, data, distributed
 from . import options
-from .errors import DataError, Stopped, UserError, fail, say
-
-LESS = "lower --batch-size, --sizes or --prototypes"
+from .errors import DataError, Stopped, UserError, fail, out_of_memory, say
 
 
 def launch(main, config):
@@ -24,12 +22,16 @@ def launch(main, config):
         fail(error, error.exit_code, error.speaks)
     except KeyboardInterrupt:  # before the run has begun to listen
         fail("interrupted", 130)
-    except (MemoryError, OverflowError, RuntimeError) as error:
+    except OSError as error:
+        if error.filename is None:
+            raise
+        fail(f"{error.filename!r:.300}: {error.strerror}", 2, speaks=True)
+    except (MemoryError, RuntimeError) as error:
         cause = (str(error).splitlines() or [""])[0]
-        if isinstance(error, torch.OutOfMemoryError):
-            fail(f"the GPU's memory is full: {LESS} ({cause})", 1, speaks=True)
-        if not isinstance(error, RuntimeError) or "can't allocate memory" in cause or "overflow" in cause:
-            fail(f"the memory is full: {LESS} ({cause})", 1, speaks=True)
+        if out_of_memory(error):
+            whose = "the GPU's" if isinstance(error, torch.OutOfMemoryError) else "the"
+            fail(f"{whose} memory is full: lower --batch-size, or the sizes of images and network ({cause})",
+                 1, speaks=True)
         if "use_deterministic_algorithms" in str(error):
             fail(f"--deterministic cannot be kept: {cause}", 2)
         # raised wherever this process was when its worker ended; no other rank knows

@@ -15,7 +15,7 @@ from .. import distributed, features
 from ..multicrop import MEAN, STD, TRIES
 from . import checkpoint, options
 from .errors import ArgumentError, CheckpointError, DataError, Diverged, Stopped, border, say
-from .files import claim, write_assignments, write_json
+from .files import claim, same_parent, write_assignments, write_json
 from .launch import autocast_dtype
 from .log import Log, Meter, step_line
 from .unreadable import Unreadable
@@ -59,22 +59,28 @@ class Run:
         self.signals, self.waiting, self.loader = 0, False, None
         self.said, self.trouble = set(), False
         self.saved_at = self.started = time.monotonic()
-        self.queries = self.trunk = None
+        self.queries = None
         if c.eval_every:
             from .held_out import held_out
 
             self.queries = distributed.from_main(held_out, c, images)
-        self.fresh = c.fresh and not distributed.restarts()  # torchrun's restart goes on
-        if c.init_from and (self.fresh or not (self.out / "checkpoint.pt").exists()):
-            from ..weights import load_trunk
-
-            self.trunk = load_trunk(c.init_from, self.info)
+        self.fresh, self.trunk = distributed.from_main(self._beginning)
         self.log_file = Log(self.out, self.total, c.tensorboard)
         distributed.from_main(self._claim)  # last: with --fresh it deletes
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup's
                 signal.signal(number, self._on_signal)
         self._restart_clock()
+
+    def _beginning(self):
+        """Whether to start over, and the trunk to start from."""
+        c, restarted = self.config, distributed.restarts() > 0 and same_parent(self.out)  # by torchrun
+        fresh = c.fresh and not restarted
+        if not c.init_from or (not fresh and (self.out / "checkpoint.pt").exists()):
+            return fresh, None
+        from ..weights import load_trunk
+
+        return fresh, load_trunk(c.init_from, self.info)
 
     def _claim(self):
         self.lock = claim(self.out, self.fresh)
@@ -353,7 +359,7 @@ class Run:
                         raise CheckpointError(
                             f"{path} was made with other options: {', '.join(changed)}; --fresh starts over, "
                             f"--init-from {self.out} with a new --out goes on from its trunk")
-                    step = range(self.total + 1).index(state["step"])
+                    step = state["step"] = range(self.total + 1).index(state["step"])
             records = self.log_file.rewind(step)
             if step < self.total:
                 (self.out / "done.json").unlink(missing_ok=True)

@@ -1,6 +1,6 @@
 """The images that cannot be read: counted over ranks, named in a file, too many of them end the run."""
 
-import time
+import threading
 
 import torch
 
@@ -29,7 +29,7 @@ class Unreadable:
         if not new:
             return
         self.found |= new
-        self.write(self._name)
+        self.write(self._name, new)
         say(f"warning: {len(self.found)} images cannot be read and are replaced by their neighbours: "
             f"see {self.path}")
         if len(self.found) > self.limit:
@@ -40,18 +40,19 @@ class Unreadable:
         return ", ".join(f"{self.images.paths[i]!r} ({self.reasons.get(i, 'not tried again')})"
                          for i in sorted(self.found)[:3])
 
-    def _name(self):
-        end = time.monotonic() + SECONDS
-        for i in sorted(self.found - self.reasons.keys()):  # it was a worker that met the reason
-            if time.monotonic() < end:
-                self.reasons[i] = self._reason(i)
+    def _name(self, new):
+        # It was a worker that met the reason. A thread looks for it, since the read may hang.
+        looking = threading.Thread(target=self._look, args=(sorted(new),), daemon=True)
+        looking.start()
+        looking.join(SECONDS)
         with writing(self.path, text=True) as file:
             file.writelines(f"{self.images.paths[i]}\t{self.reasons.get(i, 'not tried again')}\n"
                             for i in sorted(self.found))
 
-    def _reason(self, i):
-        try:
-            self.images.read(i)
-        except Exception as error:  # Pillow's plug-ins raise a dozen kinds for damaged files
-            return reason(error)
-        return "it can be read now"
+    def _look(self, new):
+        for i in new:
+            try:
+                self.images.read(i)
+                self.reasons[i] = "it can be read now"
+            except Exception as error:  # Pillow's plug-ins raise a dozen kinds for damaged files
+                self.reasons[i] = reason(error)

@@ -62,8 +62,8 @@ def add_presets(parser, presets, table):
 
 def start(args):
     """Joins the other processes; returns the device. Raises ArgumentError for options that cannot work."""
-    fine = min(args.resize, args.size, args.workers + 1) >= 0
-    need(fine, args, "resize size workers", "0 or more is needed")
+    fine = min(args.resize, args.size, args.workers + 1) >= 0 and max(args.resize, args.size) <= 10_000
+    need(fine and args.workers <= 1024, args, "resize size workers", "0 to 10000, and 1024 workers, at most")
     return distributed.start(args.device)
 
 
