@@ -349,11 +349,12 @@ def _blend(x, values):
 
 def _shift_hue(x, values):
     """RGB to HSV, hue + shift (in turns), and back, without a branch."""
-    value, largest = x.max(1, keepdim=True)
-    chroma = value - x.amin(1, keepdim=True)
-    far = (value - x) / chroma.clamp(min=torch.finfo(x.dtype).tiny)  # r, g, b: 0 for the largest channel
-    # In sixths of a turn: b - g where red is the largest, 2 + r - b where green is, 4 + g - r where blue is.
-    hue = (far.roll(1, 1) - far.roll(-1, 1)).gather(1, largest) + 2 * largest + 6 * values[:, 0]
+    value, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
+    chroma = value - low
+    # 0 for the largest channel
+    r, g, b = ((value - x) / chroma.clamp(min=torch.finfo(x.dtype).tiny)).split(1, dim=1)
+    hue = torch.where(r == 0, b - g, torch.where(g == 0, 2 + r - b, 4 + g - r))  # in sixths of a turn
+    hue = hue + values[:, 0] * 6
     k = (_constant((5.0, 3.0, 1.0), x.device, x.dtype) + hue).remainder(6)
     return value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)
 
