@@ -173,13 +173,13 @@ def prediction_loss(scores, targets, temperature):
     scores: H tensors (V, B, K); targets: (H, B), where -100 is ignored. As in main_deepclusterv2.py of
     facebookresearch/swav.
     """
-    loss = 0
-    for logits, target in zip(scores, targets):
-        crops, logits = len(logits), logits.flatten(0, 1) / temperature  # V, (V B, K)
+    loss, crops = 0, len(scores[0])  # V
+    counts = distributed.all_sum((targets >= 0).sum(1) * crops)  # (H,)
+    for logits, target, count in zip(scores, targets, counts.clamp(min=1)):
+        logits = logits.flatten(0, 1) / temperature  # (V B, K)
         total = nn.functional.cross_entropy(logits, target.repeat(crops), reduction="sum")
-        count = distributed.all_sum((target >= 0).sum() * crops)
         # Averaged over ranks, as DistributedDataParallel does, this is the mean over the crops of all ranks.
-        loss = loss + total * distributed.world_size() / count.clamp(min=1)
+        loss = loss + total * distributed.world_size() / count
     return loss / len(scores)
 
 

@@ -179,11 +179,11 @@ class Queue:
 @torch.no_grad()
 def assign(scores, memory, prototypes, epsilon, iterations):
     """Codes (U, B, K) of the assigning crops' scores (U, B, K): over all ranks, queues included."""
-    codes = []
-    for u, batch in enumerate(scores):
-        rows = torch.cat([memory.rows(u) @ prototypes.T, batch]) if memory.full else batch  # (L / W + B, K)
-        codes.append(sinkhorn(rows, epsilon, iterations)[-len(batch) :])  # (B, K), without the queue's
-    return torch.stack(codes)
+    rows = scores  # (U, L / W + B, K)
+    if memory.full:
+        queued = torch.stack([memory.rows(u) @ prototypes.T for u in range(len(scores))])  # (U, L / W, K)
+        rows = torch.cat([queued, scores], dim=1)
+    return sinkhorn(rows, epsilon, iterations)[:, -scores.shape[1] :]  # without the queue's
 
 
 def prediction_loss(scores, codes, temperature):

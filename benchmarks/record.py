@@ -15,7 +15,7 @@ import torch
 
 from common.engine.options import differences
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("OUT") or Path(__file__).parent / "results")
 
 
 def medians(rounds, **contenders):
@@ -108,14 +108,14 @@ def show(figures):
         print(f"{key:44} {value:10.4g}")
 
 
-def write(name, device, settings, figures):
+def write(name, device, settings, figures, file=""):
     """Prints the figures and writes them to results/NAME_DEVICE.json with versions, machine, command and
-    settings."""
+    settings. file: to take in place of the benchmark's NAME."""
     record = {**origin(name, device), "settings": settings, "figures": {
         key: value if isinstance(value, int) else float(f"{value:.4g}") for key, value in figures.items()}}
     show(record["figures"])
     slug = device.type if device.type == "cpu" else machine(device).lower().replace(" ", "_")
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}_{slug}.json"
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{file or name}_{slug}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(f"written to {path}")

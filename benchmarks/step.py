@@ -1,42 +1,52 @@
-"""SwAV's training step against lightly's: same trunk, batch and crops, synthetic images, in one run.
+"""SwAV's training step, whole and in parts, beside lightly's: same trunk, batch, crops, synthetic images.
 
     python -m benchmarks.step                       # the published recipe and the small one
+    python -m benchmarks.step --recipes swav_400ep_8x32 --parts eager --batch-size 128
 
 Ours is the loop of swav.py as it ships: uint8 crops come in, jitter, blur and normalisation are part of the
 step, bf16 autocast and channels_last where the hardware has them. lightly's (`SwaVLoss`, `SwaVPrototypes`,
-`SwaVProjectionHead`) gets float crops that are ready and runs in float32 with plain SGD, a forward pass for
-each crop as in its example. On a GPU also: ours compiled, and with the batch norm that synchronises over
-processes, our own and torch's.
+`SwaVProjectionHead`), where it is installed, gets float crops that are ready and runs in float32 with plain
+SGD, a forward pass for each crop as in its example. On a GPU also: ours compiled, the batch norm that
+synchronises over processes against cuDNN's, memory against batch, k-means and Sinkhorn against the hardware.
 """
 
 import argparse
+import importlib.util
 import random
 import time
+import warnings
 from dataclasses import replace
+from unittest import mock
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 import swav
 from benchmarks.record import medians, write
-from common import distributed
-from common.batchnorm import SyncBatchNorm
+from common import batchnorm, distributed
 from common.engine.launch import autocast_dtype
 from common.engine.options import recipe
+from common.kmeans import kmeans
 from common.multicrop import Augmentation, to_device
 from common.optim import LARC
 from common.resnet import ARCHITECTURES
+from common.sinkhorn import balanced_assignments
+
+PARTS = ("eager", "compiled", "norm", "memory", "kernels")
+MAPS = ((64, 112), (256, 56), (512, 28), (1024, 14))  # channels and side, of ResNet-50 at 224 pixels
 
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipes", nargs="+", default=["swav_400ep_8x32", "small"], help="of swav.py")
-    parser.add_argument("--batch-size", type=int, default=0,
-                        help="default: the recipe's; 8 for the published ones on a CPU")
-    parser.add_argument("--steps", type=int, default=3, help="timed steps a round (default: 3)")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds; medians are reported (default: 5)")
+    add = parser.add_argument
+    add("--recipes", nargs="+", default=["swav_400ep_8x32", "small"], help="of swav.py")
+    add("--batch-size", type=int, default=0,
+        help="default: the recipe's; 8 for the published ones on a CPU")
+    add("--steps", type=int, default=3, help="timed steps a round (default: 3)")
+    add("--rounds", type=int, default=5, help="rounds; medians are reported (default: 5)")
+    add("--parts", nargs="+", choices=PARTS, default=PARTS, help="on a CPU there is eager alone")
+    add("--name", default="step", help="of the result file (default: step)")
     return parser.parse_args()
 
 
@@ -127,6 +137,9 @@ def theirs(config, synthetic):
 def main():
     args = arguments()
     device = distributed.start()
+    if device.type == "cpu":
+        args.parts = ["eager"]
+    torch.backends.cudnn.benchmark = True
     figures, settings = {}, {"precision of ours": str(autocast_dtype("auto", device))}
     for name in args.recipes:
         config = recipe(swav.Config, swav.RECIPES, name)
@@ -137,32 +150,112 @@ def main():
         for what, value in measure(config, args, device).items():
             figures[f"{name}: {what}"] = value
     figures["a convolution in the precision of ours / in float32, speed"] = convolution_gain(args, device)
-    write("step", device, settings, figures)
+    figures.update(kernels(device, args) if "kernels" in args.parts else {})
+    write("step", device, settings, figures, args.name)
 
 
 def measure(config, args, device):
-    synthetic = Synthetic(config, device)
-    contenders = {"ours": ours(config, synthetic), "lightly": theirs(config, synthetic)}
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True
-        contenders["ours compiled"] = ours(config, synthetic, compiled=True)
-    contenders["photometric alone"] = lambda count: [to_device(synthetic.crops, synthetic.params,
-                                                               device) for _ in range(count)]
+    synthetic, figures = Synthetic(config, device), {}
+    if "eager" in args.parts:
+        figures.update(eager(config, synthetic, args))
+    if "compiled" in args.parts:
+        run = ours(config, synthetic, compiled=True)
+        run(2)
+        taken = medians(args.rounds, compiled=lambda: seconds(run, args.steps, device))["compiled"]
+        figures |= {"ours compiled, ms a step": 1000 * taken,
+                    "ours compiled, images/s": config.batch_size / taken}
+    if "norm" in args.parts:
+        figures.update(norm(config, synthetic, args))
+    if "memory" in args.parts:
+        figures.update({f"batch {b}, peak GiB": peak(replace(config, batch_size=b), device)
+                        for b in (64, 128, 256, 512)})
+    return figures
+
+
+def eager(config, synthetic, args):
+    """Our step and its parts; lightly's step."""
+    device, dim = synthetic.device, config.dim
+    model = swav.Model(config).to(device)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer = LARC(model.parameters(), config.lr)
+    scores = torch.randn(config.crops[0], config.batch_size, config.prototypes, device=device)
+    queue = swav.Queue(config.queue_length, config.crops[0], dim, device)
+    queue.filled = config.queue_length
+    prototypes = model.prototypes.weight.detach()
+    alone = {"photometric": lambda: to_device(synthetic.crops, synthetic.params, device),
+             "LARC": optimizer.step,
+             "Sinkhorn": lambda: swav.assign(scores, queue, prototypes, config.epsilon, 3)}
+    contenders = {"ours": ours(config, synthetic)}
+    if importlib.util.find_spec("lightly"):
+        contenders["lightly"] = theirs(config, synthetic)
+    for name, part in alone.items():
+        contenders[f"{name} alone"] = lambda count, part=part: [part() for _ in range(count)]
     for run in contenders.values():
         run(2)  # kernels are chosen, memory is taken
-    timed = {name: lambda run=run: seconds(run, args.steps, device) for name, run in contenders.items()}
-    taken = medians(args.rounds, **timed)
-
+    taken = medians(args.rounds, **{name: lambda run=run: seconds(run, args.steps, device)
+                                    for name, run in contenders.items()})
     figures = {f"{name}, ms a step": 1000 * value for name, value in taken.items()}
     figures["ours, images/s"] = config.batch_size / taken["ours"]
-    figures["lightly, images/s"] = config.batch_size / taken["lightly"]
-    figures["ours / lightly, images/s"] = taken["lightly"] / taken["ours"]
-    figures["photometric, share of our step"] = taken["photometric alone"] / taken["ours"]
-    if device.type == "cuda":
-        figures["compiled / eager"] = taken["ours"] / taken["ours compiled"]
-        figures.update(synced(config, synthetic, args, taken["ours"]))
-        figures.update(memory(config, device))
+    if "lightly" in taken:
+        figures["lightly, images/s"] = config.batch_size / taken["lightly"]
+        figures["ours / lightly, images/s"] = taken["lightly"] / taken["ours"]
+    figures |= {f"{name}, share of our step": taken[f"{name} alone"] / taken["ours"] for name in alone}
+    return figures | ({"ours, peak GiB": peak(config, device)} if device.type == "cuda" else {})
+
+
+def norm(config, synthetic, args):
+    """Time of the batch norm over ranks, on its path of many ranks in one process, in units of cuDNN's."""
+    device, figures = synthetic.device, {}
+
+    def layer(C, side):
+        x = torch.randn(config.batch_size, C, side, side, device=device, dtype=synthetic.dtype)
+        x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+        return lambda module, x=x: lambda count: [module(x).backward(x.detach()) for _ in range(count)]
+
+    for C, side in MAPS:
+        of, plain = layer(C, side), nn.BatchNorm2d(C).to(device)
+        figures[f"norm of {C} x {side} x {side} maps, time / cuDNN's"] = against(
+            of(plain), of(batchnorm.SyncBatchNorm.convert(nn.BatchNorm2d(C)).to(device)), args, device)
+    steps = ours(config, synthetic), ours(config, synthetic, convert=batchnorm.SyncBatchNorm.convert)
+    figures["step with norm over ranks, time / cuDNN's"] = against(*steps, args, device)
     return figures
+
+
+def against(plain, synced, args, device):
+    def many(count):
+        with mock.patch.object(batchnorm, "world_size", lambda: 2):
+            synced(count)
+
+    plain(2), many(2)
+    taken = medians(args.rounds, plain=lambda: seconds(plain, args.steps, device),
+                    synced=lambda: seconds(many, args.steps, device))
+    return taken["synced"] / taken["plain"]
+
+
+def kernels(device, args, rows=160_000, K=3000, D=128):
+    """k-means against the rate of a matrix product, SeLa's Sinkhorn against that of a copy, in float32."""
+    x = nn.functional.normalize(torch.randn(rows, D, device=device))
+    scores, square = torch.randn(rows, K, device=device), torch.randn(min(rows, 8192), min(rows, 8192),
+                                                                      device=device)
+    target = torch.empty_like(scores)
+    warnings.filterwarnings("ignore", "not balanced")
+    contenders = {
+        "k-means": lambda: kmeans(x, K, 5, spherical=True, init=x[:K]), "product": lambda: square @ square,
+        "Sinkhorn": lambda: balanced_assignments(scores, tolerance=0, max_iterations=20),
+        "nothing": lambda: balanced_assignments(scores, tolerance=0, max_iterations=0),
+        "copy": lambda: target.copy_(scores)}
+    runs = {name: lambda count, f=f: [f() for _ in range(count)] for name, f in contenders.items()}
+    for run in runs.values():
+        run(1)
+    taken = medians(args.rounds, **{name: lambda run=run: seconds(run, args.steps, device)
+                                    for name, run in runs.items()})
+    product = 2 * len(square) ** 3 / taken["product"]
+    # A copy reads and writes; an iteration of Sinkhorn reads.
+    iterations = (taken["Sinkhorn"] - taken["nothing"]) / 20
+    return {"k-means, share of the product's rate": 2 * 6 * rows * K * D / taken["k-means"] / product,
+            "Sinkhorn's iteration, share of the copy's bandwidth": taken["copy"] / 2 / iterations,
+            "matrix product, TFLOP/s": product / 1e12, "copy, GB/s": 2 * scores.nbytes / taken["copy"] / 1e9}
 
 
 def convolution_gain(args, device):
@@ -185,31 +278,12 @@ def convolution_gain(args, device):
     return taken["usual"] / taken["ours"]
 
 
-def synced(config, synthetic, args, native):
-    """Our steps with batch norm synchronised over a group of one process: its cost without the network's."""
-    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
-    distributed.world_size = lambda: 2  # take the path of many processes
-    contenders = {"own SyncBatchNorm": ours(config, synthetic, convert=SyncBatchNorm.convert),
-                  "native SyncBatchNorm": ours(config, synthetic,
-                                               convert=nn.SyncBatchNorm.convert_sync_batchnorm)}
-    for run in contenders.values():
-        run(2)
-    taken = medians(args.rounds, **{name: lambda run=run: seconds(run, args.steps, synthetic.device)
-                                    for name, run in contenders.items()})
-    dist.destroy_process_group()
-    return {f"{name}, time / without": value / native for name, value in taken.items()}
-
-
-def memory(config, device):
-    """Peak GPU memory of a step for several batch sizes, in GiB."""
-    figures = {}
-    for batch_size in (64, 128, 256, 512):
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        smaller = replace(config, batch_size=batch_size)
-        ours(smaller, Synthetic(smaller, device))(2)
-        figures[f"batch {batch_size}, peak GiB"] = torch.cuda.max_memory_allocated() / 2**30
-    return figures
+def peak(config, device):
+    """Peak GPU memory of a step, in GiB."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    ours(config, Synthetic(config, device))(2)
+    return torch.cuda.max_memory_allocated() / 2**30
 
 
 if __name__ == "__main__":

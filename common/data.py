@@ -112,11 +112,16 @@ class Loader:
     dataset: dataset[epoch, position, index] -> index, crops, params. workers: processes, which stay for the
     whole run; -1: this rank's CPU cores but one, at most 8. An image that cannot be read is replaced by the
     next one that can, and comes with that one's index; `bad` collects those that could not be read.
+    pin_memory: batches are for a GPU. start_method: of workers; default, forkserver with several GPUs, and
+    the system's.
     """
 
     def __init__(self, dataset, workers=0, pin_memory=False, start_method=None):
         if workers < 0:
             workers = max(1, min(8, distributed.cores() - 1))
+        if start_method is None and pin_memory and distributed.world_size() > 1:
+            start_method = "forkserver"  # NCCL has started its threads: a fork of this process may hang
+            multiprocessing.set_forkserver_preload([__name__])  # imported once, not by every worker
         self.dataset = dataset
         self.bad = set()
         self.lost = False  # a sample found nothing readable within TRIES images and is blank, with index -1

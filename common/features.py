@@ -42,8 +42,12 @@ def extract(model, images, resize, size, device, mean=MEAN, std=STD, batch_size=
     source = loader.epoch(0, batches)
     for step, wanted in enumerate(batches):
         index, crops, params = (fetch if step < every_rank else next)(source)
+        if device.type == "cuda" and 0 < step and len(index) < batch_size:
+            # Filled up: for a batch of another size cuDNN would look for its fastest kernels anew.
+            fill = torch.arange(batch_size).clamp(max=len(index) - 1)
+            crops, params = [crops[0][:, fill]], params[:, fill]
         crops = crops[0].flatten(0, 1).to(device, non_blocking=True)  # (B, 3, size, size)
-        block = forward(photometric(crops, params.flatten(0, 1), mean, std, dtype))  # (B, D)
+        block = forward(photometric(crops, params.flatten(0, 1), mean, std, dtype))[: len(index)]  # (B, D)
         features = block.new_empty(last - first, block.shape[1]) if features is None else features
         features[step * batch_size :][: len(block)] = block
         spoilt[step * batch_size :][: len(block)] = ~block.isfinite().all(1)

@@ -8,6 +8,7 @@ All randomness of a draw comes from (seed, epoch, position): the same on any ran
 resume. Needs torch, torchvision and Pillow only: copy this one file.
 """
 
+import functools
 import itertools
 import math
 import random
@@ -23,7 +24,8 @@ MEAN = (0.485, 0.456, 0.406)  # of ImageNet, RGB in [0, 1]
 STD = (0.229, 0.224, 0.225)
 TRIES = 100  # unreadable images in a row before a sample is given up
 THIN = 100  # a scaled image longer than so many times what is cut from it is not made as a whole
-ORDERS = torch.tensor(list(itertools.permutations(range(4))))  # (24, 4) brightness, contrast, saturation, hue
+ORDERS = torch.tensor(list(itertools.permutations(range(4))))  # (24, 4) of the next line
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 
 @dataclass(frozen=True)
@@ -274,37 +276,45 @@ def photometric(crops, params, mean=MEAN, std=STD, dtype=torch.float32):
     """Changes the colours of a whole batch, each crop by its own params; then blurs, rotates, normalises.
 
     crops: (B, 3, s, s) uint8, on any device. params: (B, 8) as drawn by Augmentation; on the CPU, so that
-    picking the rows to work on never waits for a GPU. Returns (B, 3, s, s) of dtype, channels last. Agrees
-    with torchvision's functional transforms on float tensors to 1e-4.
+    choosing the crops of each operation never waits for a GPU: all choices go there in one copy. Returns (B,
+    3, s, s) of dtype, channels last. Agrees with torchvision's functional transforms on float tensors to
+    1e-4.
     """
-    device = crops.device
-    x = crops.to(dtype) / 255
     params = params.cpu()
-    on = params.to(device, dtype, non_blocking=True)[:, :, None, None, None]  # (B, 8, 1, 1, 1)
-    order = params[:, 4].long()
+    # Each crop has an order of its own. Shifting the hue costs most, so it is done once, for all crops: after
+    # what stands before it in the crop's order, before what stands behind it.
+    jittered, order = params[:, 4] >= 0, ORDERS[params[:, 4].long().clamp(min=0)].T  # (B,), (4, B)
+    place, hue_place = torch.arange(4)[:, None], (order == HUE).int().argmax(0)  # (4, 1), (B,)
+    before, behind = jittered & (place < hue_place), jittered & (place > hue_place)  # (4, B) each
+    factors = params[:, :4].T.gather(0, order)  # (4, B): of the operation at each place
+    blends = torch.stack([factors, order == CONTRAST, order == SATURATION], dim=2)  # (4, B, 3)
+    columns = params[:, :, None].expand(-1, -1, 3).unbind(1)  # 8 of (B, 3)
+    steps = [(_grey, params[:, 5] == 2, columns[5]),
+             *((_blend, *at) for at in zip(before[:3], blends[:3])),
+             (_shift_hue, jittered, columns[3]),
+             *((_blend, *at) for at in zip(behind[1:], blends[1:])),
+             (_grey, params[:, 5] == 1, columns[5]),
+             (_blur, params[:, 6] > 0, columns[6]),
+             (_rotate, params[:, 7] != 0, columns[7])]
+    functions, masks, values = zip(*steps)
+    masks = torch.stack(masks)  # (steps, B)
+    counts, rows, values = masks.sum(1).tolist(), masks.nonzero()[:, 1], torch.stack(values)[masks].to(dtype)
+    if crops.is_cuda:
+        rows, values = rows.pin_memory(), values.pin_memory()
+    rows, values = (t.to(crops.device, non_blocking=True).split(counts) for t in (rows, values))
 
-    def rows(mask):
-        return mask.nonzero()[:, 0].to(device, non_blocking=True)
-
-    def update(mask, function, *arguments):
-        if mask.any():
-            chosen = rows(mask)
-            x[chosen] = function(x[chosen], *(a[chosen] for a in arguments))
-
-    update(params[:, 5] == 2, lambda x: _grey(x).expand_as(x))
-    for place in range(4):
-        operation = torch.where(order >= 0, ORDERS[order.clamp(min=0), place], torch.tensor(-1))
-        update(operation == 0, lambda x, f: (x * f).clamp_(0, 1), on[:, 0])
-        update(operation == 1, lambda x, f: _blend(x, _grey(x).mean(dim=(1, 2, 3), keepdim=True), f),
-               on[:, 1])
-        update(operation == 2, lambda x, f: _blend(x, _grey(x), f), on[:, 2])
-        update(operation == 3, _shift_hue, on[:, 3])
-    update(params[:, 5] == 1, lambda x: _grey(x).expand_as(x))
-    update(params[:, 6] > 0, _blur, on[:, 6])
-    update(params[:, 7] != 0, _rotate, on[:, 7])
-    mean, std = (torch.tensor(v, dtype=dtype)[:, None, None] for v in (mean, std))  # (3, 1, 1)
-    mean, std = mean.to(device, non_blocking=True), std.to(device, non_blocking=True)
+    x = crops.to(dtype) / 255
+    for function, chosen, value in zip(functions, rows, values):
+        if len(chosen):
+            x[chosen] = function(x[chosen], value[:, :, None, None, None])  # (n, 3, s, s), (n, 3, 1, 1, 1)
+    mean, std = (_constant(tuple(v), x.device, dtype) for v in (mean, std))  # (3, 1, 1)
     return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+@functools.cache
+def _constant(values, device, dtype):
+    """A number a channel, (C, 1, 1); it stays on the device."""
+    return torch.tensor(values, dtype=dtype)[:, None, None].to(device, non_blocking=True)
 
 
 def to_device(crops, params, device, dtype=torch.float32):
@@ -315,28 +325,41 @@ def to_device(crops, params, device, dtype=torch.float32):
                         dtype=dtype) for group, row in zip(crops, rows)]
 
 
-def _grey(x):
-    return 0.2989 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]  # (B, 1, s, s), ITU-R 601 luma
+# ---- operations on crops x (n, 3, s, s), each by its values (n, 3, 1, 1, 1): three, or one thrice
 
 
-def _blend(x, other, factor):
-    return (factor * x + (1 - factor) * other).clamp_(0, 1)
+def _luma(x):
+    grey = 0.2989 * x[:, :1]  # ITU-R 601
+    return grey.add_(x[:, 1:2], alpha=0.587).add_(x[:, 2:], alpha=0.114)  # (n, 1, s, s)
 
 
-def _shift_hue(x, shift):
+def _grey(x, values):
+    return _luma(x).expand_as(x)
+
+
+def _blend(x, values):
+    """Blends x with black (brightness), with its mean luma (contrast) or with its luma (saturation).
+
+    values: the factor of x; 1 for contrast, else 0; 1 for saturation, else 0.
+    """
+    (factor, contrast, saturation), luma = values.unbind(1), _luma(x)  # (n, 1, 1, 1), (n, 1, s, s)
+    other = torch.addcmul(contrast * luma.mean(dim=(1, 2, 3), keepdim=True), saturation, luma)
+    return torch.lerp(other, x, factor).clamp_(0, 1)
+
+
+def _shift_hue(x, values):
     """RGB to HSV, hue + shift (in turns), and back, without a branch."""
     value, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
     chroma = value - low
-    safe = torch.where(chroma == 0, torch.ones_like(chroma), chroma)
-    r, g, b = ((value - x) / safe).split(1, dim=1)  # 0 where the channel is the largest
-    red, green = x[:, :1] == value, x[:, 1:2] == value
-    hue = torch.where(red, b - g, torch.where(green, 2 + r - b, 4 + g - r)) + shift * 6  # in sixths of a turn
-    offsets = torch.tensor([5.0, 3.0, 1.0], dtype=x.dtype).view(1, 3, 1, 1).to(x.device, non_blocking=True)
-    k = (offsets + hue).remainder(6)
+    # 0 for the largest channel
+    r, g, b = ((value - x) / chroma.clamp(min=torch.finfo(x.dtype).tiny)).split(1, dim=1)
+    hue = torch.where(r == 0, b - g, torch.where(g == 0, 2 + r - b, 4 + g - r))  # in sixths of a turn
+    hue = hue + values[:, 0] * 6
+    k = (_constant((5.0, 3.0, 1.0), x.device, x.dtype) + hue).remainder(6)
     return value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)
 
 
-def _blur(x, sigma, radius=11):
+def _blur(x, values, radius=11):
     """Gaussian blur with reflected borders: two products with a banded matrix per crop, K x K^T.
 
     Radius 11 (a 23-pixel kernel) is what the published SwAV models were trained with.
@@ -344,7 +367,7 @@ def _blur(x, sigma, radius=11):
     size = x.shape[-1]
     radius = min(radius, size - 1)
     taps = torch.arange(-radius, radius + 1, device=x.device)
-    kernel = torch.exp(-0.5 * (taps / sigma.view(-1, 1)) ** 2)  # (B, 2 radius + 1)
+    kernel = torch.exp(-0.5 * (taps / values[:, 0].view(-1, 1)) ** 2)  # (B, 2 radius + 1)
     kernel = kernel / kernel.sum(dim=1, keepdim=True)
     place = torch.arange(size, device=x.device)[:, None] + taps  # (s, taps): the pixel each tap reads
     place = (size - 1 - (size - 1 - place.abs()).abs()).expand(len(x), -1, -1)  # reflected at both ends
@@ -353,9 +376,9 @@ def _blur(x, sigma, radius=11):
     return matrix @ x @ matrix.transpose(2, 3)
 
 
-def _rotate(x, angle):
-    """Counter-clockwise by `angle` degrees around the centre, each pixel the nearest one's, black outside."""
-    angle = angle.view(-1) * (math.pi / 180)
+def _rotate(x, values):
+    """Counter-clockwise by degrees around the centre, each pixel the nearest one's, black outside."""
+    angle = values[:, 0].view(-1) * (math.pi / 180)
     zero = torch.zeros_like(angle)
     turn = torch.stack([angle.cos(), -angle.sin(), zero, angle.sin(), angle.cos(), zero], dim=1)  # (B, 6)
     grid = F.affine_grid(turn.view(-1, 2, 3), list(x.shape), align_corners=False)

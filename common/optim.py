@@ -35,21 +35,22 @@ class LARC(torch.optim.Optimizer):
                 continue
             grads = [p.grad for p in params]
             decay = group["weight_decay"]
-            # All norms in two launches, all factors in a handful: no loop over tensors waits for the device.
+            # All norms and factors in a handful of launches: no loop over tensors waits for the device.
             p_norms = torch.stack(torch._foreach_norm(params))
             g_norms = torch.stack(torch._foreach_norm(grads))
-            adapt = (p_norms != 0) & (g_norms != 0)
-            scale = group["trust_coefficient"] * p_norms / (g_norms + decay * p_norms + group["eps"])
-            scales = torch.where(adapt, scale, torch.ones_like(scale)).unbind()
-            decays = torch.where(adapt, scale * decay, torch.zeros_like(scale)).unbind()
+            scales = group["trust_coefficient"] * p_norms / (g_norms + decay * p_norms + group["eps"])
+            scales = scales.masked_fill(p_norms == 0, 1).masked_fill(g_norms == 0, 0)  # g as it is
+            # Each factor once for every number of its tensor, laid out as this is: then one launch has many.
+            sizes = [p.numel() for p in params]
+            factors = torch.cat([s.expand(n) for s, n in zip(scales, sizes)]).split(sizes)
+            factors = [f.to(p.dtype).as_strided(p.shape, p.stride()) for f, p in zip(factors, params)]
             buffers = []
             for p in params:
                 if "momentum_buffer" not in self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
                 buffers.append(self.state[p]["momentum_buffer"])
             torch._foreach_mul_(buffers, group["momentum"])
-            torch._foreach_add_(buffers, [g * s for g, s in zip(grads, scales)])
-            torch._foreach_add_(buffers, [p * d for p, d in zip(params, decays)])
+            torch._foreach_addcmul_(buffers, torch._foreach_add(grads, params, alpha=decay), factors)
             torch._foreach_add_(params, buffers, alpha=-group["lr"])  # lr after momentum
         return loss
 

@@ -25,19 +25,20 @@ def sinkhorn(scores, epsilon=0.05, iterations=3):
     Starts from exp(scores / epsilon) and alternately gives every prototype the same total mass, over the
     samples of all ranks, and every sample mass 1. Works on logarithms, so it is finite for any epsilon.
 
-    scores: (B, K) similarities of this rank's samples. Samples of all ranks are balanced together.
+    scores: (B, K) similarities of this rank's samples. Samples of all ranks are balanced together. Or (U, B,
+        K): U such problems, each by itself, that share the messages to other ranks.
     iterations: rounds; 3 in the paper. 0 gives softmax(scores / epsilon).
-    Returns codes (B, K) of this rank's samples: rows sum to 1; the prototypes' masses are equal up to
-    convergence. Computes in promote_types(scores.dtype, float32). Checked against main_swav.py of
+    Returns codes of this rank's samples, in the shape of scores: rows sum to 1; the prototypes' masses are
+    equal up to convergence. Computes in promote_types(scores.dtype, float32). Checked against main_swav.py of
     facebookresearch/swav.
     """
     with torch.autocast(scores.device.type, enabled=False):
-        log_codes = scores.to(torch.promote_types(scores.dtype, torch.float32)) / epsilon  # (B, K)
+        log_codes = scores.to(torch.promote_types(scores.dtype, torch.float32)) / epsilon  # ([U,] B, K)
         for _ in range(iterations):
             # every prototype gets the same mass,
-            log_codes = log_codes - _log_sum_over_ranks(log_codes.logsumexp(dim=0))
-            log_codes = log_codes.log_softmax(dim=1)  # then every sample gets mass 1
-        return log_codes.softmax(dim=1)
+            log_codes = log_codes - _log_sum_over_ranks(log_codes.logsumexp(dim=-2)).unsqueeze(-2)
+            log_codes = log_codes.log_softmax(dim=-1)  # then every sample gets mass 1
+        return log_codes.softmax(dim=-1)
 
 
 @torch.no_grad()
@@ -159,7 +160,7 @@ def _of_all_ranks(x):
 
 
 def _log_sum_over_ranks(log_mass):
-    """Logarithm of the sum of what each rank has the logarithm of: (K,) -> (K,)."""
+    """Logarithm of the sum of what each rank has the logarithm of, element by element."""
     return _of_all_ranks(log_mass).logsumexp(dim=0)
 
 

@@ -17,15 +17,19 @@ import sys
 import time
 import warnings
 import zlib
+from multiprocessing.reduction import ForkingPickler
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from helpers import ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from common.data import Loader, batches, open_images
+from common.distributed import rank, world_size
 from common.engine.errors import DataError, reason
 from common.engine.held_out import has_split, match_classes
 from common.engine.unreadable import Unreadable
@@ -153,24 +157,27 @@ def test_shapes():
 
 
 def test_torchvision_sets(monkeypatch):
+    asked = []
+
     def stand_in(**attributes):
-        class Set(list):
-            def __init__(self, root, download, **which):
-                super().__init__([(IMAGE.convert("L"), 1)] * 3)
-                self.__dict__.update(attributes, arguments=(root, which))
+        def make(root, download, **which):
+            asked.append((root, which))
+            return SimpleNamespace(**attributes)
 
-        return Set
+        return make
 
+    pixels = np.arange(3 * 4 * 5 * 3, dtype=np.uint8).reshape(3, 4, 5, 3)
     monkeypatch.setattr(named.torchvision.datasets, "CIFAR10",
-                        stand_in(targets=[2, 0, 1], classes=["a", "b", "c"]))
-    monkeypatch.setattr(named.torchvision.datasets, "STL10", stand_in(labels=np.array([1, -1, -1])))
-    images = open_images("cifar10:/some/where", "val")
-    assert images.set.arguments == ("/some/where", {"train": False})
-    assert images.labels.tolist() == [2, 0, 1] and images.classes == ["a", "b",
-                                                                      "c"] and len(images.paths) == 3
-    assert images.read(0).mode == "RGB"
-    assert open_images("stl10").set.arguments[1] == {"split": "train+unlabeled"} and open_images(
-        "stl10").labels.min() == -1
+                        stand_in(data=pixels, targets=[2, 0, 1], classes=["a", "b", "c"]))
+    monkeypatch.setattr(named.torchvision.datasets, "STL10",
+                        stand_in(data=pixels.transpose(0, 3, 1, 2), labels=np.array([1, -1, -1])))
+    images, others = open_images("cifar10:/some/where", "val"), open_images("stl10")
+    assert asked == [("/some/where", {"train": False}), ("data/stl10", {"split": "train+unlabeled"})]
+    assert images.labels.tolist() == [2, 0, 1] and others.labels.tolist() == [1, -1, -1]
+    assert images.classes == ["a", "b", "c"] and len(images.paths) == len(images) == len(others) == 3
+    for i, found in itertools.product(range(3), (images, others)):
+        image = found.read(i)
+        assert image.mode == "RGB" and np.array_equal(np.asarray(image), pixels[i])
 
     def offline(*arguments, **options):
         raise RuntimeError("no network")
@@ -866,9 +873,9 @@ def test_shapes_of_a_batch():
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_ranks_together_load_what_one_rank_loads(world_size):
-    ranks = [loaded(Loader(CROPS), 1, rank, world_size) for rank in range(world_size)]
+    parts_of = [loaded(Loader(CROPS), 1, rank, world_size) for rank in range(world_size)]
     together = []
-    for parts in zip(*ranks):
+    for parts in zip(*parts_of):
         index, crops, params = zip(*parts)
         together.append((torch.cat(index), [torch.cat(group, dim=1) for group in zip(*crops)],
                          torch.cat(params, dim=1)))
@@ -904,6 +911,23 @@ def test_nothing_readable_is_lost(tmp_path, make):
                                                                                                        8, 8)
     assert params.shape == (len(crops[0]), 3, 8)
     assert loader.lost and loader.bad == {0, 1, 2}
+
+
+def pinned_epoch():
+    """An epoch of a loader for a GPU, how it starts its workers, and the bytes that each of them is sent."""
+    images = Files("/", [f"n01440764/n01440764_{i}.JPEG" for i in range(10_000)], [0] * 10_000, ["tench"])
+    sent = len(ForkingPickler.dumps(MultiCrop(images, (2,), (8,), ((0.3, 1),), Augmentation(), 0)))
+    loader = Loader(CROPS, 2, pin_memory=True)
+    got = loaded(loader, 0, rank(), world_size())
+    loader.close()
+    return got, type(loader._loader.multiprocessing_context).__name__, sent
+
+
+def test_with_several_gpus_workers_are_no_forks_of_a_process_that_uses_nccl():
+    for number, (got, method, sent) in enumerate(ranks(2, pinned_epoch)):
+        assert_same(got, expected(0, number, 2))
+        assert method == "ForkServerContext" and sent < 5000
+    assert pinned_epoch()[1] == "NoneType"
 
 
 def test_workers_outlive_a_stop_signal():

@@ -12,6 +12,7 @@ import torch
 from evaluations import CPU, evaluate, export, refuses, run_here
 from helpers import golden, ranks
 from PIL import Image
+from pretend_gpu import pretend_gpu
 from torch import nn
 
 import eval_svm
@@ -379,3 +380,11 @@ def test_errors(voc2007, backbone, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.svm", None)
     assert run_here(eval_svm, *avgpool(voc2007)) == 2
     assert capsys.readouterr().err == "error: eval_svm.py needs scikit-learn: pip install scikit-learn\n"
+
+
+def test_on_a_gpu_it_asks_for_nothing_that_cuda_refuses(voc2007, backbone, capsys):
+    command = (eval_svm, backbone, "--data", voc2007, "--layers", "avgpool", *ONE, "--precision", "float32")
+    on_cpu, _ = evaluate(capsys, *command)
+    with pretend_gpu():
+        on_gpu, _ = evaluate(capsys, *command, "--device", "cuda")
+    assert on_gpu == on_cpu

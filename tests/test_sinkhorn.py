@@ -59,6 +59,11 @@ def test_a_shift_of_all_scores_changes_nothing(B, K, seed, shift):
     torch.testing.assert_close(sinkhorn(scores + shift, 0.5), sinkhorn(scores, 0.5), rtol=0, atol=1e-10)
 
 
+def test_problems_in_one_call_are_balanced_each_by_itself():
+    scores = torch.stack([waves(6, 4), waves(6, 4, shift=1), cosines(6, 4, 0)])
+    assert torch.equal(sinkhorn(scores), torch.stack([sinkhorn(part) for part in scores]))
+
+
 def test_a_shift_of_each_sample_changes_the_codes():
     scores = waves(4, 3)
     shifted = sinkhorn(scores - scores.amax(1, keepdim=True), 0.5)

@@ -2,6 +2,7 @@
 
 import torch
 import torchvision
+from PIL import Image
 
 from ..engine.errors import DataError, border
 
@@ -18,15 +19,17 @@ class Torchvision:
         if name == "stl10" and split == "train":
             which = {"split": "train+unlabeled"}
         with border(DataError, f"{name} cannot be read from {root}, nor downloaded"):
-            self.set = cls(root, download=True, **which)
-        labels = torch.as_tensor(self.set.targets if hasattr(self.set, "targets") else self.set.labels).long()
-        self.labels = labels  # -1 for STL-10's unlabelled images
-        self.classes = list(getattr(self.set, "classes", map(str, range(10))))
-        self.paths = [f"{name}/{split}/{i:06d}" for i in range(len(self.set))]
-        self.fingerprint = f"{name} {split} {len(self.set)}"
+            found = cls(root, download=True, **which)
+        pixels = torch.as_tensor(found.data)  # a tensor is shared with workers that are no forks
+        self.pixels = pixels if name.startswith("cifar") else pixels.permute(0, 2, 3, 1)  # (N, H, W, 3) uint8
+        # -1 for STL-10's unlabelled images
+        self.labels = torch.as_tensor(found.targets if hasattr(found, "targets") else found.labels).long()
+        self.classes = list(getattr(found, "classes", map(str, range(10))))
+        self.paths = [f"{name}/{split}/{i:06d}" for i in range(len(pixels))]
+        self.fingerprint = f"{name} {split} {len(pixels)}"
 
     def __len__(self):
-        return len(self.set)
+        return len(self.pixels)
 
     def read(self, i):
-        return self.set[i][0].convert("RGB")
+        return Image.fromarray(self.pixels[i].numpy())
