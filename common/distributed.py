@@ -13,6 +13,8 @@ from torch.distributed.rendezvous import rendezvous
 
 from .engine.errors import ArgumentError, JobError, border
 
+# new versions have another name for it, old ones this one only
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 TORCHRUN = "RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe no job"
 
 
@@ -102,9 +104,9 @@ def gather_rows(x, equal=False):
     if world_size() == 1:
         return x.detach().clone()
     if equal:
-        blocks = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world_size())]
-        dist.all_gather(blocks, x.detach().contiguous())
-        return torch.cat(blocks)
+        rows = x.new_empty(dist.get_world_size() * len(x), *x.shape[1:])
+        _all_gather(rows, x.detach().contiguous())
+        return rows
     counts = torch.zeros(world_size(), dtype=torch.int64, device=x.device)
     counts[rank()] = len(x)
     counts = all_sum(counts).tolist()
