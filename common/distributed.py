@@ -38,6 +38,9 @@ def start(device="auto"):
             error.speaks = local_rank == 0  # known to all processes of this node, and to no other node
             raise error
         torch.cuda.set_device(local_rank)
+    place = torch.device(device, local_rank if device == "cuda" else None)
+    # What float32 is on a GPU: TF32 in convolutions, as torch has it, and IEEE in products and all else.
+    torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision = "tf32", "ieee"
     if "RANK" in os.environ and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         with border(JobError, f"the environment variables {TORCHRUN}"):
@@ -46,8 +49,9 @@ def start(device="auto"):
             store = dist.PrefixStore(f"start {restarts()}", store)
             # Clustering a data set between two steps can take longer than the default 10 minutes.
             timeout = datetime.timedelta(minutes=30)
-            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-    return torch.device(device, local_rank if device == "cuda" else None)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout,
+                                    device_id=place if device == "cuda" else None)
+    return place
 
 
 def restarts():

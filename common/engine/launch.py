@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 
 from .. import batchnorm, data, distributed
+from ..resnet import ResNet
 from . import options
-from .errors import DataError, Stopped, UserError, fail, say
+from .errors import ArgumentError, DataError, Stopped, UserError, fail, say
 
-LESS = "lower --batch-size, --sizes or --prototypes"
+LESS = "lower --batch-size, --sizes or --prototypes, or give --checkpointing"
 
 
 def launch(main, config):
@@ -61,16 +62,21 @@ def setup(config):
 
 
 def prepare(model, config, device):
-    """Moves the model to the device, channels last; compiles its trunk where --compile says so. Returns the
-    network to train: the model, or on several ranks DistributedDataParallel around it.
+    """Moves the model to the device, channels last; compiles or checkpoints its trunk where options say so.
+    Returns the network to train: the model, or on several ranks DistributedDataParallel around it.
 
     Call it before the optimizer is made. Weights that no loss trains must have requires_grad_(False) by then.
     Gradients are averaged over ranks, so a loss's mean over ranks must be the loss of the whole batch.
     """
     dtype = torch.float64 if config.precision == "float64" else torch.float32
     model.to(device, dtype, memory_format=torch.channels_last)
+    if config.checkpointing:
+        if config.compile or not isinstance(model.backbone, ResNet):
+            raise ArgumentError(f"--checkpointing needs a ResNet without --compile: --arch {config.arch}"
+                                + " --compile" * config.compile)
+        model.backbone.checkpointing = True
     if config.compile:
-        model.backbone.compile()
+        model.backbone.compile(dynamic=False)  # once per resolution
     return batchnorm.parallel(model)
 
 
