@@ -19,10 +19,11 @@ class _PlainBatchNorm(torch.autograd.Function):
         mean = var = x.new_zeros(x.shape[1], dtype=exact)
         if x.numel():
             var, mean = torch.var_mean(x.to(exact), dims, correction=0)  # (C,) (C,)
-        count = mean.new_full((1,), x.numel() // x.shape[1], dtype=torch.float64)
         # Moments about zero add up over ranks; float64 keeps the difference below exact.
-        mean, var = mean.double(), var.double()
-        moments = all_sum(torch.cat([mean * count, (var + mean**2) * count, count]))  # (2C+1,)
+        mean, var, count = mean.double(), var.double(), x.numel() // x.shape[1]
+        # A tensor `count` would be one for several layers: torch.compile writes the sum over ranks into it.
+        moments = torch.cat([mean, var + mean**2]) * count
+        moments = all_sum(F.pad(moments, (0, 1), value=count))  # (2C+1,)
         count = moments[-1]
         mean, square = (moments[:-1] / count).chunk(2)  # (C,) (C,)
         var = (square - mean**2).clamp_(min=0)
@@ -106,7 +107,9 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
             self.num_batches_tracked += 1
         # None is the mean of all batches, as in nn.BatchNorm2d, and reads their number from the GPU
         momentum = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
-        function = _NativeBatchNorm if x.is_cuda else _PlainBatchNorm
+        # torch.compile fuses plain operations, and knows no shapes of the kernels
+        native = x.is_cuda and not torch.compiler.is_compiling()
+        function = _NativeBatchNorm if native else _PlainBatchNorm
         return function.apply(x, self.weight, self.bias, self.running_mean, self.running_var, momentum,
                               self.eps)
 

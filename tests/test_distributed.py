@@ -1,19 +1,21 @@
 """Collectives, and the batch norm that sees the rows of all ranks."""
 
 import contextlib
+import copy
 import os
 
 import pytest
 import torch
-from helpers import ranks
+from helpers import free_port, ranks
 from kernels import stand_ins
 from torch import nn
 
-from common import distributed
+from common import batchnorm, distributed
 from common.batchnorm import SyncBatchNorm
 from common.distributed import rank
 from common.engine import errors
 from common.engine.launch import launch
+from common.resnet import resnet10
 
 # ---- collectives
 
@@ -244,3 +246,57 @@ def test_conversion_keeps_names_parameters_and_buffers():
 def test_one_number_a_sample_is_refused():
     with pytest.raises(ValueError, match="needs \\(B, C"):
         SyncBatchNorm(4)(torch.zeros(4))
+
+
+# ---- on a GPU
+
+
+@pytest.fixture
+def nccl(monkeypatch):
+    """A process group of one over NCCL, taken for one of many."""
+    settings = dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
+    for name, value in settings.items():
+        monkeypatch.setenv(name, str(value))
+    device = distributed.start("cuda")
+    for module in (batchnorm, distributed):
+        monkeypatch.setattr(module, "world_size", lambda: 2)
+    yield device
+    distributed.stop()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dims, layout", [("1d", torch.contiguous_format), ("2d", torch.contiguous_format),
+                                          ("2d", torch.channels_last)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+def test_cuda_kernels_equal_one_batch_norm_and_wait_for_nothing(nccl, dims, layout, dtype, tolerance):
+    x = draw(dims, 0).to(nccl, dtype).contiguous(memory_format=layout)
+    grad, results = draw(dims, 1).to(nccl, dtype), []
+    distributed.all_sum(x)  # NCCL has started
+    for module in (norm_of(dims).to(nccl), SyncBatchNorm.convert(norm_of(dims)).to(nccl)):
+        a = x.clone().requires_grad_()
+        torch.cuda.set_sync_debug_mode("error" if isinstance(module, SyncBatchNorm) else "default")
+        y = module(a)
+        y.backward(grad)
+        torch.cuda.set_sync_debug_mode("default")
+        assert y.stride() == a.grad.stride() == x.stride()
+        results.append([y, a.grad, *(p.grad for p in module.parameters()), *module.buffers()])
+    for expected, given in zip(*results):
+        torch.testing.assert_close(given, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.gpu
+def test_a_trunk_compiled_over_ranks_computes_the_same_on_a_gpu(nccl):
+    trunk = SyncBatchNorm.convert(resnet10(width=0.25, stem="small"))
+    trunk.to(nccl, memory_format=torch.channels_last)
+    x, results = torch.randn(32, 3, 32, 32, device=nccl), []
+    torch._dynamo.utils.counters.clear()
+    for compiled in (False, True):
+        net = copy.deepcopy(trunk)
+        if compiled:
+            net.compile(dynamic=False)
+        y = net(x)
+        y.square().mean().backward()
+        results.append([y.detach(), *(p.grad for p in net.parameters()), *net.buffers()])
+    assert not torch._dynamo.utils.counters["graph_break"]
+    for expected, given in zip(*results):
+        torch.testing.assert_close(given, expected, rtol=0.02, atol=0.002)
