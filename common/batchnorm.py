@@ -6,33 +6,36 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .distributed import all_sum, rank, world_size
+from .distributed import all_sum, gather_rows, rank, world_size
 
 
-class _SyncedBatchNorm(torch.autograd.Function):
+class _PlainBatchNorm(torch.autograd.Function):
     """Batch norm with the statistics of all ranks' rows: one all-reduce forward and one backward."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, eps):
+    def forward(ctx, x, weight, bias, running_mean, running_var, momentum, eps):
         dims = [d for d in range(x.dim()) if d != 1]
         exact = torch.promote_types(x.dtype, torch.float32)  # statistics of a bf16 map are float32
         mean = var = x.new_zeros(x.shape[1], dtype=exact)
         if x.numel():
             var, mean = torch.var_mean(x.to(exact), dims, correction=0)  # (C,) (C,)
-        count = mean.new_full((1,), x.numel() // x.shape[1], dtype=torch.float64)
         # Moments about zero add up over ranks; float64 keeps the difference below exact.
-        mean, var = mean.double(), var.double()
-        moments = all_sum(torch.cat([mean * count, (var + mean**2) * count, count]))  # (2C+1,)
+        mean, var, count = mean.double(), var.double(), x.numel() // x.shape[1]
+        # A tensor `count` would be one for several layers: torch.compile writes the sum over ranks into it.
+        moments = torch.cat([mean, var + mean**2]) * count
+        moments = all_sum(F.pad(moments, (0, 1), value=count))  # (2C+1,)
         count = moments[-1]
         mean, square = (moments[:-1] / count).chunk(2)  # (C,) (C,)
         var = (square - mean**2).clamp_(min=0)
         mean, var = mean.to(exact), var.to(exact)
+        unbiased = var * (count / (count - 1)).to(exact)
+        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+        running_var.lerp_(unbiased.to(running_var.dtype), momentum)
         ctx.save_for_backward(x, weight, mean, (var + eps).rsqrt(), count.to(exact))
-        ctx.mark_non_differentiable(mean, var, count)
-        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps), mean, var, count
+        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
 
     @staticmethod
-    def backward(ctx, grad, *unused):
+    def backward(ctx, grad):
         x, weight, mean, inverse_std, count = ctx.saved_tensors
         dims = [d for d in range(x.dim()) if d != 1]
         shape = [1, -1] + [1] * (x.dim() - 2)
@@ -44,12 +47,50 @@ class _SyncedBatchNorm(torch.autograd.Function):
         x_grad = grad_exact - bias_mean.view(shape) - normalized * weight_mean.view(shape)
         x_grad = x_grad * (inverse_std if weight is None else inverse_std * weight).view(shape)
         if weight is None:
-            return x_grad.to(x.dtype), None, None, None
-        return x_grad.to(x.dtype), weight_grad.to(weight.dtype), bias_grad.to(weight.dtype), None
+            weight_grad = bias_grad = None
+        else:
+            weight_grad, bias_grad = weight_grad.to(weight.dtype), bias_grad.to(weight.dtype)
+        return x_grad.to(x.dtype), weight_grad, bias_grad, None, None, None, None
+
+
+class _NativeBatchNorm(torch.autograd.Function):
+    """The same in torch's kernels for CUDA, which torch.nn.SyncBatchNorm is made of: one all-gather forward
+    and one all-reduce backward. Nothing waits for the GPU, so each rank must have rows."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, running_mean, running_var, momentum, eps):
+        if not x.numel():
+            raise ValueError(f"batch norm on a GPU needs rows on every rank: rank {rank()} has none")
+        x = x.contiguous(memory_format=_layout(x))
+        mean, inverse_std = torch.batch_norm_stats(x, eps)  # (C,) (C,) of this rank
+        count = mean.new_full((1,), x.numel() // x.shape[1])
+        of_ranks = gather_rows(torch.cat([mean, inverse_std, count])[None], equal=True)  # (W, 2C+1)
+        means, inverse_stds, counts = of_ranks.split([len(mean), len(mean), 1], dim=1)
+        mean, inverse_std = torch.batch_norm_gather_stats_with_counts(
+            x, means, inverse_stds, running_mean, running_var, momentum, eps, counts[:, 0])
+        ctx.save_for_backward(x, weight, mean, inverse_std, counts[:, 0].to(torch.int32))
+        return torch.batch_norm_elemt(x, weight, bias, mean, inverse_std, eps)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, mean, inverse_std, counts = ctx.saved_tensors
+        grad, affine = grad.contiguous(memory_format=_layout(x)), weight is not None
+        grad_sum, product_sum, weight_grad, bias_grad = torch.batch_norm_backward_reduce(
+            grad, x, mean, inverse_std, weight, True, affine, affine)
+        grad_sum, product_sum = all_sum(torch.cat([grad_sum, product_sum])).chunk(2)  # (C,) (C,)
+        x_grad = torch.batch_norm_backward_elemt(
+            grad, x, mean, inverse_std, weight, grad_sum, product_sum, counts)
+        return x_grad, *((weight_grad, bias_grad) if affine else (None, None)), None, None, None, None
+
+
+def _layout(x):
+    channels_last = x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """BatchNorm1d/2d over the rows of all ranks; works on CPUs too, unlike torch.nn.SyncBatchNorm.
+    """BatchNorm1d/2d over the rows of all ranks; works on CPUs too, and waits for no GPU, unlike
+    torch.nn.SyncBatchNorm.
 
     In a single process and in eval mode it is the native batch norm. State-dict keys are those of
     nn.BatchNorm2d.
@@ -62,13 +103,15 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, x):
         if not self.training or world_size() == 1:
             return super().forward(x)
-        y, mean, var, count = _SyncedBatchNorm.apply(x, self.weight, self.bias, self.eps)
-        with torch.no_grad():
-            unbiased = var * (count / (count - 1)).to(var.dtype)
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+        if self.num_batches_tracked is not None:
             self.num_batches_tracked += 1
-        return y
+        # None is the mean of all batches, as in nn.BatchNorm2d, and reads their number from the GPU
+        momentum = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
+        # torch.compile fuses plain operations, and knows no shapes of the kernels
+        native = x.is_cuda and not torch.compiler.is_compiling()
+        function = _NativeBatchNorm if native else _PlainBatchNorm
+        return function.apply(x, self.weight, self.bias, self.running_mean, self.running_var, momentum,
+                              self.eps)
 
     @classmethod
     def convert(cls, module):

@@ -13,6 +13,8 @@ from torch.distributed.rendezvous import rendezvous
 
 from .engine.errors import ArgumentError, JobError, border
 
+# new versions have another name for it, old ones this one only
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 TORCHRUN = "RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe no job"
 
 
@@ -36,6 +38,9 @@ def start(device="auto"):
             error.speaks = local_rank == 0  # known to all processes of this node, and to no other node
             raise error
         torch.cuda.set_device(local_rank)
+    place = torch.device(device, local_rank if device == "cuda" else None)
+    # What float32 is on a GPU: TF32 in convolutions, as torch has it, and IEEE in products and all else.
+    torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision = "tf32", "ieee"
     if ("RANK" in os.environ or world_size > 1) and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         with border(JobError, f"the environment variables {TORCHRUN}"):
@@ -44,8 +49,9 @@ def start(device="auto"):
             store = dist.PrefixStore(f"start {restarts()}", store)
             # Clustering a data set between two steps can take longer than the default 10 minutes.
             timeout = datetime.timedelta(minutes=30)
-            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-    return torch.device(device, local_rank if device == "cuda" else None)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout,
+                                    device_id=place if device == "cuda" else None)
+    return place
 
 
 def restarts():
@@ -102,9 +108,9 @@ def gather_rows(x, equal=False):
     if world_size() == 1:
         return x.detach().clone()
     if equal:
-        blocks = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world_size())]
-        dist.all_gather(blocks, x.detach().contiguous())
-        return torch.cat(blocks)
+        rows = x.new_empty(dist.get_world_size() * len(x), *x.shape[1:])
+        _all_gather(rows, x.detach().contiguous())
+        return rows
     counts = torch.zeros(world_size(), dtype=torch.int64, device=x.device)
     counts[rank()] = len(x)
     counts = all_sum(counts).tolist()

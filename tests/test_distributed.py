@@ -1,17 +1,21 @@
 """Collectives, and the batch norm that sees the rows of all ranks."""
 
+import contextlib
+import copy
 import os
 
 import pytest
 import torch
-from helpers import ranks
+from helpers import free_port, ranks
+from kernels import stand_ins
 from torch import nn
 
-from common import distributed
+from common import batchnorm, distributed
 from common.batchnorm import SyncBatchNorm
 from common.distributed import rank
 from common.engine import errors
 from common.engine.launch import launch
+from common.resnet import resnet10
 
 # ---- collectives
 
@@ -107,6 +111,7 @@ def test_too_few_gpus_are_said_by_one_process_of_the_node(monkeypatch, capsys, l
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(errors.time, "sleep", lambda seconds: None)
     monkeypatch.setenv("RANK", str(8 + local_rank))  # the second node: rank 0 knows nothing of it
+    monkeypatch.setenv("WORLD_SIZE", "10")
     monkeypatch.setenv("LOCAL_RANK", str(local_rank))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setenv("WORLD_SIZE", "16")
@@ -122,8 +127,10 @@ SHAPES = {"1d": (11, 4), "2d": (11, 4, 3, 5)}
 SPLIT = (3, 8)  # rows of each rank
 
 
-def norm_of(dims):
-    module = (nn.BatchNorm1d if dims == "1d" else nn.BatchNorm2d)(4, eps=1e-4, momentum=0.3)
+def norm_of(dims, momentum=0.3, affine=True):
+    module = (nn.BatchNorm1d if dims == "1d" else nn.BatchNorm2d)(4, 1e-4, momentum, affine)
+    if not affine:
+        return module
     with torch.no_grad():
         module.weight.copy_(torch.tensor([0.5, -1.0, 2.0, 1.5]))
         module.bias.copy_(torch.tensor([1.0, 0.0, -3.0, 0.2]))
@@ -138,33 +145,44 @@ def draw(dims, seed, mean=0.0):
 def two_steps(module, dims, dtype, mean, rows):
     result = {}
     for seed in (0, 1):
-        x = draw(dims, seed, mean)[rows].to(dtype).requires_grad_()
+        x = draw(dims, seed, mean)[rows].to(dtype)
+        x = (x.to(memory_format=torch.channels_last) if dims == "2d" else x).requires_grad_()
         y = module(x)
+        assert y.stride() == x.stride()
         (y * draw(dims, 10 + seed)[rows].to(y.dtype)).sum().backward()
         result[f"y{seed}"], result[f"x grad {seed}"] = y.detach(), x.grad
-    result |= {"weight": module.weight.grad, "bias": module.bias.grad,
-               **{name: b.clone() for name, b in module.named_buffers()}}
+    result |= {name: p.grad for name, p in module.named_parameters()}
+    result |= {name: b.clone() for name, b in module.named_buffers()}
     with torch.no_grad():
         result["eval"] = module.eval()(x)
     result["after eval"] = module.running_mean.clone()
     return result
 
 
-CASES = {"1d": ("1d", torch.float64, torch.float64, 0), "2d": ("2d", torch.float64, torch.float64, 0),
-         "far from zero": ("2d", torch.float32, torch.float32, 1000),
-         "bfloat16": ("2d", torch.float32, torch.bfloat16, 2)}
+CASES = {"1d": ("1d", {}, torch.float64, 0), "2d": ("2d", {}, torch.float64, 0),
+         "not affine": ("2d", {"affine": False}, torch.float64, 0),
+         "mean of all batches": ("1d", {"momentum": None}, torch.float64, 0),
+         "far from zero": ("2d", {}, torch.float32, 1000), "bfloat16": ("2d", {}, torch.bfloat16, 2)}
 
 
-def synced_steps():
+def synced_steps(kernels):
     first = sum(SPLIT[: rank()])
-    rows = slice(first, first + SPLIT[rank()])
-    return {name: two_steps(SyncBatchNorm.convert(norm_of(dims).to(weights)), dims, dtype, mean,
-                            rows) for name, (dims, weights, dtype, mean) in CASES.items()}
+    rows, result = slice(first, first + SPLIT[rank()]), {}
+    with stand_ins() if kernels == "native" else contextlib.nullcontext():
+        for name, (dims, options, dtype, mean) in CASES.items():
+            weights = torch.promote_types(dtype, torch.float32)
+            module = SyncBatchNorm.convert(norm_of(dims, **options).to(weights))
+            result[name] = two_steps(module, dims, dtype, mean, rows)
+        if kernels == "native" and rank() == 1:
+            with pytest.raises(ValueError, match="needs rows on every rank: rank 1 has none"):
+                SyncBatchNorm(4)(torch.zeros(0, 4))
+    return result
 
 
-@pytest.fixture(scope="module")
-def synced():
-    return ranks(2, synced_steps)
+@pytest.fixture(scope="module", params=["plain", "native"])
+def synced(request):
+    """Batch norm in plain operations, and in CUDA's kernels as tests/kernels.py has them."""
+    return ranks(2, synced_steps, request.param)
 
 
 def check(synced, name, expected, tolerance, statistics):
@@ -172,21 +190,23 @@ def check(synced, name, expected, tolerance, statistics):
     for key in ("y0", "y1", "x grad 0", "x grad 1", "eval"):
         torch.testing.assert_close(torch.cat([result[key] for result in results]).double(), expected[key],
                                    rtol=0, atol=tolerance)
-    for key in ("weight", "bias"):
+    for key in {"weight", "bias"} & expected.keys():
         torch.testing.assert_close(sum(result[key] for result in results).double(), expected[key], rtol=0,
                                    atol=10 * tolerance)
     for result in results:
+        assert result.keys() == expected.keys()
         for key in ("running_mean", "running_var"):
             torch.testing.assert_close(result[key].double(), expected[key], rtol=statistics, atol=statistics)
         assert result["num_batches_tracked"] == 2 and torch.equal(result["after eval"],
                                                                   result["running_mean"])
 
 
-@pytest.mark.parametrize("dims", ["1d", "2d"])
-def test_two_ranks_of_unequal_size_equal_one_batch_norm(synced, dims):
-    expected = two_steps(norm_of(dims).double(), dims, torch.float64, 0, slice(None))
-    assert synced[0][dims]["y0"].dtype == torch.float64
-    check(synced, dims, expected, 1e-12, 1e-12)
+@pytest.mark.parametrize("name", ["1d", "2d", "not affine", "mean of all batches"])
+def test_two_ranks_of_unequal_size_equal_one_batch_norm(synced, name):
+    dims, options, dtype, _ = CASES[name]
+    expected = two_steps(norm_of(dims, **options).double(), dims, dtype, 0, slice(None))
+    assert synced[0][name]["y0"].dtype == torch.float64
+    check(synced, name, expected, 1e-12, 1e-12)
 
 
 def test_float32_statistics_hold_far_from_zero(synced):
@@ -227,3 +247,57 @@ def test_conversion_keeps_names_parameters_and_buffers():
 def test_one_number_a_sample_is_refused():
     with pytest.raises(ValueError, match="needs \\(B, C"):
         SyncBatchNorm(4)(torch.zeros(4))
+
+
+# ---- on a GPU
+
+
+@pytest.fixture
+def nccl(monkeypatch):
+    """A process group of one over NCCL, taken for one of many."""
+    settings = dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
+    for name, value in settings.items():
+        monkeypatch.setenv(name, str(value))
+    device = distributed.start("cuda")
+    for module in (batchnorm, distributed):
+        monkeypatch.setattr(module, "world_size", lambda: 2)
+    yield device
+    distributed.stop()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dims, layout", [("1d", torch.contiguous_format), ("2d", torch.contiguous_format),
+                                          ("2d", torch.channels_last)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+def test_cuda_kernels_equal_one_batch_norm_and_wait_for_nothing(nccl, dims, layout, dtype, tolerance):
+    x = draw(dims, 0).to(nccl, dtype).contiguous(memory_format=layout)
+    grad, results = draw(dims, 1).to(nccl, dtype), []
+    distributed.all_sum(x)  # NCCL has started
+    for module in (norm_of(dims).to(nccl), SyncBatchNorm.convert(norm_of(dims)).to(nccl)):
+        a = x.clone().requires_grad_()
+        torch.cuda.set_sync_debug_mode("error" if isinstance(module, SyncBatchNorm) else "default")
+        y = module(a)
+        y.backward(grad)
+        torch.cuda.set_sync_debug_mode("default")
+        assert y.stride() == a.grad.stride() == x.stride()
+        results.append([y, a.grad, *(p.grad for p in module.parameters()), *module.buffers()])
+    for expected, given in zip(*results):
+        torch.testing.assert_close(given, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.gpu
+def test_a_trunk_compiled_over_ranks_computes_the_same_on_a_gpu(nccl):
+    trunk = SyncBatchNorm.convert(resnet10(width=0.25, stem="small"))
+    trunk.to(nccl, memory_format=torch.channels_last)
+    x, results = torch.randn(32, 3, 32, 32, device=nccl), []
+    torch._dynamo.utils.counters.clear()
+    for compiled in (False, True):
+        net = copy.deepcopy(trunk)
+        if compiled:
+            net.compile(dynamic=False)
+        y = net(x)
+        y.square().mean().backward()
+        results.append([y.detach(), *(p.grad for p in net.parameters()), *net.buffers()])
+    assert not torch._dynamo.utils.counters["graph_break"]
+    for expected, given in zip(*results):
+        torch.testing.assert_close(given, expected, rtol=0.02, atol=0.002)

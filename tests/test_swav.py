@@ -155,10 +155,12 @@ def test_deterministic_runs_with_the_same_figures(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_compiled_trunk_computes_the_same(tmp_path):
+@pytest.mark.parametrize("processes", [0, 2])
+def test_a_compiled_trunk_computes_the_same(tmp_path, processes):
     shared = ["--data", "shapes:64", *TINY, "--max-steps", 3, "--precision", "float32"]
     assert swav_here(*shared, "--out", tmp_path / "eager") == 0
-    code, _, err = finish(start(*command(*shared, "--compile", "--out", tmp_path / "compiled")))
+    run = start(*command(*shared, "--compile", "--out", tmp_path / "compiled", ranks=processes))
+    code, _, err = finish(run)
     assert code == 0, err
     np.testing.assert_allclose(losses(tmp_path / "compiled"), losses(tmp_path / "eager"), rtol=1e-3)
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 
 from .. import batchnorm, data, distributed
+from ..resnet import ResNet
 from . import options
-from .errors import DataError, Stopped, UserError, fail, out_of_memory, say
+from .errors import ArgumentError, DataError, Stopped, UserError, fail, out_of_memory, say
 
 
 def launch(main, config):
@@ -30,8 +31,8 @@ def launch(main, config):
         cause = (str(error).splitlines() or [""])[0]
         if out_of_memory(error):
             whose = "the GPU's" if isinstance(error, torch.OutOfMemoryError) else "the"
-            fail(f"{whose} memory is full: lower --batch-size, or the sizes of images and network ({cause})",
-                 1, speaks=True)
+            fail(f"{whose} memory is full: lower --batch-size or the sizes of images and network, or give "
+                 f"--checkpointing ({cause})", 1, speaks=True)
         if "use_deterministic_algorithms" in str(error):
             fail(f"--deterministic cannot be kept: {cause}", 2)
         # raised wherever this process was when its worker ended; no other rank knows
@@ -63,16 +64,21 @@ def setup(config):
 
 
 def prepare(model, config, device):
-    """Moves the model to the device, channels last; compiles its trunk where --compile says so. Returns the
-    network to train: the model, or on several ranks DistributedDataParallel around it.
+    """Moves the model to the device, channels last; compiles or checkpoints its trunk where options say so.
+    Returns the network to train: the model, or on several ranks DistributedDataParallel around it.
 
     Call it before the optimizer is made. Weights that no loss trains must have requires_grad_(False) by then.
     Gradients are averaged over ranks, so a loss's mean over ranks must be the loss of the whole batch.
     """
     dtype = torch.float64 if config.precision == "float64" else torch.float32
     model.to(device, dtype, memory_format=torch.channels_last)
+    if config.checkpointing:
+        if config.compile or not isinstance(model.backbone, ResNet):
+            raise ArgumentError(f"--checkpointing needs a ResNet without --compile: --arch {config.arch}"
+                                + " --compile" * config.compile)
+        model.backbone.checkpointing = True
     if config.compile:
-        model.backbone.compile()
+        model.backbone.compile(dynamic=False)  # once per resolution
     return batchnorm.parallel(model)
 
 

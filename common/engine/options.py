@@ -80,6 +80,8 @@ class RunOptions:
     precision: str = option("auto", "precision of the network; auto: bfloat16 where the hardware is fast",
                             choices=("auto", "bfloat16", "float32", "float64"))
     compile: bool = option(False, "compile the trunk with torch.compile", free=True)
+    checkpointing: bool = option(False, "compute a ResNet's maps again in the backward pass: a third slower, "
+                                 "half the memory", free=True)
     deterministic: bool = option(False, "the same bits on GPUs too: slower, or stops if it cannot", free=True)
     seed: int = option(0, "seed of weights, order and crops", least=0, below=1 << 32)
     device: str = option("auto", "auto: a GPU if there is one", choices=("auto", "cpu", "cuda"), free=True)
