@@ -54,6 +54,7 @@ def run(words):
     model = swav.Model(config)
     with mock.patch.object(nn.Module, "compile", traced):
         net = prepare(model, config, torch.device("cpu"))
+    assert model.backbone.checkpointing == config.checkpointing
     torch.manual_seed(1 + distributed.rank())
     for _ in range(2):
         crops = [torch.randn(4, 3, size, size) for size in (16, 8)]
