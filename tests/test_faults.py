@@ -357,6 +357,7 @@ def test_memory_that_a_cpu_does_not_have_is_one_line(tmp_path, option):
     run = start(*line, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, limit))
     code, _, err = finish(run)
     assert code == 1 and "the memory is full: lower --batch-size" in err and one_line(err), err
+    assert "or give --checkpointing" in err
 
 
 @pytest.mark.parametrize(

@@ -41,17 +41,23 @@ def test_nccl_is_told_the_gpu_of_the_process(monkeypatch):
 # ---- checkpointing
 
 
+def traced(module, dynamic, compile=nn.Module.compile):
+    """Module.compile, as far as the graph: what is made of it takes minutes."""
+    assert dynamic is False
+    compile(module, dynamic=dynamic, backend="eager")
+
+
 def run(words):
     """Gradients and statistics of SwAV's network after two passes over two resolutions."""
     config = parse(swav.Config, swav.RECIPES, "", ["--recipe", "shapes", *map(str, TINY), *words])
     torch.manual_seed(0)
     model = swav.Model(config)
-    with mock.patch.object(nn.Module, "compile", lambda self, real=nn.Module.compile, **options: real(
-            self, backend="eager", **options)):
+    with mock.patch.object(nn.Module, "compile", traced):
         net = prepare(model, config, torch.device("cpu"))
+    assert model.backbone.checkpointing == config.checkpointing
     torch.manual_seed(1 + distributed.rank())
     for _ in range(2):
-        crops = [torch.randn(4, 3, size, size) for size in (16, 12, 8)]
+        crops = [torch.randn(4, 3, size, size) for size in (16, 8)]
         with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bfloat16"):
             _, scores = net(crops)
         (scores * torch.randn(scores.shape)).sum().backward()
@@ -65,12 +71,12 @@ def both_ways(*words):
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_checkpointing_computes_the_same_bits_and_counts_a_batch_once(precision):
     kept, again = both_ways("--precision", precision)
-    assert same(kept, again) and again["backbone.layer4.0.bn1.num_batches_tracked"] == 6
+    assert same(kept, again) and again["backbone.layer4.0.bn1.num_batches_tracked"] == 4
 
 
 def test_checkpointing_computes_the_same_bits_on_two_ranks():
     for kept, again in ranks(2, both_ways, "--precision", "float32"):
-        assert same(kept, again) and again["backbone.layer4.0.bn1.num_batches_tracked"] == 6
+        assert same(kept, again) and again["backbone.layer4.0.bn1.num_batches_tracked"] == 4
 
 
 def test_a_run_may_go_on_with_checkpointing(tmp_path):
@@ -116,4 +122,4 @@ def compiled():
 
 def test_a_trunk_over_ranks_is_one_graph_a_resolution():
     for eager, result, breaks, graphs in ranks(2, compiled):
-        assert same(eager, result) and (breaks, graphs) == ({}, 3)
+        assert same(eager, result) and (breaks, graphs) == ({}, 2)
