@@ -105,7 +105,7 @@ def steps_with_queue(name, dtype):
             scores = model.prototypes(z)
         with mock.patch.object(swav, "sinkhorn", wraps=sinkhorn) as spy:
             codes = swav.assign(scores[:2], memory, model.prototypes.weight, 0.05, 3)
-        used, rows = memory.full, [len(call.args[0]) for call in spy.call_args_list]
+        used, rows = memory.full, [len(crop) for call in spy.call_args_list for crop in call.args[0]]
         memory.push(z[:2])
         queue = torch.stack([memory.rows(0), memory.rows(1)])
         loss = swav.prediction_loss(scores, codes, 0.1)
