@@ -78,7 +78,7 @@ def test_streams_that_take_nothing_end_no_run(tmp_path, streams):
     )
     assert run.returncode == 0 and run.stderr == ""
     assert (tmp_path / "run" / "done.json").exists() and len(losses(tmp_path / "run")) == 8
-    assert re.fullmatch(r"process \d+ of \d+ on .*", (tmp_path / "run" / "lock").read_text())
+    assert re.fullmatch(r"process \d+ on .*, started by \d+", (tmp_path / "run" / "lock").read_text())
 
 
 def test_any_name_is_printed_on_an_ascii_terminal(tmp_path):

@@ -59,7 +59,7 @@ def write_assignments(folder, table, images):
 
 
 def _started_by():
-    return f" of {os.getppid()} on {platform.node()}"
+    return f" on {platform.node()}, started by {os.getppid()}"
 
 
 def same_parent(folder):
