@@ -56,7 +56,8 @@ grep -q "no GPU" "$runs/machine.log" && gpu=0 || gpu=1
 
 step="$PYTHON -m benchmarks.step --recipes swav_400ep_8x32 --rounds 3"
 on_gpu tests 60 "$PYTHON" -m pytest -m gpu -rA --continue-on-collection-errors tests
-on_gpu norm 45 $step --name gpu_step_norm --parts norm --batch-size 32
+group="RANK=0 WORLD_SIZE=1 LOCAL_RANK=0 MASTER_ADDR=127.0.0.1 MASTER_PORT=29533"
+on_gpu norm 45 env $group $step --name gpu_step_norm --parts norm --batch-size 32
 on_gpu step_32 45 $step --name gpu_step_32 --parts eager --batch-size 32
 on_gpu step_128 60 $step --name gpu_step_128 --parts eager kernels --batch-size 128
 on_gpu compiled 100 $step --name gpu_step_compiled --parts compiled --batch-size 128

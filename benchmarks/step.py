@@ -92,7 +92,7 @@ def ours(config, synthetic, compiled=False, convert=None):
     model = swav.Model(config).to(synthetic.device, memory_format=torch.channels_last)
     model = convert(model) if convert else model
     if compiled:
-        model.backbone.compile()
+        model.backbone.compile(dynamic=False)
     optimizer = LARC(model.parameters(), config.lr, config.momentum, config.weight_decay)
     queue = swav.Queue(0, config.crops[0], config.dim, synthetic.device)
 
@@ -211,7 +211,9 @@ def norm(config, synthetic, args):
     def layer(C, side):
         x = torch.randn(config.batch_size, C, side, side, device=device, dtype=synthetic.dtype)
         x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
-        return lambda module, x=x: lambda count: [module(x).backward(x.detach()) for _ in range(count)]
+        # No backward(), which would also add to gradients.
+        return lambda module: lambda count: [
+            torch.autograd.grad(module(x), [x, *module.parameters()], x.detach()) for _ in range(count)]
 
     for C, side in MAPS:
         of, plain = layer(C, side), nn.BatchNorm2d(C).to(device)
@@ -224,8 +226,11 @@ def norm(config, synthetic, args):
 
 def against(plain, synced, args, device):
     def many(count):
+        # On a GPU a process group of one: gpu.sh has its variables, so each message is sent, to this process.
         with mock.patch.object(batchnorm, "world_size", lambda: 2):
-            synced(count)
+            joined = torch.distributed.is_initialized()
+            with mock.patch.object(distributed, "world_size", lambda: 1 + joined):
+                synced(count)
 
     plain(2), many(2)
     taken = medians(args.rounds, plain=lambda: seconds(plain, args.steps, device),
@@ -282,8 +287,9 @@ def peak(config, device):
     """Peak GPU memory of a step, in GiB."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
+    others = torch.cuda.memory_allocated()
     ours(config, Synthetic(config, device))(2)
-    return torch.cuda.max_memory_allocated() / 2**30
+    return (torch.cuda.max_memory_allocated() - others) / 2**30
 
 
 if __name__ == "__main__":

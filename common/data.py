@@ -9,6 +9,7 @@ any number of ranks and workers sees the same global batches.
 
 import atexit
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import signal
 import threading
@@ -121,7 +122,7 @@ class Loader:
             workers = max(1, min(8, distributed.cores() - 1))
         if start_method is None and pin_memory and distributed.world_size() > 1:
             start_method = "forkserver"  # NCCL has started its threads: a fork of this process may hang
-            multiprocessing.set_forkserver_preload([__name__])  # imported once, not by every worker
+            _start_forkserver()
         self.dataset = dataset
         self.bad = set()
         self.lost = False  # a sample found nothing readable within TRIES images and is blank, with index -1
@@ -191,10 +192,22 @@ def _kill_workers():
             process.kill()
 
 
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+
+
+def _start_forkserver():
+    # Like its workers it must outlive a stop signal to the process group: what is ignored now stays so in it.
+    multiprocessing.set_forkserver_preload(["torch", "torchvision", __name__])  # once, not in every worker
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in STOPS}
+    multiprocessing.forkserver.ensure_running()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
 def _start_worker(worker):
     # A stop signal often reaches the whole process group. The main process decides when its workers end; if
     # it is gone, they end by themselves, also in the middle of a read that hangs.
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+    for number in STOPS:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

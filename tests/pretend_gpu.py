@@ -22,6 +22,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from common import multicrop
+
 ROOT = str(Path(__file__).parents[1])
 # the host waits: it needs a value, or the size of the result
 WAITS = """_local_scalar_dense nonzero masked_select _unique2 equal bincount linalg_eigh _linalg_eigh
@@ -238,4 +240,6 @@ def pretend_gpu(allowed=None):
     with contextlib.ExitStack() as stack:
         for patch in patches:
             stack.enter_context(mock.patch.object(*patch))
+        multicrop._constant.cache_clear()
+        stack.callback(multicrop._constant.cache_clear)
         yield stack.enter_context(gpu)

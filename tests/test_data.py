@@ -23,7 +23,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import ranks
+from helpers import ROOT, ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
@@ -940,6 +940,13 @@ def test_workers_outlive_a_stop_signal():
         os.kill(process.pid, signal.SIGINT)
     assert_same(got + list(epoch), expected(0))
     loader.close()
+
+
+def test_a_fork_server_outlives_a_stop_signal():
+    code = "import os, signal, sys, time, multiprocessing.forkserver as f; from common import data\n"
+    code += "data._start_forkserver(); pid = f._forkserver._forkserver_pid; os.kill(pid, signal.SIGTERM)\n"
+    code += "time.sleep(0.5); sys.exit(os.waitpid(pid, os.WNOHANG) != (0, 0))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_automatic_number_of_workers_is_a_share_of_the_cores(monkeypatch):

@@ -74,7 +74,9 @@ class Run:
 
     def _beginning(self):
         """Whether to start over, and the trunk to start from."""
-        c, restarted = self.config, distributed.restarts() > 0 and same_parent(self.out)  # by torchrun
+        c, several = self.config, int(os.environ.get("LOCAL_WORLD_SIZE", 1)) < distributed.world_size()
+        # Rank 0 may be on another node now.
+        restarted = distributed.restarts() > 0 and (same_parent(self.out) or several)
         fresh = c.fresh and not restarted
         if not c.init_from or (not fresh and (self.out / "checkpoint.pt").exists()):
             return fresh, None
