@@ -256,7 +256,7 @@ METHODS = {  # a run of 12 steps, of three epochs
     "swav": [*SHARED, *QUEUE],
     "selav2": SHARED,
     "deepclusterv2": SHARED,
-    "deepcluster": "--data shapes:64 --width 0.125 --sizes 16 --prototypes 12 --batch-size 16".split(),
+    "deepcluster": "--data shapes:64 --width 0.125 --sizes 16 --prototypes 12 --batch-size 16 --pca-dim 8".split(),
     "odc": "--data shapes:64 --width 0.125 --sizes 16 --prototypes 12 --batch-size 16".split(),
     "sela": "--data shapes:64 --width 0.125 --sizes 16 --prototypes 12 --batch-size 16".split(),
 }
