@@ -147,6 +147,9 @@ class Loader:
         """Batches of the epoch from step `first` on: index (B,) int64, crops [(V_r, B, 3, s, s) uint8],
         params (V, B, 8). Raises WorkerError whatever goes wrong in a worker."""
         self._keys.current = epoch, batches, range(first, len(batches))
+        if self._loader.num_workers:
+            with border(WorkerError, "loader workers need to write to /dev/shm; --workers 0 does not"):
+                multiprocessing.Lock()
         return self._batches(batches, first, self._net(lambda: iter(self._loader)))
 
     def _batches(self, batches, first, source):
@@ -161,9 +164,6 @@ class Loader:
 
     def _net(self, function):
         """function(). What is raised in a worker, or where it is started, becomes WorkerError."""
-        if self._loader.num_workers:
-            with border(WorkerError, "loader workers need to write to /dev/shm; --workers 0 does not"):
-                multiprocessing.Lock()
         try:
             return function()
         except Exception as error:
@@ -209,12 +209,8 @@ def _start_worker(worker):
     # it is gone, they end by themselves, also in the middle of a read that hangs.
     for number in STOPS:
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent():
-    multiprocessing.parent_process().join()
-    os._exit(1)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def _collate_shared(samples):

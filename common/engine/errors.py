@@ -54,7 +54,7 @@ class Damaged(CheckpointError):
 
 
 class Diverged(UserError):
-    """The loss is not finite any more."""
+    """A loss, weights or features are not finite any more."""
 
     exit_code = 5
 

@@ -177,10 +177,6 @@ class Run:
                 batch = None if self.signals else next(source)
             finally:
                 self.waiting = False
-        self._save_or_stop(loader, extra)
-        return batch
-
-    def _save_or_stop(self, loader, extra):
         minutes = (time.monotonic() - self.saved_at) / 60
         due = distributed.rank() == 0 and self.step > 0 and minutes >= self.config.save_every
         stop, lost, due = distributed.any_rank(self.signals > 0, loader is not None and loader.lost, due)
@@ -194,6 +190,7 @@ class Run:
             self._stop(f"by a signal, after step {self.step}", "the same command")
         if due and not extra:
             self.save()
+        return batch
 
     def _stop_at_max_steps(self):
         if 0 < self.config.max_steps <= self.step:
