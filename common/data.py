@@ -163,11 +163,12 @@ class Loader:
             yield index, crops, params
 
     def _net(self, function):
-        """function(). What is raised in a worker, or where it is started, becomes WorkerError."""
+        """function(). What is raised in a worker, or where it is started, becomes WorkerError. That a worker
+        has died may be raised anywhere in this process: `launch` says it."""
         try:
             return function()
         except Exception as error:
-            if not self._loader.num_workers:
+            if not self._loader.num_workers or "DataLoader worker (pid" in str(error):
                 raise
             cause = (str(error).strip().splitlines() or [""])[-1]  # behind the worker's traceback
             remedy = "; enlarge /dev/shm, or lower --workers" * ("/torch_" in str(error))

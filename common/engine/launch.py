@@ -35,7 +35,7 @@ def launch(main, config):
                  f"--checkpointing ({cause})", 1, speaks=True)
         if "use_deterministic_algorithms" in str(error):
             fail(f"--deterministic cannot be kept: {cause}", 2)
-        # raised wherever this process was when its worker ended; no other rank knows
+        # raised wherever this process was when its worker died; no other rank knows
         if "DataLoader worker (pid" in cause:
             fail(f"a loader worker died, out of memory? lower --workers, or enlarge /dev/shm ({cause})", 3,
                  speaks=True)
