@@ -172,7 +172,7 @@ def open_subject(args):
         raise CheckpointError(f"{args.trunk} is no run: --training needs the directory of one, or --kmeans")
     spec, root, val = evaluation.sources(args)
     if not spec and not (val and not args.training and not args.kmeans):
-        if not Path(args.trunk).exists():  # with a run that is there, there would be data
+        if not weights.local(args.trunk).exists():  # with a run that is there, there would be data
             raise CheckpointError(f"{args.trunk} does not exist")
         raise ArgumentError("--data is needed: labelled images, or --images DIR")
     training = data.open_images(spec, "train", root) if args.training or args.kmeans else None

@@ -26,7 +26,8 @@ def parser(description, data_help, val_help, batch_size=None, precisions=PRECISI
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=description, formatter_class=raw, allow_abbrev=False)
     add = parser.add_argument
-    add("trunk", help="a run directory, a backbone.pt or another project's checkpoint")
+    add("trunk", help="a run directory, a backbone.pt, another project's checkpoint or released:NAME "
+                 "(python -m common.weights --list)")
     add("--data", default="", help=data_help)
     if val_help:
         add("--val", default="", help=val_help)

@@ -1,6 +1,8 @@
 """Says what a checkpoint is, of a run or of another project, and writes it as others read it.
 
     python -m common.weights swav_800ep_pretrain.pth.tar
+    python -m common.weights --list                        # checkpoints that projects have released, by name
+    python -m common.weights released:swav_800ep           # downloads it the first time
     python -m common.weights runs/swav --to detectron2 --out swav.pkl
 """
 
@@ -15,6 +17,7 @@ from ..engine.checkpoint import export_backbone
 from ..engine.errors import ArgumentError
 from ..engine.launch import launch
 from ..engine.options import Parser
+from . import released
 from .export import detectron2_options, export_detectron2, export_model, torchvision_has
 from .load import HeadsDoNotFit, describe, open_model, open_trunk
 from .model import Model
@@ -23,7 +26,10 @@ from .model import Model
 def arguments(argv=None):
     parser = Parser("-m common.weights", description=__doc__, formatter_class=RawDescriptionHelpFormatter,
                     allow_abbrev=False)
-    parser.add_argument("file", help="a run directory, a backbone.pt or another project's checkpoint")
+    parser.add_argument("file", help="a run directory, a backbone.pt, another project's checkpoint or "
+                                     "released:NAME")
+    parser.add_argument("--list", action="version", version=released.table(),
+                        help="print the names, addresses and licences of released checkpoints, and stop")
     parser.add_argument("--to", choices=("torchvision", "detectron2", "model"),
                         help="write a backbone.pt (torchvision's names, and heads where there are some), a "
                              ".pkl for detectron2, or a torchvision network with a cluster head as its fc "
@@ -38,14 +44,14 @@ def arguments(argv=None):
 def main(args):
     if bool(args.to) != bool(args.out):
         raise ArgumentError("--to and --out go together: what to write, and where")
-    path, out = Path(args.file), Path(args.out)
+    path, out = released.local(args.file), Path(args.out)
     try:
-        model, info, contents = open_model(path, args.trust_pickle)
+        model, info, contents = open_model(args.file, args.trust_pickle)
     except HeadsDoNotFit as error:
         if args.to == "model":
             raise
         print(f"warning: {error}: they are left out")
-        backbone, info, contents = open_trunk(path, args.trust_pickle)
+        backbone, info, contents = open_trunk(args.file, args.trust_pickle)
         model, contents = Model(backbone, None, []), contents._replace(labels=None)
     report(path, model, info, contents)
     if not args.to:

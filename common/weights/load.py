@@ -3,7 +3,6 @@
 import pickle
 import re
 import warnings
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -12,7 +11,7 @@ from .. import alexnet, resnet
 from ..engine import checkpoint
 from ..engine.errors import CheckpointError, border, reason
 from ..multicrop import MEAN, STD
-from . import families, preact
+from . import families, preact, released
 from .model import Model, build_heads, find_heads
 
 
@@ -22,7 +21,7 @@ class HeadsDoNotFit(CheckpointError):
 
 def load_backbone(path, trust_pickle=False):
     """(trunk in eval mode, info) of a run directory, a backbone.pt, or the checkpoint of another project:
-    families.py lists them.
+    families.py lists them, and released.py those that have a name, "released:swav_800ep".
 
     Every weight of the trunk must be in the file, of its shape, finite, and the other way round; else
     CheckpointError names some. Counters of batch norm may be missing. trust_pickle: run the code that an old
@@ -72,7 +71,7 @@ def describe(info):
 
 def open_trunk(path, trust_pickle=False):
     """(trunk, info, families.Contents) of a run directory or a file."""
-    path = Path(path)
+    name, path = path, released.local(path)
     path = path / "backbone.pt" if path.is_dir() else path
     saved = _read(path, trust_pickle)
     with border(CheckpointError, f"{path} is no checkpoint that is known"):
@@ -80,6 +79,7 @@ def open_trunk(path, trust_pickle=False):
             contents = families.recognise(saved)
         except families.Refused as error:
             raise CheckpointError(f"{path} {error}") from None
+        released.check(name, path, contents.info["method"])
         info = {"method": "unknown", "resize": 256, "size": 224, "mean": MEAN, "std": STD, **contents.info}
         with torch.device("meta"):  # costs nothing, whatever size a file says
             _compare(build_backbone(info), contents.trunk, path, info)
@@ -90,8 +90,8 @@ def open_trunk(path, trust_pickle=False):
 
 def open_model(path, trust_pickle=False):
     """(Model, info, families.Contents) of a run directory or a file. Raises HeadsDoNotFit."""
-    path = Path(path)
     backbone, info, contents = open_trunk(path, trust_pickle)
+    path = released.local(path)
     if path.is_dir():
         path = path / "checkpoint.pt"
         with border(CheckpointError, f"{path} cannot be used"):
