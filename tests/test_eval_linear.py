@@ -466,7 +466,7 @@ def test_ranks_keep_and_read_one_file(tmp_path):
         assert [len(result[1][0]) for result in results] == [0, 1, 1]  # of two rows
         assert all(result[2] == {"arch": "resnet10", "classes": CLASSES} for result in results)
         size = (41 + 2) * (12 * 4 + 8)  # 12 features and a label each
-        gathered = f"{size:,} bytes of features and labels are gathered on rank 0\n"
+        gathered = f"{size:,} bytes are gathered on rank 0\n"
         assert [result[3] for result in results] == [gathered, "", ""]
 
 

@@ -18,15 +18,21 @@ LABELS = 1_000_000  # more would be numbers of something else than classes
 def save(path, train, val, info):
     """Writes features and labels of all ranks to one .npz file, which `load` and NumPy read: train_features
     (N, D) float32, train_labels (N,), val_features, val_labels, and info, a dict, as JSON. train, val: this
-    rank's (features, labels). Rank 0 holds all rows while it writes, the others those of one rank more."""
+    rank's (features, labels)."""
     arrays = {}
     for split, (features, labels) in zip(SPLITS, (train, val)):
         arrays |= {f"{split}_features": features.float(), f"{split}_labels": labels}
-    nbytes = int(distributed.all_sum(torch.tensor(sum(x.nbytes for x in arrays.values()))))
+    write(path, arrays, {}, info)
+
+
+def write(path, shares, others, info):
+    """Writes arrays to one .npz file: shares {name: this rank's rows of all}, others {name: NumPy array}, and
+    info, a dict, as JSON. Rank 0 holds all rows while it writes, the others those of one rank more."""
+    nbytes = int(distributed.all_sum(torch.tensor(sum(x.nbytes for x in shares.values()))))
     if distributed.world_size() > 1:
-        say(f"{nbytes:,} bytes of features and labels are gathered on rank 0")
-    arrays = {name: _on_main(x) for name, x in arrays.items()}
-    distributed.from_main(_write, path, arrays, info)
+        say(f"{nbytes:,} bytes are gathered on rank 0")
+    arrays = {name: _on_main(x) for name, x in shares.items()}
+    distributed.from_main(_write, path, arrays | others, info)
 
 
 def _on_main(x):

@@ -4,6 +4,7 @@
     python -m common.weights --list                        # checkpoints that projects have released, by name
     python -m common.weights released:swav_800ep           # downloads it the first time
     python -m common.weights runs/swav --to detectron2 --out swav.pkl
+    python -m common.weights runs/swav --features ~/photos --out features.npz   # of images, labels or not
 """
 
 import hashlib
@@ -11,15 +12,20 @@ from argparse import RawDescriptionHelpFormatter
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
+import torch
 from torch import nn
 
+from .. import data, distributed, features
 from ..engine.checkpoint import export_backbone
-from ..engine.errors import ArgumentError
-from ..engine.launch import launch
+from ..engine.errors import ArgumentError, say
+from ..engine.launch import autocast_dtype, launch
 from ..engine.options import Parser
+from ..evaluation import store
+from ..multicrop import MEAN, STD
 from . import released
 from .export import detectron2_options, export_detectron2, export_model, torchvision_has
-from .load import HeadsDoNotFit, describe, open_model, open_trunk
+from .load import HeadsDoNotFit, describe, load_backbone, open_model, open_trunk
 from .model import Model
 
 
@@ -34,6 +40,10 @@ def arguments(argv=None):
                         help="write a backbone.pt (torchvision's names, and heads where there are some), a "
                              ".pkl for detectron2, or a torchvision network with a cluster head as its fc "
                              "and the training images' clusters as L")
+    parser.add_argument("--features", default="", metavar="DATA",
+                        help="write features of images (a folder, list or set) to an .npz file: features (N, "
+                             "D) float32, NaN where an image cannot be read, paths (N,), info as JSON; "
+                             "torchrun shares the images out")
     parser.add_argument("--out", default="", metavar="FILE", help="where to")
     parser.add_argument("--head", type=int, default=0, help="the head that --to model takes (default: 0)")
     parser.add_argument("--trust-pickle", action="store_true",
@@ -42,8 +52,10 @@ def arguments(argv=None):
 
 
 def main(args):
-    if bool(args.to) != bool(args.out):
-        raise ArgumentError("--to and --out go together: what to write, and where")
+    if bool(args.to) + bool(args.features) != bool(args.out):
+        raise ArgumentError("--to and --out go together, or --features and --out: what to write, and where")
+    if args.features:
+        return write_features(args)
     path, out = released.local(args.file), Path(args.out)
     try:
         model, info, contents = open_model(args.file, args.trust_pickle)
@@ -72,6 +84,22 @@ def main(args):
         print(f"  options     MODEL.WEIGHTS {out} {detectron2_options(info)}")
     elif not torchvision_has(info):
         print("  torchvision has no such network: common.weights.load_backbone rebuilds it")
+
+
+def write_features(args):
+    """Features of a set of images, by the trunk, from the ranks' shares into one file."""
+    device, all_of_it = distributed.start(), Path(args.features).is_dir()  # also where it holds a train/
+    trunk, info = distributed.from_main(load_backbone, args.file, args.trust_pickle)
+    images = distributed.from_main(data.open_images, args.features, "" if all_of_it else "train")
+    say(f"{args.file}: {describe(info)}; {len(images)} images of {args.features} at {info['size']} px")
+    bad = set()
+    rows, _ = features.extract(trunk.to(device, memory_format=torch.channels_last), images, info["resize"],
+                               info["size"], device, info.get("mean", MEAN), info.get("std", STD), workers=-1,
+                               precision=autocast_dtype("auto", device), bad=bad)
+    store.write(args.out, {"features": rows.float()}, {"paths": np.array(images.paths)}, info)
+    bad = int(distributed.all_sum(torch.tensor(len(bad))))
+    say(f"written: {args.out}, features ({len(images)}, {rows.shape[1]})"
+        + f"; {bad} images cannot be read and are NaN" * (bad > 0))
 
 
 def report(path, model, info, contents):

@@ -79,8 +79,8 @@ def open_trunk(path, trust_pickle=False):
             contents = families.recognise(saved)
         except families.Refused as error:
             raise CheckpointError(f"{path} {error}") from None
-        released.check(name, path, contents.info["method"])
         info = {"method": "unknown", "resize": 256, "size": 224, "mean": MEAN, "std": STD, **contents.info}
+        released.check(name, path, info["method"])
         with torch.device("meta"):  # costs nothing, whatever size a file says
             _compare(build_backbone(info), contents.trunk, path, info)
         trunk = build_backbone(info)
