@@ -915,6 +915,21 @@ def test_hub_refuses_other_networks(tmp_path):
         assert "\n" not in str(refusal.value)
 
 
+def test_safetensors(tmp_path, monkeypatch, capsys):
+    trunk = thin()
+    path = put(tmp_path, {"state_dict": trunk.state_dict()})
+    out = tmp_path / "trunk.safetensors"
+    monkeypatch.setitem(sys.modules, "safetensors", None)  # not installed
+    assert command(path, "--to", "safetensors", "--out", out) == 2
+    assert "--to safetensors needs: pip install safetensors" in capsys.readouterr().err and not out.exists()
+    monkeypatch.undo()
+    safetensors = pytest.importorskip("safetensors.torch")
+    assert command(path, "--to", "safetensors", "--out", out) == 0
+    tensors = safetensors.load_file(out)
+    assert tensors.keys() == trunk.state_dict().keys()
+    assert all(torch.equal(tensor, trunk.state_dict()[name]) for name, tensor in tensors.items())
+
+
 # ---- features of any images
 
 

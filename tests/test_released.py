@@ -9,11 +9,14 @@ import zipfile
 
 import pytest
 import torch
-from test_checkpoint import swav_released, thin
+from helpers import image_tree
+from test_checkpoint import deepclusterv2_released, mmselfsup_odc, sela_released, swav_released, thin
 
 import hubconf
+from benchmarks import verify
 from common import weights
 from common.engine.errors import CheckpointError
+from common.engine.launch import launch
 from common.resnet import resnet18
 from common.weights import __main__ as tool
 from common.weights import released
@@ -147,6 +150,33 @@ def test_the_hub_fills_torchvisions_network(server, monkeypatch):
     assert torch.equal(network.layer4[1].conv2.weight, trunk.layer4[1].conv2.weight)
     with pytest.raises(ValueError, match="torchvision_try is no resnet50 of torchvision: resnet18 x1"):
         hubconf.resnet50("released:torchvision_try")
+
+
+def test_released_weights_are_measured_beside_what_is_published(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    cache = tmp_path / "cache/hub/checkpoints/deepclustering"
+    cache.mkdir(parents=True)
+    trunk = swav_released()[0]
+    head = {"module.linear.weight": torch.randn(3, 256), "module.linear.bias": torch.zeros(3)}
+    files = {"swav_800ep.tar": trunk, "swav_800ep_linear.tar": {"state_dict": head},
+             "deepclusterv2_800ep.tar": deepclusterv2_released()[0], "odc_440ep.pth": mmselfsup_odc()[0],
+             "sela_resnet50_10x3k.pth": sela_released()[0]}
+    for name, saved in files.items():
+        torch.save(saved, cache / name)
+    images = image_tree(tmp_path / "images", classes=3, images=25, size=(40, 40))
+    launch(verify.main, verify.arguments(["--data", str(images), "--workers", "0"]))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "75 images to vote, 75 to judge by; top-1 in percent" and len(lines) == 6
+    rows = [(row.split()[0], row.rpartition("published")[2].strip()) for row in lines[1:]]
+    assert rows == [("swav_800ep", "75.3"), ("swav_800ep", "65.7"), ("deepclusterv2_800ep", "67.1"),
+                    ("odc_440ep", "39.1"), ("sela_resnet50_10x3k", "")] and "not published" in lines[-1]
+    launch(verify.main, verify.arguments(["--data", str(images), "--workers", "0", "--limit", "30"]))
+    assert "30 images to vote, 30 to judge by" in capsys.readouterr().out
+    (cache / "odc_440ep.pth").write_bytes(b"cut short")
+    with pytest.raises(SystemExit) as stopped:
+        launch(verify.main, verify.arguments(["--data", str(images), "--workers", "0", "--limit", "30"]))
+    error = capsys.readouterr().err
+    assert stopped.value.code == 4 and "odc_440ep.pth cannot be loaded" in error and error.count("\n") == 1
 
 
 def test_the_list_names_every_file_with_its_licence():

@@ -24,7 +24,13 @@ from ..engine.options import Parser
 from ..evaluation import store
 from ..multicrop import MEAN, STD
 from . import released
-from .export import detectron2_options, export_detectron2, export_model, torchvision_has
+from .export import (
+    detectron2_options,
+    export_detectron2,
+    export_model,
+    export_safetensors,
+    torchvision_has,
+)
 from .load import HeadsDoNotFit, describe, load_backbone, open_model, open_trunk
 from .model import Model
 
@@ -36,9 +42,9 @@ def arguments(argv=None):
                                      "released:NAME")
     parser.add_argument("--list", action="version", version=released.table(),
                         help="print the names, addresses and licences of released checkpoints, and stop")
-    parser.add_argument("--to", choices=("torchvision", "detectron2", "model"),
-                        help="write a backbone.pt (torchvision's names, and heads where there are some), a "
-                             ".pkl for detectron2, or a torchvision network with a cluster head as its fc "
+    parser.add_argument("--to", choices=("torchvision", "safetensors", "detectron2", "model"),
+                        help="write a backbone.pt (torchvision's names, and heads where there are some), the "
+                             "trunk as safetensors, a .pkl for detectron2, or a torchvision network with a cluster head as its fc "
                              "and the training images' clusters as L")
     parser.add_argument("--features", default="", metavar="DATA",
                         help="write features of images (a folder, list or set) to an .npz file: features (N, "
@@ -73,6 +79,8 @@ def main(args):
     try:
         if args.to == "torchvision":
             export_backbone(out, model.backbone, info, model, contents.labels)
+        elif args.to == "safetensors":
+            export_safetensors(out, model.backbone, info)
         elif args.to == "detectron2":
             export_detectron2(out, model.backbone, info)
         else:

@@ -1,5 +1,6 @@
 """Reads trunks and models out of files, whoever wrote them: families.py knows the layouts."""
 
+import hashlib
 import pickle
 import re
 import warnings
@@ -69,11 +70,20 @@ def describe(info):
     return f"{info['arch']} x{width:g}{sobel}, {info.get('stem')} stem"
 
 
+def checksum(trunk):
+    """SHA-256 of a network's tensors, by name: the same, whatever file they come from."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(trunk.state_dict().items()):
+        if not name.endswith("num_batches_tracked"):
+            digest.update(name.encode() + tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def open_trunk(path, trust_pickle=False):
     """(trunk, info, families.Contents) of a run directory or a file."""
     name, path = path, released.local(path)
     path = path / "backbone.pt" if path.is_dir() else path
-    saved = _read(path, trust_pickle)
+    saved = read(path, trust_pickle)
     with border(CheckpointError, f"{path} is no checkpoint that is known"):
         try:
             contents = families.recognise(saved)
@@ -111,7 +121,7 @@ def open_model(path, trust_pickle=False):
     return model, info, contents
 
 
-def _read(path, trust_pickle):
+def read(path, trust_pickle=False):
     """What a file holds. The one place that may run code which is in a file: with trust_pickle alone."""
     if not path.exists():
         raise CheckpointError(f"{path} does not exist")
