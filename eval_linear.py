@@ -37,14 +37,13 @@ from common import data, distributed, features, weights
 from common.batchnorm import SyncBatchNorm
 from common.engine.errors import ArgumentError, DataError, Diverged, say
 from common.engine.launch import launch
+from common.evaluation import classifier, store
 from common.evaluation import protocol as evaluation
-from common.evaluation import store
 from common.evaluation.metrics import accuracy, ranked, ranked_accuracy
 from common.evaluation.pooling import FEATURES, Reading, shapes
 from common.evaluation.progress import Progress
 from common.multicrop import Augmentation, CenterCrop, MultiCrop, RandomCrop, TenCrop, photometric
 from common.optim import drops
-from common.weights import classifier
 
 # B images, C channels of a map, F features of a layer, G settings (learning rate, weight decay), K classes
 
@@ -403,7 +402,7 @@ class Drawn:
 
 def judge_head(args, device):
     """--head: the accuracy of a kept or released classifier on the images to judge by."""
-    network = distributed.from_main(weights.load_classifier, args.head, args.trunk, *args.layers[:1])
+    network = distributed.from_main(classifier.load_classifier, args.head, args.trunk, *args.layers[:1])
     info = evaluation.sized(args, network.info)
     queries = distributed.from_main(evaluation.open_known, args, network.classes, len(network.bias))
     how = evaluation.extraction(args, info, device)

@@ -36,13 +36,13 @@ from common.batchnorm import parallel
 from common.engine.checkpoint import cpu_state
 from common.engine.errors import ArgumentError, DataError, Diverged, say
 from common.engine.launch import launch, repeatable
+from common.evaluation import classifier
 from common.evaluation import protocol as evaluation
 from common.evaluation.metrics import accuracy
 from common.evaluation.progress import Progress
 from common.features import extract
 from common.multicrop import Augmentation, MultiCrop, photometric
 from common.optim import drops
-from common.weights import classifier
 
 # B images of a step, F features, C classes
 

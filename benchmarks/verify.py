@@ -16,6 +16,7 @@ from common import data, distributed, features, weights
 from common.engine.errors import DataError, say
 from common.engine.held_out import match_classes, open_queries
 from common.engine.launch import autocast_dtype, launch
+from common.evaluation.classifier import load_classifier
 from common.evaluation.metrics import accuracy
 from common.evaluation.protocol import Subset
 
@@ -63,7 +64,7 @@ def main(args):
         return features.extract(network.to(device), part, info["resize"], info["size"], device, **how)
 
     trunk, head, published = LINEAR
-    network = weights.load_classifier(f"released:{head}", f"released:{trunk}")
+    network = load_classifier(f"released:{head}", f"released:{trunk}")
     line(trunk, "released classifier", accuracy(*rows(network, network.info, queries))[0], published)
     for name, published in NEIGHBOURS.items():
         trunk, info = weights.load_backbone(f"released:{name}")

@@ -23,6 +23,7 @@ from common import data, distributed, weights
 from common.alexnet import AlexNet, Sobel
 from common.engine.errors import DataError
 from common.evaluation import protocol, store
+from common.evaluation.classifier import load_classifier
 from common.multicrop import MEAN, STD, center
 from common.resnet import resnet50
 from common.weights import load
@@ -401,7 +402,7 @@ def test_a_kept_classifier(images, run, imagenet_stem, tmp_path, capsys):
     best = max(row["top1"] for row in trained["results"])
     record, out = evaluate(capsys, eval_linear, run, "--head", kept, "--data", images, *CPU)
     assert record["top1"] == best and f"avgpool: {best:.2f} top-1" in out
-    network = weights.load_classifier(kept, run)
+    network = load_classifier(kept, run)
     assert network.classes == ["blue", "green", "red"] and network.info["size"] == 20
     assert network(torch.zeros(2, 3, 20, 20)).shape == (2, 3)
     several = (imagenet_stem, "--data", images, "--preset", "vissl_28e", "--layers", "feature5", "avgpool",
@@ -534,7 +535,7 @@ def test_ranks_keep_and_read_one_file(tmp_path):
         assert [len(result[1][0]) for result in results] == [0, 1, 1]  # of two rows
         assert all(result[2] == {"arch": "resnet10", "classes": CLASSES} for result in results)
         size = (41 + 2) * (12 * 4 + 8)  # 12 features and a label each
-        gathered = f"{size:,} bytes are gathered on rank 0\n"
+        gathered = f"{size:,} bytes of features and labels are gathered on rank 0\n"
         assert [result[3] for result in results] == [gathered, "", ""]
 
 

@@ -14,6 +14,7 @@ from torch import nn
 import eval_semisup
 from common import data, distributed
 from common.engine.errors import Diverged
+from common.evaluation.classifier import load_classifier
 from common.evaluation.metrics import accuracy
 from common.evaluation.progress import Progress
 from common.evaluation.protocol import Subset
@@ -21,7 +22,6 @@ from common.features import extract
 from common.multicrop import MEAN, STD, Augmentation, MultiCrop
 from common.resnet import resnet10, resnet50
 from common.sources.shapes import Shapes
-from common.weights import load_classifier
 from eval_semisup import PRESETS, Model, Preset, draw, finetune
 
 

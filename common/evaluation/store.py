@@ -18,35 +18,15 @@ LABELS = 1_000_000  # more would be numbers of something else than classes
 def save(path, train, val, info):
     """Writes features and labels of all ranks to one .npz file, which `load` and NumPy read: train_features
     (N, D) float32, train_labels (N,), val_features, val_labels, and info, a dict, as JSON. train, val: this
-    rank's (features, labels)."""
+    rank's (features, labels). Rank 0 holds all rows while it writes, the others those of one rank more."""
     arrays = {}
     for split, (features, labels) in zip(SPLITS, (train, val)):
         arrays |= {f"{split}_features": features.float(), f"{split}_labels": labels}
-    write(path, arrays, {}, info)
-
-
-def write(path, shares, others, info):
-    """Writes arrays to one .npz file: shares {name: this rank's rows of all}, others {name: NumPy array}, and
-    info, a dict, as JSON. Rank 0 holds all rows while it writes, the others those of one rank more."""
-    nbytes = int(distributed.all_sum(torch.tensor(sum(x.nbytes for x in shares.values()))))
+    nbytes = int(distributed.all_sum(torch.tensor(sum(x.nbytes for x in arrays.values()))))
     if distributed.world_size() > 1:
-        say(f"{nbytes:,} bytes are gathered on rank 0")
-    arrays = {name: _on_main(x) for name, x in shares.items()}
-    distributed.from_main(_write, path, arrays | others, info)
-
-
-def _on_main(x):
-    """The rows of all ranks in rank order, on rank 0, as an array; none on the others."""
-    counts = distributed.gather_rows(torch.tensor([len(x)])).tolist()
-    main, filled = distributed.rank() == 0, 0
-    rows = torch.empty(sum(counts) if main else max(counts), *x.shape[1:], dtype=x.dtype)
-    for source, count in enumerate(counts):
-        block = rows[filled : filled + count]  # on the others always the first rows
-        if source == distributed.rank():
-            block.copy_(x)
-        distributed.broadcast(block, source)
-        filled += count if main else 0
-    return rows[:filled].numpy()
+        say(f"{nbytes:,} bytes of features and labels are gathered on rank 0")
+    arrays = {name: distributed.gather_on_main(x) for name, x in arrays.items()}
+    distributed.from_main(_write, path, arrays, info)
 
 
 def _write(path, arrays, info):

@@ -8,6 +8,7 @@
 """
 
 import hashlib
+import json
 from argparse import RawDescriptionHelpFormatter
 from collections import Counter
 from pathlib import Path
@@ -18,10 +19,10 @@ from torch import nn
 
 from .. import data, distributed, features
 from ..engine.checkpoint import export_backbone
-from ..engine.errors import ArgumentError, say
+from ..engine.errors import ArgumentError, border, say
+from ..engine.files import writing
 from ..engine.launch import autocast_dtype, launch
 from ..engine.options import Parser
-from ..evaluation import store
 from ..multicrop import MEAN, STD
 from . import released
 from .export import (
@@ -44,8 +45,8 @@ def arguments(argv=None):
                         help="print the names, addresses and licences of released checkpoints, and stop")
     parser.add_argument("--to", choices=("torchvision", "safetensors", "detectron2", "model"),
                         help="write a backbone.pt (torchvision's names, and heads where there are some), the "
-                             "trunk as safetensors, a .pkl for detectron2, or a torchvision network with a cluster head as its fc "
-                             "and the training images' clusters as L")
+                             "trunk as safetensors, a .pkl for detectron2, or a torchvision network with a "
+                             "cluster head as its fc and the training images' clusters as L")
     parser.add_argument("--features", default="", metavar="DATA",
                         help="write features of images (a folder, list or set) to an .npz file: features (N, "
                              "D) float32, NaN where an image cannot be read, paths (N,), info as JSON; "
@@ -104,10 +105,16 @@ def write_features(args):
     rows, _ = features.extract(trunk.to(device, memory_format=torch.channels_last), images, info["resize"],
                                info["size"], device, info.get("mean", MEAN), info.get("std", STD), workers=-1,
                                precision=autocast_dtype("auto", device), bad=bad)
-    store.write(args.out, {"features": rows.float()}, {"paths": np.array(images.paths)}, info)
+    rows = distributed.gather_on_main(rows.float().cpu())  # the others wait, with a rank's rows
+    distributed.from_main(_write_features, args.out, rows, images.paths, info)
     bad = int(distributed.all_sum(torch.tensor(len(bad))))
     say(f"written: {args.out}, features ({len(images)}, {rows.shape[1]})"
         + f"; {bad} images cannot be read and are NaN" * (bad > 0))
+
+
+def _write_features(path, rows, paths, info):
+    with border(ArgumentError, f"--out {path} cannot be written"), writing(path) as file:
+        np.savez(file, features=rows, paths=np.array(paths), info=json.dumps(info))
 
 
 def report(path, model, info, contents):

@@ -42,7 +42,7 @@ def export_model(path, model, info, head=0, labels=None):
 
 
 def export_safetensors(path, backbone, info):
-    """Writes a trunk under torchvision's names, with info as text beside it. Needs the package safetensors."""
+    """Writes a trunk under torchvision's names, and info as text. Needs the package safetensors."""
     try:
         import safetensors.torch
     except ImportError:

@@ -6,8 +6,8 @@ from torch import nn
 
 from ..engine import checkpoint
 from ..engine.errors import CheckpointError, border
-from ..evaluation.pooling import pooled
-from . import load, released
+from ..weights import load, released
+from .pooling import pooled
 
 RELEASED = ("linear", "head.fc_cls", "head.fc")  # the layer in SwAV's and in MMSelfSup's files
 
