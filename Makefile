@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test test-all bench results figures lint diff loc
+.PHONY: help demo test test-all bench results figures verify lint diff loc
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -13,7 +13,7 @@ help:  ## list the targets
 	@touch $@
 
 .venv/dev: .venv/run pyproject.toml
-	$(BIN)/pip install --quiet --disable-pip-version-check pytest pytest-xdist hypothesis ruff scikit-learn
+	$(BIN)/pip install --quiet --disable-pip-version-check pytest pytest-xdist hypothesis ruff scikit-learn safetensors
 	@touch $@
 
 demo: .venv/run  ## train SwAV on embedded images, k-NN before and after: under 5 minutes on two CPU cores
@@ -47,6 +47,9 @@ figures: .venv/run  ## what breaks the methods, what SwAV costs, and the picture
 	$(BIN)/python -m benchmarks.stability --recipe cifar --data $(or $(DATA),cifar10) $(if $(ROOT),--root $(ROOT)) --epochs 10
 	$(BIN)/python -m benchmarks.multicrop
 	$(BIN)/python -m benchmarks.figures --runs runs
+
+verify: .venv/run  ## released weights against their published figures: IMAGENET=folder
+	$(BIN)/python -m benchmarks.verify --data $(IMAGENET)
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -10,11 +10,14 @@ small clusters are high by chance alone.
     python eval_cluster.py runs/swav_shapes --training  # its training images, as assignments.npz has them
     python eval_cluster.py moco_v2_800ep.pth.tar --kmeans 3000 --data /imagenet
     python eval_cluster.py runs/swav_small --images ~/new_photos  # no labels needed: clusters.csv, gallery
+    python eval_cluster.py runs/swav_small --images one.jpg       # its cluster
+    python eval_cluster.py runs/swav_small --images ~/new_photos --sort-into sorted  # a folder a cluster
 """
 
 import csv
 import itertools
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -121,7 +124,11 @@ def arguments(argv=None):
                                "labelled held-out images (default: the val split of --data)", batch_size=256)
     add = parser.add_argument
     add("--training", action="store_true", help="judge the training images in place of held-out ones")
-    add("--images", default="", metavar="DIR", help="cluster these, labels or not; writes clusters.csv")
+    add("--images", default="", metavar="DATA",
+        help="cluster these (a folder, list, image or set), labels or not; writes clusters.csv")
+    add("--sort-into", default="", metavar="DIR",
+        help="make a folder of each cluster (of --head), with links to its images, the most typical first")
+    add("--copy", action="store_true", help="copies in place of links")
     add("--kmeans", type=int, default=0, metavar="K",
         help="cluster the trunk's pooled features into K by k-means, in place of the heads")
     add("--head", type=int, default=0, help="head that the gallery shows (default: 0)")
@@ -147,6 +154,10 @@ def check(args):
         raise ArgumentError(f"--data {args.data} {way}")
     if args.random_init and not args.kmeans:
         raise ArgumentError("--random-init needs --kmeans: heads of random weights say nothing")
+    if args.copy and not args.sort_into:
+        raise ArgumentError("--copy needs --sort-into DIR")
+    if args.sort_into and Path(args.sort_into).exists():
+        raise ArgumentError(f"--sort-into {args.sort_into} exists: name a new folder")
 
 
 def open_output(args):
@@ -172,7 +183,7 @@ def open_subject(args):
         raise CheckpointError(f"{args.trunk} is no run: --training needs the directory of one, or --kmeans")
     spec, root, val = evaluation.sources(args)
     if not spec and not (val and not args.training and not args.kmeans):
-        if not Path(args.trunk).exists():  # with a run that is there, there would be data
+        if not weights.local(args.trunk).exists():  # with a run that is there, there would be data
             raise CheckpointError(f"{args.trunk} does not exist")
         raise ArgumentError("--data is needed: labelled images, or --images DIR")
     training = data.open_images(spec, "train", root) if args.training or args.kmeans else None
@@ -216,6 +227,8 @@ def main(args):
     check(args)
     out = distributed.from_main(open_output, args)
     training, images, subject = distributed.from_main(open_subject, args)
+    if args.sort_into and not hasattr(images, "root"):
+        raise ArgumentError(f"--sort-into {args.sort_into} needs images that are files")
     if args.kmeans:
         check_head(args, 1)
         trunk, info = evaluation.open_trunk(args, device)
@@ -256,6 +269,10 @@ def main(args):
             head.update(figures, chance=chance)
         record["mean"] = {name: float(np.mean([head[name] for head in record["heads"]])) for name in figures}
     report(record)
+    if args.sort_into:
+        head = clusters[args.head], scores[args.head]
+        count = distributed.from_main(sort_into, Path(args.sort_into), images, *head, args.copy)
+        say(f"sorted: {args.sort_into}, a folder for each of {count} clusters")
     suffix = "_training" * args.training + "_images" * bool(args.images) + "_kmeans" * bool(args.kmeans)
     evaluation.finish(args, info, f"eval_cluster{suffix}", record, folder=out)
     try:
@@ -272,6 +289,23 @@ def main(args):
             say(f"gallery: {page}, {size / 1e6:.1f} MB{fewer * (shown < args.samples)}")
     except OSError as error:
         raise ArgumentError(f"--out {out} cannot be written: {error.strerror or error}") from None
+
+
+def sort_into(folder, images, clusters, scores, copy):
+    """Makes folder/CLUSTER/RANK_NAME of every image that has a cluster, links or copies, highest scores
+    first, those without a score last; returns how many clusters have images."""
+    digits = [len(str(max(1, n))) for n in (clusters.max(), len(clusters))]
+    order = np.lexsort((-np.nan_to_num(scores, nan=-np.inf), clusters))
+    used = np.unique(clusters[clusters >= 0])
+    with border(ArgumentError, f"--sort-into {folder} cannot be written"):
+        for cluster in used:
+            inside = folder / f"{cluster:0{digits[0]}}"
+            inside.mkdir(parents=True)
+            for rank, i in enumerate(order[clusters[order] == cluster]):
+                source = Path(images.root, images.paths[i]).absolute()
+                name = inside / f"{rank:0{digits[1]}}_{source.name[-200:]}"
+                shutil.copyfile(source, name) if copy else name.symlink_to(source)
+    return len(used)
 
 
 def compare(clusters, labels):

@@ -13,7 +13,11 @@ epoch, and --cache, which looks once at each image's centre crop and trains on t
     python eval_linear.py runs/swav_shapes --save-features f.npz  # keeps them; also eval_knn.py reads f.npz
     python eval_linear.py f.npz --lr 0.1 1                        # on kept features
     torchrun --nproc_per_node=8 eval_linear.py resnet50.pth --preset swav_100e --data /imagenet
+    python eval_linear.py resnet50.pth --head classifier.pt --val /imagenet/val   # judges a kept classifier
     python eval_linear.py --list-presets                          # the published protocols and their figures
+
+A stop signal and every --save-every minutes save where it is; the same command goes on. The classifiers are
+kept, those of the best rate.
 """
 
 import itertools
@@ -29,14 +33,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import data, distributed, features
+from common import data, distributed, features, weights
 from common.batchnorm import SyncBatchNorm
 from common.engine.errors import ArgumentError, DataError, Diverged, say
 from common.engine.launch import launch
+from common.evaluation import classifier, store
 from common.evaluation import protocol as evaluation
-from common.evaluation import store
-from common.evaluation.metrics import ranked, ranked_accuracy
+from common.evaluation.metrics import accuracy, ranked, ranked_accuracy
 from common.evaluation.pooling import FEATURES, Reading, shapes
+from common.evaluation.progress import Progress
 from common.multicrop import Augmentation, CenterCrop, MultiCrop, RandomCrop, TenCrop, photometric
 from common.optim import drops
 
@@ -187,6 +192,8 @@ def arguments(argv=None):
     add("--weight-decay", type=float, nargs="+", help="weight decays for each --lr (default: the preset's)")
     add("--crops", type=int, choices=(1, 10), help="crops an image to judge by (default: the preset's)")
     add("--cache", action="store_true", help="train on features of centre crops, extracted once")
+    add("--head", default="", metavar="FILE",
+        help="train nothing: judge this classifier, kept by an earlier call or released with the trunk")
     add("--save-features", default="", metavar="FILE", help="--cache, and keep the features in an .npz file")
     return parser.parse_args(argv)
 
@@ -269,8 +276,9 @@ class Probe(nn.Module):
 
 
 def train_one_epoch(probes, batches, preset, epoch, steps):
-    """One pass over batches: maps {layer: (b, C, h, w)}, labels (b,), and size of the batch of all ranks."""
-    for step, (maps, labels, total) in enumerate(batches, epoch * steps):
+    """One pass over numbered batches of the epoch: maps {layer: (b, C, h, w)}, labels (b,), and size of the
+    batch of all ranks."""
+    for number, (maps, labels, total) in batches:
         loss = 0
         for probe in probes:
             logits = probe.train()(maps[probe.layer])  # (b, K, G)
@@ -278,7 +286,8 @@ def train_one_epoch(probes, batches, preset, epoch, steps):
             loss = loss + F.cross_entropy(logits, targets, reduction="sum") / total
         loss.backward()
         for probe in probes:
-            rates = [preset.schedule(preset, epoch, step, *setting) for setting in probe.settings]
+            rates = [preset.schedule(preset, epoch, epoch * steps + number, *setting)
+                     for setting in probe.settings]
             rates = torch.tensor(rates, dtype=torch.float64).to(probe.weight, non_blocking=True)  # (G,)
             probe.descend(rates, preset.nesterov)
 
@@ -307,15 +316,16 @@ class Cached:
         counts = distributed.gather_rows(torch.tensor([len(self.x)])).tolist()
         self.n, self.first = sum(counts), sum(counts[: distributed.rank()])
 
-    def batches(self, epoch, batch_size, seed, drop_last):
-        """Batches that do not depend on the number of ranks: of each, a rank has the rows that it holds."""
+    def batches(self, epoch, batch_size, seed, drop_last, first=0):
+        """Batches, from the number `first` on, that do not depend on the number of ranks: of each, a rank has
+        the rows that it holds."""
         batches = data.batches(self.n, batch_size, epoch, seed, 0, 1, drop_last=drop_last)
-        for batch in map(batches.__getitem__, range(len(batches))):
+        for batch in map(batches.__getitem__, range(first, len(batches))):
             rows = torch.tensor([index for _, index in batch]) - self.first
             rows = rows[(rows >= 0) & (rows < len(self.x))].to(self.x.device, non_blocking=True)
             yield {"avgpool": self.x[rows, :, None, None]}, self.labels[rows], len(batch)
 
-    def judge(self, probes):
+    def judge(self, probes, fetch):
         best = [judge(probes, {"avgpool": block[:, :, None, None]}) for block in self.val.split(4096)]
         return ranked_accuracy(torch.cat(best), self.val_labels)
 
@@ -353,12 +363,12 @@ class Drawn:
         lengths, std = torch.tensor([0.2175, 0.0188, 0.0045]), torch.tensor(how["std"])
         self.colours = colours * lengths / std[:, None]  # (RGB, 3)
 
-    def batches(self, epoch, batch_size, seed, drop_last):
+    def batches(self, epoch, batch_size, seed, drop_last, first=0):
         device, precision = self.how["device"], self.how["precision"]
         reading = Reading(self.trunk, self.preset.layers, dict)
         order = np.random.default_rng((seed, epoch)).permutation(self.labelled)
         batches = data.batches(self.n, batch_size, epoch, seed, order=order, drop_last=drop_last)
-        for step, (index, crops, params) in enumerate(self.loader.epoch(epoch, batches)):
+        for step, (index, crops, params) in enumerate(self.loader.epoch(epoch, batches, first), first):
             crops = crops[0][0].to(device, non_blocking=True)  # (b, 3, s, s)
             x = photometric(crops, params[0], self.how["mean"], self.how["std"])
             total = min(batch_size, self.n - step * batch_size)
@@ -377,21 +387,38 @@ class Drawn:
         if bad and epoch == 0:
             say(f"warning: {bad} images of --data cannot be read and are replaced by their neighbours")
 
-    def judge(self, probes):
+    def judge(self, probes, fetch):
         p = self.preset
 
         def best_classes(maps):
             return judge(probes, maps, p.view.views, p.probabilities).flatten(1).float()
 
         reading = Reading(self.trunk, p.layers, best_classes)
-        how = {**self.how, "batch_size": max(1, 256 // p.view.views), "view": p.view}
+        how = {**self.how, "batch_size": max(1, 256 // p.view.views), "view": p.view, "fetch": fetch}
         best, labels = features.extract(reading, self.queries, **how)
         settings = sum(len(probe.settings) for probe in probes)
         return ranked_accuracy(best.nan_to_num(-1).long().unflatten(1, (settings, -1)), labels)
 
 
+def judge_head(args, device):
+    """--head: the accuracy of a kept or released classifier on the images to judge by."""
+    network = distributed.from_main(classifier.load_classifier, args.head, args.trunk, *args.layers[:1])
+    info = evaluation.sized(args, network.info)
+    queries = distributed.from_main(evaluation.open_known, args, network.classes, len(network.bias))
+    how = evaluation.extraction(args, info, device)
+    network.to(device, memory_format=torch.channels_last)
+    top1, top5 = accuracy(*features.extract(network, queries, **how))
+    five = "" if top5 is None else f", {top5:.2f} top-5"
+    say(f"{args.trunk}: {evaluation.name(info)}; {args.head}, {network.layer}: {top1:.2f} top-1{five}")
+    record = {"head": args.head, "layer": network.layer, "size": info["size"], "val": len(queries),
+              "top1": round(top1, 4), "top5": top5 if top5 is None else round(top5, 4)}
+    evaluation.finish(args, info, "eval_linear_head", record, folder=args.out)
+
+
 def main(args):
     device = evaluation.start(args)
+    if args.head:
+        return judge_head(args, device)
     preset = choose(args)
     kept = evaluation.is_features(args)
     cached = bool(kept or args.cache or args.save_features)
@@ -406,7 +433,8 @@ def main(args):
     evaluation.need(not cached or args.crops != 10, args, "crops", "cached features are of one crop an image")
     if kept:
         *rows, info = store.load(args.trunk)
-        source, classes, precision = Cached(*rows, device), info["classes"], torch.float32
+        source, precision, trunk = Cached(*rows, device), torch.float32, None
+        classes, sets = range(info["classes"]), {"data": evaluation.seen(args.trunk)}
         maps = {"avgpool": (rows[0][0].shape[1], 1, 1)}
     else:
         trunk, info = evaluation.open_trunk(args, device)
@@ -422,7 +450,8 @@ def main(args):
             source = Cached(*rows, device)
         else:
             source = Drawn(trunk, images, queries, preset, how, args.seed)
-        classes, precision = len(images.classes), how["precision"]
+        classes, precision = images.classes, how["precision"]
+        sets = {"data": images.fingerprint, "val": queries.fingerprint}
     # A last batch with fewer images than ranks, or with one, which has no variance, is left out.
     left = source.n % preset.batch_size
     drop_last = left < max(2, distributed.world_size())
@@ -431,31 +460,59 @@ def main(args):
         raise DataError(f"{source.n} labelled images are too few to train on")
 
     settings = list(itertools.product(preset.lr, preset.weight_decay))
-    probes = [Probe(name, maps[name.partition("+")[0]], classes, settings, preset.start, args.seed).to(device)
-              for name in preset.probes]
+    probes = [Probe(name, maps[name.partition("+")[0]], len(classes), settings, preset.start,
+                    args.seed).to(device) for name in preset.probes]
+    name = f"eval_linear_{args.preset}{'_cached' * cached}"
+    folder = evaluation.folder(args, name)
+    decisive = evaluation.decisive(args, trunk, precision=precision, **sets)
+    own = f"{name}{'_random' * args.random_init}"
+    progress = Progress(folder, own, decisive, args.save_every, args.fresh)
     say(f"{args.trunk}: {evaluation.name(info)}")
     say(f"preset {args.preset}, {preset.epochs} epochs of {steps} steps, batch {preset.batch_size}, "
-        f"{classes} classes; {source.n} images to train on, {source.judged} to judge by")
+        f"{len(classes)} classes; {source.n} images to train on, {source.judged} to judge by")
     if cached:
         say("features of centre crops, extracted once: not the published protocol, and not comparable with "
             "its figures")
-    history = {}  # epoch: [(top-1, top-5)] of all probes and settings
-    for epoch in range(preset.epochs):
+    first, begun, history = 0, 0, {}  # history: {epoch: [(top-1, top-5)] of all probes and settings}
+    if progress.state:
+        first, begun, history = (progress.state[key] for key in ("epoch", "step", "history"))
+        for probe, (parts, velocity) in zip(probes, progress.state["probes"], strict=True):
+            probe.load_state_dict(parts)
+            probe.velocity = {part: tensor.to(device) for part, tensor in velocity.items()}
+    progress.keep = lambda: {"epoch": epoch, "step": progress.number, "history": history,
+                             "probes": [(probe.state_dict(), probe.velocity) for probe in probes]}
+    for epoch in range(first, preset.epochs):
         began = time.perf_counter()
-        batches = source.batches(epoch, preset.batch_size, args.seed, drop_last)
-        train_one_epoch(probes, batches, preset, epoch, steps)
-        speed = source.n / (time.perf_counter() - began)
+        batches = source.batches(epoch, preset.batch_size, args.seed, drop_last, begun)
+        train_one_epoch(probes, progress.steps(batches, begun), preset, epoch, steps)
+        speed, begun = source.n / (time.perf_counter() - began), 0
         if epoch + 1 >= preset.first_validation or epoch + 1 == preset.epochs:
-            history[epoch + 1] = source.judge(probes)
+            history[epoch + 1] = source.judge(probes, progress.fetch)
             rest = iter(history[epoch + 1])
             best = [f"{probe.name} {max(top1 for top1, _ in itertools.islice(rest, len(settings))):.2f}"
                     for probe in probes]
             say(f"epoch {epoch + 1}/{preset.epochs}: {' '.join(best)} ({speed:.0f} img/s)")
     record = {"preset": args.preset, "cached": cached, "size": info.get("size"), "epochs": preset.epochs,
-              "batch_size": preset.batch_size, "seed": args.seed, "train": source.n, "classes": classes,
+              "batch_size": preset.batch_size, "seed": args.seed, "train": source.n, "classes": len(classes),
               "val": source.judged, "crops": 1 if cached else preset.view.views,
               "precision": str(precision).removeprefix("torch."), **results(probes, history)}
-    evaluation.finish(args, info, f"eval_linear_{args.preset}{'_cached' * cached}", record)
+    evaluation.finish(args, info, name, record, folder)
+    if not kept:
+        about = {"trunk": args.trunk, "sha256": weights.checksum(trunk), "preset": args.preset}
+        about |= {key: info[key] for key in ("resize", "size")}
+        path = folder / f"{own}_classifier.pt"
+        progress.write(classifier.save, path, chosen_heads(probes, record["chosen"]), classes, about)
+    progress.finish()
+
+
+def chosen_heads(probes, chosen):
+    """What `classifier.save` keeps of every probe: its best setting."""
+    heads = []
+    for probe in probes:
+        row = chosen[probe.name]
+        weight, bias = classifier.folded(probe, probe.settings.index((row["lr"], row["weight_decay"])))
+        heads.append({"layer": probe.layer, "weight": weight, "bias": bias, "top1": row["top1"]})
+    return heads
 
 
 def results(probes, history):

@@ -9,6 +9,9 @@ chosen on the images that it is reported for.
     python eval_semisup.py runs/swav_shapes                # minutes on a CPU: 10 % of the run's own images
     python eval_semisup.py runs/swav_shapes --random-init  # the same from random weights: the floor
     python eval_semisup.py --list-presets                  # the published protocols and their figures
+
+A stop signal and every --save-every minutes save where it is; the same command goes on. The network of the
+setting that is best in its last epoch is kept.
     torchrun --nproc_per_node=8 eval_semisup.py resnet50.pth --preset swav_10 --data /imagenet  # its own draw
     torchrun --nproc_per_node=8 eval_semisup.py resnet50.pth --preset swav_1 --data 1percent.txt \\
         --root /imagenet/train --val /imagenet/val         # SimCLR's list
@@ -30,10 +33,13 @@ from torch import nn
 
 from common import data, distributed
 from common.batchnorm import parallel
+from common.engine.checkpoint import cpu_state
 from common.engine.errors import ArgumentError, DataError, Diverged, say
 from common.engine.launch import launch, repeatable
+from common.evaluation import classifier
 from common.evaluation import protocol as evaluation
 from common.evaluation.metrics import accuracy
+from common.evaluation.progress import Progress
 from common.features import extract
 from common.multicrop import Augmentation, MultiCrop, photometric
 from common.optim import drops
@@ -178,13 +184,14 @@ class Model(nn.Module):
             return self.fc(features.to(self.fc.weight.dtype))
 
 
-def train_one_epoch(net, optimizer, loader, labels, p, epoch, seed, how):
-    """One pass in train mode without a last, incomplete batch; returns the mean loss over all ranks."""
+def train_one_epoch(net, optimizer, loader, labels, p, epoch, seed, how, progress, total):
+    """One pass in train mode without a last, incomplete batch, from step progress.number on; returns the mean
+    loss over all ranks. total: the sum of this rank's losses, so far."""
     device, precision, dtype = how["device"], how["precision"], next(net.parameters()).dtype
     batches = data.batches(len(labels), p.batch_size, epoch, seed)
     net.train()
-    total = torch.zeros((), device=device, dtype=torch.float64)
-    for step, (index, crops, params) in enumerate(loader.epoch(epoch, batches)):
+    first = progress.number
+    for step, (index, crops, params) in progress.steps(loader.epoch(epoch, batches, first), first):
         torch.manual_seed(seed << 32 | epoch * len(batches) + step)  # dropout, in trunks that have it
         crops = crops[0][0].to(device, non_blocking=True)  # (B, 3, s, s)
         x = photometric(crops, params[0], how["mean"], how["std"], dtype)
@@ -198,26 +205,39 @@ def train_one_epoch(net, optimizer, loader, labels, p, epoch, seed, how):
     return float(distributed.all_sum(total)) / distributed.world_size() / len(batches)
 
 
-def finetune(model, lr, head, p, loader, images, queries, seed, how):
-    """Trains model at one setting; after each epoch gives its loss, and top-1 and top-5 on the queries. Ends
-    early with a loss that is not finite. model: on its device. head: multiple of lr that the head has."""
-    net = parallel(model)
+def finetune(model, setting, p, loader, images, queries, seed, how, progress, kept):
+    """Trains model, on its device, at one setting; after each epoch gives its loss, and top-1 and top-5 on
+    the queries. Ends early with a loss that is not finite.
+
+    setting: lr of the trunk, head, a multiple of it, and top1 of the epochs that are done. kept: what else
+    progress keeps, beside where this is; it goes on where progress.state was.
+    """
+    net, lr, device = parallel(model), setting["lr"], next(model.parameters()).device
     groups = [{"params": list(model.backbone.parameters())}, {"params": list(model.fc.parameters())}]
     optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, weight_decay=p.weight_decay, nesterov=p.nesterov)
-    for epoch in range(p.epochs):
+    total = torch.zeros((), device=device, dtype=torch.float64)
+    if progress.state:
+        model.load_state_dict(progress.state["model"])
+        optimizer.load_state_dict(progress.state["optimizer"])
+        progress.number = progress.state["step"]
+        total += progress.state["total"] if distributed.rank() == 0 else 0.0
+        progress.state = None
+    progress.keep = lambda: {**kept, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                             "step": progress.number, "total": float(distributed.all_sum(total))}
+    for epoch in range(len(setting["top1"]), p.epochs):
         rate = drops(epoch, 1, lr, p.drops, p.gamma)
-        optimizer.param_groups[0]["lr"], optimizer.param_groups[1]["lr"] = rate, rate * head
-        loss = train_one_epoch(net, optimizer, loader, images.labels, p, epoch, seed, how)
+        optimizer.param_groups[0]["lr"], optimizer.param_groups[1]["lr"] = rate, rate * setting["head"]
+        loss = train_one_epoch(net, optimizer, loader, images.labels, p, epoch, seed, how, progress, total)
         evaluation.check_readable(loader)
-        if not math.isfinite(loss):
-            yield loss, None, None
-            return
         try:
-            scores, truth = extract(model, queries, **how)
+            result = accuracy(*extract(model, queries, **how)) if math.isfinite(loss) else (None, None)
         except Diverged:
-            yield loss, None, None
+            result = None, None
+        progress.number = 0
+        total.zero_()
+        yield loss, *result
+        if result[0] is None:
             return
-        yield loss, *accuracy(scores, truth)
 
 
 def report(settings, p):
@@ -247,18 +267,25 @@ def report(settings, p):
     return {"last": last, "best": best}
 
 
-def try_grid(trunk, p, loader, images, queries, classes, args, how):
-    """Fine-tunes a copy of the trunk at each setting; returns a dict of each, with accuracies by epoch."""
-    settings, started, done, total = [], time.perf_counter(), 0, len(p.lrs) * len(p.heads) * p.epochs
+def try_grid(trunk, p, loader, images, queries, classes, args, how, progress):
+    """Fine-tunes a copy of the trunk at each setting; returns a dict of each, with accuracies by epoch, and
+    {"top1", "setting", "model"} of the one that is best in its last epoch."""
+    kept = progress.state or {"settings": [], "best": {"top1": -1.0}}
+    kept = {name: kept[name] for name in ("settings", "best")}
+    settings, best, started, done = kept["settings"], kept["best"], time.perf_counter(), 0
+    begun = len(settings) - 1 if progress.state else 0  # the others are done
+    total = len(p.lrs) * len(p.heads) * p.epochs - sum(len(s["top1"]) for s in settings)
     dtype = torch.float64 if args.precision == "float64" else torch.float32
-    for lr, head in itertools.product(p.lrs, p.heads):
+    for lr, head in list(itertools.product(p.lrs, p.heads))[begun:]:
         torch.manual_seed(args.seed)
         model = Model(copy.deepcopy(trunk), classes, p.head_std)
         model.to(how["device"], dtype, memory_format=torch.channels_last)
-        setting = {"setting": f"head{head:g}, {exponent(lr)}", "lr": lr, "head": head, "top1": [], "top5": []}
-        settings.append(setting)
-        history = finetune(model, lr, head, p, loader, images, queries, args.seed, how)
-        for epoch, (loss, top1, top5) in enumerate(history, 1):
+        if not progress.state:
+            named = {"setting": f"head{head:g}, {exponent(lr)}", "lr": lr, "head": head}
+            settings.append({**named, "top1": [], "top5": []})
+        setting = settings[-1]
+        history = finetune(model, setting, p, loader, images, queries, args.seed, how, progress, kept)
+        for epoch, (loss, top1, top5) in enumerate(history, len(setting["top1"]) + 1):
             line = f"{setting['setting']:16} epoch {epoch}/{p.epochs} loss {loss:.4f}"
             if top1 is None:
                 say(f"{line} diverged")
@@ -268,7 +295,9 @@ def try_grid(trunk, p, loader, images, queries, classes, args, how):
             done += 1
             left = (time.perf_counter() - started) / done * (total - done)
             say(f"{line} top-1 {top1:.2f} left {timedelta(seconds=int(left))}")
-    return settings
+        if len(setting["top1"]) == p.epochs and setting["top1"][-1] > best["top1"]:
+            best.update(top1=setting["top1"][-1], setting=setting["setting"], model=cpu_state(model))
+    return settings, best
 
 
 def main(args):
@@ -298,8 +327,15 @@ def main(args):
     if warning:
         say(warning)
 
+    name = f"eval_semisup_{args.preset}"
+    folder, own = evaluation.folder(args, name), f"{name}{'_random' * args.random_init}"
+    decisive = evaluation.decisive(args, trunk, precision=how["precision"], data=everything.fingerprint,
+                                   val=queries.fingerprint)
+    progress = Progress(folder, own, decisive, args.save_every, args.fresh)
+    how["fetch"] = progress.fetch
     try:
-        settings = try_grid(trunk, p, loader, images, queries, len(everything.classes), args, how)
+        settings, best = try_grid(trunk, p, loader, images, queries, len(everything.classes), args, how,
+                                  progress)
     except RuntimeError as error:
         if "use_deterministic_algorithms" not in str(error):
             raise
@@ -317,7 +353,15 @@ def main(args):
               "classes": len(everything.classes), "epochs": p.epochs, "batch_size": p.batch_size,
               "weight_decay": p.weight_decay, "seed": args.seed,
               "best_setting": {when: s["setting"] for when, s in chosen.items()}, "settings": settings}
-    evaluation.finish(args, info, f"eval_semisup_{args.preset}", record)
+    evaluation.finish(args, info, name, record, folder)
+    model = Model(trunk.cpu(), len(everything.classes), 0)
+    model.load_state_dict(best["model"])
+    head = {"layer": "features", "weight": model.fc.weight, "bias": model.fc.bias, "top1": best["top1"]}
+    about = {"trunk": args.trunk, "preset": args.preset, "setting": best["setting"],
+             **{key: info[key] for key in ("resize", "size")}}
+    progress.write(classifier.save, folder / f"{own}_classifier.pt", [head], everything.classes, about,
+                   model.backbone, info)
+    progress.finish()
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""The trunks in torchvision's own networks, for any project: nothing of this repository is imported.
+"""The trunks in torchvision's own networks, for any project: nothing of this repository is imported, but for
+released:NAME.
 
     network = torch.hub.load("path/to/this/repository", "resnet50", checkpoint="runs/swav", source="local")
     features = network(images)  # (B, 2048), of normalised images: the network is in eval mode
 
-checkpoint: a run directory, a backbone.pt, or what `python -m common.weights FILE --to torchvision` or `--to
-model` wrote.
+checkpoint: a run directory, a backbone.pt, what `python -m common.weights FILE --to torchvision` or `--to
+model` wrote, or released:NAME (`python -m common.weights --list`), of which the trunk is used.
 """
 
 import zipfile
@@ -34,6 +35,11 @@ def _load(arch, checkpoint):
 
     Raises ValueError if the file is damaged, holds another network, or a weight that is not finite.
     """
+    if str(checkpoint).startswith("released:"):
+        from common.weights import load_backbone
+
+        trunk, info = load_backbone(checkpoint)
+        return _filled(arch, {"state_dict": trunk.state_dict(), "info": info}, checkpoint)
     path = Path(checkpoint)
     path = path / "backbone.pt" if path.is_dir() else path
     if not path.is_file():
@@ -43,6 +49,10 @@ def _load(arch, checkpoint):
     except Exception as error:  # zipfile and torch raise many kinds for what they refuse
         line = (str(error).splitlines() or [""])[0]
         raise ValueError(f"{path} is damaged, or holds no weights: {type(error).__name__}: {line}") from None
+    return _filled(arch, saved, path)
+
+
+def _filled(arch, saved, path):
     state, info = saved.get("state_dict", saved), saved.get("info")
     try:
         network = torchvision.models.get_model(arch, num_classes=len(state.get("fc.weight", [0])))

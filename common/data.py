@@ -28,7 +28,7 @@ NAMED = ("cifar10", "cifar100", "svhn", "stl10")  # torchvision's
 def open_images(spec, split="train", root=""):
     """The images that `spec` names, as a map-style set.
 
-    spec: a folder (class folders, flat or nested; its train/ or val/ is used when present), a list of files,
+    spec: a folder (class folders, flat or nested; its train/ or val/ is used when present), an image, a list,
     "shapes", "shapes:N", or one of torchvision's "cifar10", "cifar100", "svhn", "stl10", each with ":/folder"
     to say where. A list is a text file with one path a line: `path`, `path label`, `path,label` (numbers from
     0, or names; -1: none), or SimCLR's bare file names, whose class is what stands before "_"; or a .json
@@ -63,6 +63,10 @@ def open_images(spec, split="train", root=""):
         inner = path / split
         return scan(inner if inner.is_dir() else path)
     if file:
+        from .sources.files import EXTENSIONS, Files
+
+        if path.suffix.lower() in EXTENSIONS:
+            return Files(path.parent, [path.name])
         if split == "val":
             raise DataError(f"{path} is a list of images: name the list or folder to evaluate on with --val")
         return _open_list(path, root, split)

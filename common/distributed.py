@@ -121,6 +121,20 @@ def gather_rows(x, equal=False):
     return torch.cat([block[:count] for block, count in zip(blocks, counts)])
 
 
+def gather_on_main(x):
+    """The rows of all ranks in rank order, on rank 0, as a NumPy array; none on the others. x: on the CPU."""
+    counts = gather_rows(torch.tensor([len(x)])).tolist()
+    main, filled = rank() == 0, 0
+    rows = torch.empty(sum(counts) if main else max(counts), *x.shape[1:], dtype=x.dtype)
+    for source, count in enumerate(counts):
+        block = rows[filled : filled + count]  # on the others always the first rows
+        if source == rank():
+            block.copy_(x)
+        broadcast(block, source)
+        filled += count if main else 0
+    return rows[:filled].numpy()
+
+
 def broadcast(x, source=0):
     """The tensor of rank `source` on every rank, written into x; returns x. Shapes must agree."""
     if world_size() > 1:

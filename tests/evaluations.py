@@ -1,13 +1,18 @@
 """What the tests of evaluation scripts share: small images and trunks, commands run in this process."""
 
 import json
+import os
+import signal
+import tempfile
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
 from common.engine import checkpoint
 from common.engine.launch import launch
+from common.evaluation.progress import Progress
 from common.multicrop import MEAN, STD
 from common.resnet import resnet10
 
@@ -18,14 +23,49 @@ CPU = ("--workers", 0, "--precision", "float32")
 
 
 def run_here(script, *arguments):
-    """Runs an evaluation, a module, in this process; returns its exit code."""
-    try:
-        launch(script.main, script.arguments([str(a) for a in arguments]))
-    except SystemExit as stop:
-        return stop.code
-    finally:
-        torch.use_deterministic_algorithms(False)
+    """Runs an evaluation, a module, in this process and a folder that is thrown away; returns its exit
+    code."""
+    here, handlers = os.getcwd(), {number: signal.getsignal(number) for number in (2, 15, 10, 1)}
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        try:
+            launch(script.main, script.arguments([str(a) for a in arguments]))
+        except SystemExit as stop:
+            return stop.code
+        finally:
+            os.chdir(here)
+            torch.use_deterministic_algorithms(False)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
     return 0
+
+
+class Killed(Exception):
+    pass
+
+
+def goes_on_after_kills(monkeypatch, capsys, script, *command, kills):
+    """Runs a command that is killed at its steps of these numbers, each time after a save, and goes on;
+    returns its record."""
+    fetch, count = Progress.fetch, 0
+
+    def killing(progress, *arguments):
+        nonlocal count
+        count += 1
+        if count in kills:
+            progress.save()
+            raise Killed
+        return fetch(progress, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "fetch", killing)
+        for _ in kills:
+            with pytest.raises(Killed):
+                run_here(script, *command)
+            capsys.readouterr()
+        record, out = evaluate(capsys, script, *command)
+    assert "going on from" in out
+    return record
 
 
 def evaluate(capsys, script, *arguments):

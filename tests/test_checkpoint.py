@@ -10,11 +10,13 @@ import time
 import zipfile
 
 import evaluations
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
 from helpers import ROOT, ranks, run_here
+from PIL import Image
 from torch import nn
 
 import deepcluster
@@ -24,12 +26,13 @@ import odc
 import sela
 import selav2
 import swav
-from common import distributed, weights
+from common import distributed, features, weights
 from common.alexnet import AlexNet, alexnet
 from common.engine import checkpoint
 from common.engine.errors import CheckpointError
-from common.engine.launch import launch
+from common.engine.launch import autocast_dtype, launch
 from common.resnet import resnet10, resnet18, resnet34, resnet50
+from common.sources.files import scan
 from common.weights import __main__ as tool
 from common.weights import export, families, load
 from common.weights.preact import PreactResNet50
@@ -814,7 +817,7 @@ def test_what_cannot_be_exported(tmp_path, capsys):
         ("sela18.pth", ("--to", "model", "--head", 3), 2, "--head 3: 0 to 2 are there"),
         ("sela18.pth", ("--to", "model", "--head", -1), 2, "--head -1: 0 to 2 are there"),
         ("swav", ("--to", "torchvision", "--out", ""), 2, "--out has an empty value"),
-        ("swav", (), 2, "--to and --out go together"),
+        ("swav", (), 2, "--to and --out go together, or --features and --out"),
         ("swav", ("--to", "torchvision", "--out", tmp_path / "swav"), 2, "is the file itself"),
         ("swav", ("--to", "torchvision", "--out", nowhere), 2, "cannot be written: No such file"),
         ("swav", ("--to", "onnx"), 2, "invalid choice"),
@@ -910,3 +913,54 @@ def test_hub_refuses_other_networks(tmp_path):
         with pytest.raises(ValueError, match=rf"{file}:? {words}") as refusal:
             torch.hub.load(str(ROOT), "resnet18", checkpoint=tmp_path / file, source="local")
         assert "\n" not in str(refusal.value)
+
+
+def test_safetensors(tmp_path, monkeypatch, capsys):
+    trunk = thin()
+    path = put(tmp_path, {"state_dict": trunk.state_dict()})
+    out = tmp_path / "trunk.safetensors"
+    monkeypatch.setitem(sys.modules, "safetensors", None)  # not installed
+    assert command(path, "--to", "safetensors", "--out", out) == 2
+    assert "--to safetensors needs: pip install safetensors" in capsys.readouterr().err and not out.exists()
+    monkeypatch.undo()
+    safetensors = pytest.importorskip("safetensors.torch")
+    assert command(path, "--to", "safetensors", "--out", out) == 0
+    tensors = safetensors.load_file(out)
+    assert tensors.keys() == trunk.state_dict().keys()
+    assert all(torch.equal(tensor, trunk.state_dict()[name]) for name, tensor in tensors.items())
+
+
+# ---- features of any images
+
+
+def test_features_of_images_without_labels(tmp_path, capsys):
+    trunk = resnet10(width=0.125, stem="small")
+    evaluations.export(tmp_path / "trunk.pt", trunk)
+    photos = tmp_path / "photos"
+    for i, name in enumerate(("a.png", "train/b.png", "c d.png")):
+        (photos / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (30, 24), (80 * i, 0, 40)).save(photos / name)
+    (photos / "broken.png").write_bytes(b"no image")
+    out = tmp_path / "features.npz"
+    words = [tmp_path / "trunk.pt", "--features", photos, "--out", out]
+    assert command(*words) == 0
+    assert "features (4, 64); 1 images cannot be read and are NaN" in capsys.readouterr().out
+    with np.load(out, allow_pickle=False) as file:
+        found = dict(zip(file["paths"].tolist(), file["features"]))
+        assert file["features"].dtype == np.float32 and json.loads(str(file["info"]))["arch"] == "resnet10"
+    assert found.keys() == {"a.png", "train/b.png", "c d.png", "broken.png"}
+    assert np.isnan(found["broken.png"]).all()
+    info, device = evaluations.INFO, torch.device("cpu")
+    rows, _ = features.extract(trunk, scan(photos), info["resize"], info["size"], device,
+                               precision=autocast_dtype("auto", device))
+    for path, row in zip(scan(photos).paths, rows):
+        assert np.array_equal(found[path], row.float().numpy(), equal_nan=True)
+    out.unlink()
+    assert ranks(2, command, *words) == [0, 0]
+    with np.load(out) as file:
+        for path, row in zip(file["paths"].tolist(), file["features"]):
+            np.testing.assert_allclose(row, found[path], rtol=1e-2, atol=1e-3)
+    assert command(*words[:3]) == 2 and "go together" in capsys.readouterr().err
+    assert command(*words, "--to", "torchvision") == 2
+    assert command(*words[:-1], tmp_path / "missing/f.npz") == 2
+    assert "cannot be written" in capsys.readouterr().err

@@ -320,6 +320,31 @@ def test_new_images_by_the_heads(run, photos, tmp_path, capsys):
     assert not list(tmp_path.glob("*.html"))
 
 
+@pytest.mark.parametrize("copy", [(), ("--copy",)])
+def test_images_are_sorted_into_folders(photos, copy, tmp_path, capsys):
+    folder, out = photos / "val", tmp_path / "sorted"
+    command = (photos / "backbone.pt", "--images", folder, "--kmeans", 3, *CPU, "--out", tmp_path,
+               "--samples", 0, "--sort-into", out, *copy)
+    _, said = evaluate(capsys, eval_cluster, *command)
+    assert f"sorted: {out}, a folder for each of 3 clusters" in said
+    with open(tmp_path / "clusters_kmeans.csv", newline="") as file:
+        rows = [(path, int(cluster), float(score)) for path, cluster, score in list(csv.reader(file))[1:]]
+    for cluster in range(3):
+        wanted = sorted((row for row in rows if row[1] == cluster), key=lambda row: -row[2])
+        found = sorted((out / str(cluster)).iterdir())
+        assert [path.name[3:] for path in found] == [path.rpartition("/")[2] for path, *_ in wanted]
+        assert all(path.is_symlink() == (not copy) for path in found)
+        assert [path.read_bytes() for path in found] == [(folder / path).read_bytes() for path, *_ in wanted]
+    refuses(capsys, eval_cluster, [(command, 2, f"--sort-into {out} exists")])
+
+
+def test_one_image(photos, tmp_path, capsys):
+    _, said = evaluate(capsys, eval_cluster, photos / "backbone.pt", "--images", photos / "val/red/0.png",
+                       "--kmeans", 1, *CPU, "--out", tmp_path)
+    assert "1 images of" in said
+    assert (tmp_path / "clusters_kmeans.csv").read_text().splitlines()[1].startswith("0.png,0,")
+
+
 def test_errors(run, photos, tmp_path, capsys):
     image_tree(tmp_path / "one", classes=1)
     image_tree(tmp_path / "others", classes=2, images=50, size=(8, 8))
@@ -347,6 +372,10 @@ def test_errors(run, photos, tmp_path, capsys):
         ((run, "--head", 1, "--training"), 2, "has 1 head, numbered from 0"),
         ((run, "--head", 1, "--kmeans", 3), 2, "has 1 head, numbered from 0"),
         ((run, "--training", "--images", photos), 2, "choose one"),
+        ((run, "--copy"), 2, "--copy needs --sort-into"),
+        ((run, "--sort-into", tmp_path / "new"), 2, "needs images that are files"),
+        ((trunk, "--images", photos, "--kmeans", 2, "--sort-into", tmp_path / "file/new"), 2,
+         "file/new cannot be written: Not a directory"),
         ((run, "--images", photos, "--val", photos), 2, "--val"),
         ((run, "--training", "--val", photos), 2, "is not judged beside --training"),
         ((run, "--images", photos, "--data", photos), 2, "not looked at beside --images, but with --kmeans"),

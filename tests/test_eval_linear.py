@@ -5,14 +5,15 @@ import io
 import json
 import math
 import shutil
+import signal
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from evaluations import CPU, colour_tree, evaluate, export, refuses, run_here
-from helpers import ranks
+from evaluations import CPU, colour_tree, evaluate, export, goes_on_after_kills, refuses, run_here
+from helpers import command, finish, ranks, start
 from PIL import Image
 from torch import nn
 
@@ -22,6 +23,7 @@ from common import data, distributed, weights
 from common.alexnet import AlexNet, Sobel
 from common.engine.errors import DataError
 from common.evaluation import protocol, store
+from common.evaluation.classifier import load_classifier
 from common.multicrop import MEAN, STD, center
 from common.resnet import resnet50
 from common.weights import load
@@ -142,7 +144,7 @@ def fit(name, settings, preset, epochs=3):
     x, labels = toy()
     probe = new_probe(name, settings).double()
     for epoch in range(epochs):
-        train_one_epoch([probe], pieces(x, labels), preset, epoch, 5)
+        train_one_epoch([probe], enumerate(pieces(x, labels)), preset, epoch, 5)
     return probe
 
 
@@ -176,7 +178,7 @@ def test_a_probe_is_torchs_layers_under_torchs_sgd(name, nesterov):
     x, labels = toy()
     for epoch in range(3):
         preset = Preset("", epochs=3, drops=(2,), nesterov=nesterov)
-        train_one_epoch([probe], pieces(x, labels), preset, epoch, 5)
+        train_one_epoch([probe], enumerate(pieces(x, labels)), preset, epoch, 5)
         for group in optimizer.param_groups:
             group["lr"] = lr * (0.1 if epoch == 2 else 1)
         for maps, y, _ in pieces(x, labels):
@@ -272,9 +274,9 @@ def train_cached(counts, val_counts):
     probes = [new_probe(name, GRID[:2], (36, 1, 1)).double() for name in names]
     preset = Preset("", batch_size=4)
     for epoch in range(3):
-        train_one_epoch(probes, source.batches(epoch, 4, 0, source.n % 4 < 2), preset, epoch, 10)
+        train_one_epoch(probes, enumerate(source.batches(epoch, 4, 0, source.n % 4 < 2)), preset, epoch, 10)
     state = [p.detach() for probe in probes for p in probe.state_dict().values()]
-    return source.n, source.judge(probes), state
+    return source.n, source.judge(probes, next), state
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -359,6 +361,73 @@ def test_two_processes_find_what_one_finds(images, imagenet_stem, batch_size):
     assert saved[0] == saved[1] and saved[0]["batch_size"] == batch_size
     wanted = [(f"feature{i}+bn", lr) for i in (4, 5) for lr in (0.01, 0.001)]
     assert [(r["probe"], r["lr"]) for r in saved[0]["results"]] == wanted
+
+
+@pytest.mark.parametrize("options", [("--preset", "mhead_90e", "--layers", "feature4", "--first", "imagenet"),
+                                     (), ("--cache",)])
+def test_a_killed_probe_goes_on(images, run, imagenet_stem, options, tmp_path, monkeypatch, capsys):
+    trunk, options = (imagenet_stem, options[:-2]) if "--first" in options else (run, options)
+    command = (trunk, "--data", images, "--epochs", 3, "--batch-size", 8, *CPU, *options, "--out")
+    whole, _ = evaluate(capsys, eval_linear, *command, tmp_path / "whole")
+    kills = (2, 5, 9) if "--cache" in options else (2, 6, 13)  # also while it is judged
+    found = goes_on_after_kills(monkeypatch, capsys, eval_linear, *command, tmp_path / "killed", kills=kills)
+    assert found == whole
+    files = [next((tmp_path / folder).glob("*_classifier.pt")) for folder in ("whole", "killed")]
+    heads = [torch.load(file, weights_only=True)["classifiers"] for file in files]
+    assert all(torch.equal(a["weight"], b["weight"]) for a, b in zip(*heads))
+    assert not list((tmp_path / "killed").glob("*progress*"))
+
+
+def test_a_probe_on_two_ranks_stops_at_a_signal_and_goes_on(images, run, tmp_path):
+    words = [run, "--data", images, "--epochs", 30, "--batch-size", 8, *CPU, "--out"]
+    one = start(*command(*words, tmp_path / "one", script="eval_linear.py"))
+    two = [*words, tmp_path / "two"]
+    process = start(*command(*two, script="eval_linear.py", ranks=2))
+    for line in process.stdout:
+        if line.startswith("epoch 3/"):
+            break
+    process.send_signal(signal.SIGTERM)
+    code, out, err = finish(process)
+    assert "stopped by a signal: saved in" in out, err
+    code, out, err = finish(start(*command(*two, script="eval_linear.py", ranks=2)))
+    assert code == 0 and "going on from" in out and "epoch 3/" not in out, err
+    assert finish(one)[0] == 0
+    records = [(tmp_path / name / "eval_linear_small.json").read_text() for name in ("one", "two")]
+    assert records[0] == records[1]
+
+
+def test_a_kept_classifier(images, run, imagenet_stem, tmp_path, capsys):
+    trained, _ = evaluate(capsys, eval_linear, run, "--data", images, "--epochs", 3, "--batch-size", 8, *CPU)
+    kept = run / "eval_linear_small_classifier.pt"
+    best = max(row["top1"] for row in trained["results"])
+    record, out = evaluate(capsys, eval_linear, run, "--head", kept, "--data", images, *CPU)
+    assert record["top1"] == best and f"avgpool: {best:.2f} top-1" in out
+    network = load_classifier(kept, run)
+    assert network.classes == ["blue", "green", "red"] and network.info["size"] == 20
+    assert network(torch.zeros(2, 3, 20, 20)).shape == (2, 3)
+    several = (imagenet_stem, "--data", images, "--preset", "vissl_28e", "--layers", "feature5", "avgpool",
+               "--epochs", 1, *CPU, "--batch-size", 8)
+    record, _ = evaluate(capsys, eval_linear, *several)
+    kept_too = imagenet_stem / "eval_linear_vissl_28e_classifier.pt"
+    for layer in ("feature5", "avgpool"):
+        judged, _ = evaluate(capsys, eval_linear, imagenet_stem, "--head", kept_too, "--layers", layer,
+                             "--data", images, *CPU)
+        wanted = [row["top1"] for row in record["results"] if row["probe"].startswith(layer)]
+        assert judged["layer"] == layer and judged["top1"] in wanted
+    linear = {"module.linear.weight": torch.randn(3, 64), "module.linear.bias": torch.zeros(3)}
+    torch.save({"state_dict": linear}, tmp_path / "released.pth.tar")
+    record, _ = evaluate(capsys, eval_linear, run, "--head", tmp_path / "released.pth.tar", "--data", images,
+                         *CPU)
+    assert record["layer"] == "avgpool" and record["val"] == 7
+    torch.save({"state_dict": {"linear.weight": torch.randn(4, 64), "linear.bias": torch.zeros(4)}},
+               tmp_path / "four.pth")
+    refuses(capsys, eval_linear, [
+        ((imagenet_stem, "--head", kept, "--data", images), 4, "was trained on another trunk"),
+        ((run, "--head", kept, "--layers", "feature1", "--data", images), 4, "has no classifier of feature1"),
+        ((run, "--head", tmp_path / "four.pth", "--data", images), 3, "3 classes, the classifier 4"),
+        ((run, "--head", run / "backbone.pt", "--data", images), 4, "is no classifier that is known"),
+        ((run, "--head", tmp_path / "nothing.pt"), 4, "nothing.pt does not exist"),
+    ])
 
 
 # ---- what a user types

@@ -2,18 +2,23 @@
 
 import json
 import re
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
-from evaluations import CPU, evaluate, export, refuses, run_here
+from evaluations import CPU, evaluate, export, goes_on_after_kills, refuses, run_here
 from helpers import image_tree, ranks
 from torch import nn
 
 import eval_semisup
 from common import data, distributed
 from common.engine.errors import Diverged
+from common.evaluation.classifier import load_classifier
 from common.evaluation.metrics import accuracy
+from common.evaluation.progress import Progress
 from common.evaluation.protocol import Subset
+from common.features import extract
 from common.multicrop import MEAN, STD, Augmentation, MultiCrop
 from common.resnet import resnet10, resnet50
 from common.sources.shapes import Shapes
@@ -23,6 +28,10 @@ from eval_semisup import PRESETS, Model, Preset, draw, finetune
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory):
     return export(tmp_path_factory.mktemp("trunk") / "backbone.pt", resize=16, size=16)
+
+
+def progress_of(folder):
+    return Progress(folder, "", {}, 10, fresh=True)
 
 
 # ---- the draw
@@ -66,7 +75,7 @@ def test_presets_are_the_published_protocols():
     ("swav_1", 0.02, 250, [(0.02, 5.0)] * 12 + [(0.004, 1.0)] * 4 + [(0.0008, 0.2)] * 4),
     ("openselfsup_1", 0.1, 100, [(0.1, 10.0)] * 12 + [(0.02, 2.0)] * 4 + [(0.004, 0.4)] * 4),
     ("vissl_10", 0.05, 1, [(0.05, 0.05)] * 30 + [(0.005, 0.005)] * 40)])
-def test_whole_schedules(monkeypatch, name, lr, head, expected):
+def test_whole_schedules(monkeypatch, name, lr, head, expected, tmp_path):
     seen, p = [], PRESETS[name]
 
     def epoch(net, optimizer, *arguments):
@@ -83,7 +92,8 @@ def test_whole_schedules(monkeypatch, name, lr, head, expected):
     monkeypatch.setattr(eval_semisup, "extract", lambda *a, **k: (torch.eye(6), torch.arange(6)))
     model = Model(resnet10(width=0.125), 6, p.head_std)
     loader, images = data.Loader([]), Subset(Shapes("train", 20), draw(torch.arange(20) % 10, 1, 0))
-    history = list(finetune(model, lr, head, p, loader, images, None, 0, {}))
+    setting = {"lr": lr, "head": head, "top1": []}
+    history = list(finetune(model, setting, p, loader, images, None, 0, {}, progress_of(tmp_path), {}))
     assert history == [(1.0, 100.0, 100.0)] * p.epochs
     assert [pytest.approx(pair, rel=1e-12) for pair in expected] == seen
 
@@ -148,7 +158,10 @@ def tune(p, dtype=torch.float64):
                precision=torch.float32)
     torch.manual_seed(1)
     model = Model(resnet10(width=0.125, stem="small"), 6, p.head_std).to(dtype)
-    history = list(finetune(model, 0.05, 10, p, loader, images, queries, 1, how))
+    setting = {"lr": 0.05, "head": 10, "top1": []}
+    with tempfile.TemporaryDirectory() as folder:
+        progress = progress_of(Path(folder))
+        history = list(finetune(model, setting, p, loader, images, queries, 1, how, progress, {}))
     return len(images), history, model.state_dict()
 
 
@@ -215,6 +228,26 @@ def test_a_grid_on_embedded_images(backbone, capsys):
 
 
 FEW = ("--epochs", 1, "--lr", 0.01, "--head", 1, "--workers", 0)
+
+
+def test_a_killed_grid_goes_on_and_keeps_its_best_network(tmp_path, backbone, monkeypatch, capsys):
+    command = (backbone, "--data", "shapes:60", "--fraction", 0.5, "--epochs", 2, "--batch-size", 10, "--lr",
+               0.05, 0.01, "--head", 1, 10, *CPU, "--out")
+    whole, _ = evaluate(capsys, eval_semisup, *command, tmp_path / "whole")
+    # two settings are done, the third is in its second epoch; while it is judged; in the first step
+    found = goes_on_after_kills(monkeypatch, capsys, eval_semisup, *command, tmp_path / "killed",
+                                kills=(1, 24, 27))
+    assert found == whole and not list((tmp_path / "killed").glob("*progress*"))
+    name = "eval_semisup_small_classifier.pt"
+    networks = [load_classifier(tmp_path / folder / name) for folder in ("whole", "killed")]
+    assert all(torch.equal(a, b) for a, b in zip(*(network.state_dict().values() for network in networks)))
+    queries = Shapes("val", 60)
+    labels = torch.tensor([i % 10 for i in range(12)])
+    scores, _ = extract(networks[0], queries, 16, 16, torch.device("cpu"))
+    best = max(setting["top1"][-1] for setting in whole["settings"])
+    assert accuracy(scores, labels)[0] == pytest.approx(best, abs=1e-3)
+    assert networks[0].classes == list(Shapes.classes)
+    refuses(capsys, eval_semisup, [((*command, tmp_path / "new", "--fresh", "--epochs", 0), 2, "--epochs 0")])
 
 
 def test_random_init_leaves_the_weights_out(backbone, capsys):

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import resource
-import signal
 import sys
 import time
 from dataclasses import asdict
@@ -18,6 +17,7 @@ from .errors import ArgumentError, CheckpointError, DataError, Diverged, Stopped
 from .files import claim, same_parent, write_assignments, write_json
 from .launch import autocast_dtype
 from .log import Log, Meter, step_line
+from .stops import Stops
 from .unreadable import Unreadable
 
 NOT_OURS = "is not what a run has written"
@@ -56,7 +56,7 @@ class Run:
         self.steps_per_epoch = len(images) // c.batch_size
         self.step, self.total = 0, self.steps_per_epoch * c.epochs
         self.unreadable = Unreadable(images, c.max_bad, self.out / "bad_images.txt", self._write)
-        self.signals, self.waiting, self.loader = 0, False, None
+        self.loader = None
         self.said, self.trouble = set(), False
         self.saved_at = self.started = time.monotonic()
         self.queries = None
@@ -67,9 +67,7 @@ class Run:
         self.fresh, self.trunk = distributed.from_main(self._beginning)
         self.log_file = Log(self.out, self.total, c.tensorboard)
         distributed.from_main(self._claim)  # last: with --fresh it deletes
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup's
-                signal.signal(number, self._on_signal)
+        self.stops = Stops()
         self._restart_clock()
 
     def _beginning(self):
@@ -170,16 +168,10 @@ class Run:
     def _fetch(self, source, loader=None, extra=False):
         """The next batch. Before it is used all ranks save if it is time, or save and stop. A stop signal
         also ends the wait for it: no step has begun, so nothing is lost."""
-        batch = None
-        with contextlib.suppress(KeyboardInterrupt):
-            try:
-                self.waiting = True
-                batch = None if self.signals else next(source)
-            finally:
-                self.waiting = False
+        batch = self.stops.wait(next, source)
         minutes = (time.monotonic() - self.saved_at) / 60
         due = distributed.rank() == 0 and self.step > 0 and minutes >= self.config.save_every
-        stop, lost, due = distributed.any_rank(self.signals > 0, loader is not None and loader.lost, due)
+        stop, lost, due = distributed.any_rank(self.stops.count > 0, loader is not None and loader.lost, due)
         if lost:
             self.unreadable.add(loader.bad if loader is not None else set())
             raise DataError(f"{TRIES} images in a row cannot be read: {self.unreadable.examples()}")
@@ -199,14 +191,6 @@ class Run:
     def _stop(self, why, how):
         self.save(final=True)
         raise Stopped(f"stopped {why}: saved in {self.out}, {how} goes on from there")
-
-    def _on_signal(self, number, frame):
-        self.signals += 1
-        if self.signals == 1:  # often it comes twice: to every process, and once more from torchrun
-            with contextlib.suppress(OSError):  # nobody may read it any more
-                os.write(2, b"signal received: saving and stopping before the next step (Ctrl-\\ quits)\n")
-        if self.waiting:
-            raise KeyboardInterrupt
 
     def log(self, loss, lr, z, index, assignments, **figures):
         """Counts a step; every --log-every steps writes a record. Call it in every step, on every rank.

@@ -26,7 +26,8 @@ def parser(description, data_help, val_help, batch_size=None, precisions=PRECISI
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=description, formatter_class=raw, allow_abbrev=False)
     add = parser.add_argument
-    add("trunk", help="a run directory, a backbone.pt or another project's checkpoint")
+    add("trunk", help="a run directory, a backbone.pt, another project's checkpoint or released:NAME "
+                 "(python -m common.weights --list)")
     add("--data", default="", help=data_help)
     if val_help:
         add("--val", default="", help=val_help)
@@ -58,6 +59,11 @@ def add_presets(parser, presets, table):
     add("--epochs", type=int, help="passes over the images; drops of the rate keep their place among them")
     add("--batch-size", type=int, help="images a step over all processes")
     add("--seed", type=int, default=0, help="seed of weights, draws, order and crops (default: 0)")
+    add("--out", default="", metavar="DIR",
+        help="for classifier, record, and how far it has come (default: the run's directory, of a file one "
+             "in runs/)")
+    add("--save-every", type=float, default=10.0, help="minutes between saves (default: 10)")
+    add("--fresh", action="store_true", help="start over, where the same command would go on")
 
 
 def start(args):
@@ -161,6 +167,29 @@ def _open_labelled(args):
     return images, queries
 
 
+def open_known(args, classes, count):
+    """The images to judge by, with labels numbered as those of a classifier. classes: its `count` names, or
+    None, where it has them in the order of the names."""
+    spec, root, val = sources(args)
+    if not spec and not val:
+        raise ArgumentError("--val is needed: labelled images to judge by")
+    queries = open_queries(spec, val, root)
+    if queries.labels is None:
+        raise DataError("--val has no labels: class folders, or a list with labels, are needed")
+    if classes is not None:
+        known = Subset(queries, [])
+        known.classes, known.labels = classes, torch.arange(count)
+        match_classes(queries, known)
+    elif len(queries.classes) != count:
+        raise DataError(f"the images to judge by have {len(queries.classes)} classes, the classifier {count}")
+    return queries
+
+
+def seen(path):
+    """What tells a file from what it was before, without reading it."""
+    return f"{path} {os.stat(path).st_size} {os.stat(path).st_mtime_ns}"
+
+
 def _folder(images):
     """Where the paths, whose fingerprint a set has, start."""
     return os.path.realpath(images.root) if hasattr(images, "root") else None
@@ -211,6 +240,21 @@ def extraction(args, info, device, batch_size=256):
                 precision=autocast_dtype(args.precision, device))
 
 
+def folder(args, name):
+    """Where an evaluation keeps its files."""
+    trunk = Path(args.trunk.removeprefix("released:"))
+    of_a_file = Path("runs", f"{name}_{trunk.name.partition('.')[0]}")
+    return Path(args.out) if args.out else trunk if trunk.is_dir() else of_a_file
+
+
+def decisive(args, trunk, **others):
+    """{name: value} of what decides the result: the options but those of machine and files, the trunk's
+    checksum, and others."""
+    free = {"trunk", "data", "val", "root", "out", "save_every", "fresh", "workers", "device", "head"}
+    options = {name: value for name, value in vars(args).items() if name not in free}
+    return {**options, "trunk": weights.checksum(trunk) if trunk is not None else args.trunk, **others}
+
+
 def check_readable(loader):
     """Raises DataError if a loader of --data, on any rank, could read none of TRIES images in a row."""
     if distributed.all_max(torch.tensor(int(loader.lost))):
@@ -233,6 +277,7 @@ def finish(args, info, name, record, folder=None):
     if folder or Path(args.trunk).is_dir():
         path = Path(folder or args.trunk, f"{name}{'_random' * args.random_init}.json")
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             distributed.from_main(_write, path, json.dumps(record, indent=1) + "\n")
         except OSError as error:
             say(f"warning: {path} cannot be written: {error.strerror or error}")

@@ -25,22 +25,8 @@ def save(path, train, val, info):
     nbytes = int(distributed.all_sum(torch.tensor(sum(x.nbytes for x in arrays.values()))))
     if distributed.world_size() > 1:
         say(f"{nbytes:,} bytes of features and labels are gathered on rank 0")
-    arrays = {name: _on_main(x) for name, x in arrays.items()}
+    arrays = {name: distributed.gather_on_main(x) for name, x in arrays.items()}
     distributed.from_main(_write, path, arrays, info)
-
-
-def _on_main(x):
-    """The rows of all ranks in rank order, on rank 0, as an array; none on the others."""
-    counts = distributed.gather_rows(torch.tensor([len(x)])).tolist()
-    main, filled = distributed.rank() == 0, 0
-    rows = torch.empty(sum(counts) if main else max(counts), *x.shape[1:], dtype=x.dtype)
-    for source, count in enumerate(counts):
-        block = rows[filled : filled + count]  # on the others always the first rows
-        if source == distributed.rank():
-            block.copy_(x)
-        distributed.broadcast(block, source)
-        filled += count if main else 0
-    return rows[:filled].numpy()
 
 
 def _write(path, arrays, info):

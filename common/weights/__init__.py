@@ -5,7 +5,8 @@ No training run imports it at its start.
 
 from ..engine.checkpoint import export_backbone
 from .export import export_detectron2, export_model
-from .load import build_backbone, load_backbone, load_model, load_trunk
+from .load import build_backbone, checksum, load_backbone, load_model, load_trunk
+from .released import local
 
-__all__ = ["build_backbone", "export_backbone", "export_detectron2", "export_model", "load_backbone",
-           "load_model", "load_trunk"]
+__all__ = ["build_backbone", "checksum", "export_backbone", "export_detectron2", "export_model",
+           "load_backbone", "load_model", "load_trunk", "local"]

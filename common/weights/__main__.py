@@ -1,33 +1,56 @@
 """Says what a checkpoint is, of a run or of another project, and writes it as others read it.
 
     python -m common.weights swav_800ep_pretrain.pth.tar
+    python -m common.weights --list                        # checkpoints that projects have released, by name
+    python -m common.weights released:swav_800ep           # downloads it the first time
     python -m common.weights runs/swav --to detectron2 --out swav.pkl
+    python -m common.weights runs/swav --features ~/photos --out features.npz   # of images, labels or not
 """
 
 import hashlib
+import json
 from argparse import RawDescriptionHelpFormatter
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
+import torch
 from torch import nn
 
+from .. import data, distributed, features
 from ..engine.checkpoint import export_backbone
-from ..engine.errors import ArgumentError
-from ..engine.launch import launch
+from ..engine.errors import ArgumentError, border, say
+from ..engine.files import writing
+from ..engine.launch import autocast_dtype, launch
 from ..engine.options import Parser
-from .export import detectron2_options, export_detectron2, export_model, torchvision_has
-from .load import HeadsDoNotFit, describe, open_model, open_trunk
+from ..multicrop import MEAN, STD
+from . import released
+from .export import (
+    detectron2_options,
+    export_detectron2,
+    export_model,
+    export_safetensors,
+    torchvision_has,
+)
+from .load import HeadsDoNotFit, describe, load_backbone, open_model, open_trunk
 from .model import Model
 
 
 def arguments(argv=None):
     parser = Parser("-m common.weights", description=__doc__, formatter_class=RawDescriptionHelpFormatter,
                     allow_abbrev=False)
-    parser.add_argument("file", help="a run directory, a backbone.pt or another project's checkpoint")
-    parser.add_argument("--to", choices=("torchvision", "detectron2", "model"),
-                        help="write a backbone.pt (torchvision's names, and heads where there are some), a "
-                             ".pkl for detectron2, or a torchvision network with a cluster head as its fc "
-                             "and the training images' clusters as L")
+    parser.add_argument("file", help="a run directory, a backbone.pt, another project's checkpoint or "
+                                     "released:NAME")
+    parser.add_argument("--list", action="version", version=released.table(),
+                        help="print the names, addresses and licences of released checkpoints, and stop")
+    parser.add_argument("--to", choices=("torchvision", "safetensors", "detectron2", "model"),
+                        help="write a backbone.pt (torchvision's names, and heads where there are some), the "
+                             "trunk as safetensors, a .pkl for detectron2, or a torchvision network with a "
+                             "cluster head as its fc and the training images' clusters as L")
+    parser.add_argument("--features", default="", metavar="DATA",
+                        help="write features of images (a folder, list or set) to an .npz file: features (N, "
+                             "D) float32, NaN where an image cannot be read, paths (N,), info as JSON; "
+                             "torchrun shares the images out")
     parser.add_argument("--out", default="", metavar="FILE", help="where to")
     parser.add_argument("--head", type=int, default=0, help="the head that --to model takes (default: 0)")
     parser.add_argument("--trust-pickle", action="store_true",
@@ -36,16 +59,18 @@ def arguments(argv=None):
 
 
 def main(args):
-    if bool(args.to) != bool(args.out):
-        raise ArgumentError("--to and --out go together: what to write, and where")
-    path, out = Path(args.file), Path(args.out)
+    if bool(args.to) + bool(args.features) != bool(args.out):
+        raise ArgumentError("--to and --out go together, or --features and --out: what to write, and where")
+    if args.features:
+        return write_features(args)
+    path, out = released.local(args.file), Path(args.out)
     try:
-        model, info, contents = open_model(path, args.trust_pickle)
+        model, info, contents = open_model(args.file, args.trust_pickle)
     except HeadsDoNotFit as error:
         if args.to == "model":
             raise
         print(f"warning: {error}: they are left out")
-        backbone, info, contents = open_trunk(path, args.trust_pickle)
+        backbone, info, contents = open_trunk(args.file, args.trust_pickle)
         model, contents = Model(backbone, None, []), contents._replace(labels=None)
     report(path, model, info, contents)
     if not args.to:
@@ -55,6 +80,8 @@ def main(args):
     try:
         if args.to == "torchvision":
             export_backbone(out, model.backbone, info, model, contents.labels)
+        elif args.to == "safetensors":
+            export_safetensors(out, model.backbone, info)
         elif args.to == "detectron2":
             export_detectron2(out, model.backbone, info)
         else:
@@ -66,6 +93,28 @@ def main(args):
         print(f"  options     MODEL.WEIGHTS {out} {detectron2_options(info)}")
     elif not torchvision_has(info):
         print("  torchvision has no such network: common.weights.load_backbone rebuilds it")
+
+
+def write_features(args):
+    """Features of a set of images, by the trunk, from the ranks' shares into one file."""
+    device, all_of_it = distributed.start(), Path(args.features).is_dir()  # also where it holds a train/
+    trunk, info = distributed.from_main(load_backbone, args.file, args.trust_pickle)
+    images = distributed.from_main(data.open_images, args.features, "" if all_of_it else "train")
+    say(f"{args.file}: {describe(info)}; {len(images)} images of {args.features} at {info['size']} px")
+    bad = set()
+    rows, _ = features.extract(trunk.to(device, memory_format=torch.channels_last), images, info["resize"],
+                               info["size"], device, info.get("mean", MEAN), info.get("std", STD), workers=-1,
+                               precision=autocast_dtype("auto", device), bad=bad)
+    rows = distributed.gather_on_main(rows.float().cpu())  # the others wait, with a rank's rows
+    distributed.from_main(_write_features, args.out, rows, images.paths, info)
+    bad = int(distributed.all_sum(torch.tensor(len(bad))))
+    say(f"written: {args.out}, features ({len(images)}, {rows.shape[1]})"
+        + f"; {bad} images cannot be read and are NaN" * (bad > 0))
+
+
+def _write_features(path, rows, paths, info):
+    with border(ArgumentError, f"--out {path} cannot be written"), writing(path) as file:
+        np.savez(file, features=rows, paths=np.array(paths), info=json.dumps(info))
 
 
 def report(path, model, info, contents):

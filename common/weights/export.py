@@ -41,6 +41,17 @@ def export_model(path, model, info, head=0, labels=None):
     write(path, {"state_dict": state, "info": info, **({} if labels is None else {"L": labels})})
 
 
+def export_safetensors(path, backbone, info):
+    """Writes a trunk under torchvision's names, and info as text. Needs the package safetensors."""
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise ArgumentError("--to safetensors needs: pip install safetensors") from None
+    tensors = {name: tensor.contiguous() for name, tensor in cpu_state(backbone).items()}
+    with writing(path) as file:
+        file.write(safetensors.torch.save(tensors, {name: str(value) for name, value in info.items()}))
+
+
 def export_detectron2(path, backbone, info):
     """Writes a ResNet's trunk as the .pkl that detectron2 takes as MODEL.WEIGHTS. `detectron2_options` is
     what it must be told."""

@@ -1,9 +1,9 @@
 """Reads trunks and models out of files, whoever wrote them: families.py knows the layouts."""
 
+import hashlib
 import pickle
 import re
 import warnings
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ from .. import alexnet, resnet
 from ..engine import checkpoint
 from ..engine.errors import CheckpointError, border, reason
 from ..multicrop import MEAN, STD
-from . import families, preact
+from . import families, preact, released
 from .model import Model, build_heads, find_heads
 
 
@@ -22,7 +22,7 @@ class HeadsDoNotFit(CheckpointError):
 
 def load_backbone(path, trust_pickle=False):
     """(trunk in eval mode, info) of a run directory, a backbone.pt, or the checkpoint of another project:
-    families.py lists them.
+    families.py lists them, and released.py those that have a name, "released:swav_800ep".
 
     Every weight of the trunk must be in the file, of its shape, finite, and the other way round; else
     CheckpointError names some. Counters of batch norm may be missing. trust_pickle: run the code that an old
@@ -70,17 +70,27 @@ def describe(info):
     return f"{info['arch']} x{width:g}{sobel}, {info.get('stem')} stem"
 
 
+def checksum(trunk):
+    """SHA-256 of a network's tensors, by name: the same, whatever file they come from."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(trunk.state_dict().items()):
+        if not name.endswith("num_batches_tracked"):
+            digest.update(name.encode() + tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def open_trunk(path, trust_pickle=False):
     """(trunk, info, families.Contents) of a run directory or a file."""
-    path = Path(path)
+    name, path = path, released.local(path)
     path = path / "backbone.pt" if path.is_dir() else path
-    saved = _read(path, trust_pickle)
+    saved = read(path, trust_pickle)
     with border(CheckpointError, f"{path} is no checkpoint that is known"):
         try:
             contents = families.recognise(saved)
         except families.Refused as error:
             raise CheckpointError(f"{path} {error}") from None
         info = {"method": "unknown", "resize": 256, "size": 224, "mean": MEAN, "std": STD, **contents.info}
+        released.check(name, path, info["method"])
         with torch.device("meta"):  # costs nothing, whatever size a file says
             _compare(build_backbone(info), contents.trunk, path, info)
         trunk = build_backbone(info)
@@ -90,8 +100,8 @@ def open_trunk(path, trust_pickle=False):
 
 def open_model(path, trust_pickle=False):
     """(Model, info, families.Contents) of a run directory or a file. Raises HeadsDoNotFit."""
-    path = Path(path)
     backbone, info, contents = open_trunk(path, trust_pickle)
+    path = released.local(path)
     if path.is_dir():
         path = path / "checkpoint.pt"
         with border(CheckpointError, f"{path} cannot be used"):
@@ -111,7 +121,7 @@ def open_model(path, trust_pickle=False):
     return model, info, contents
 
 
-def _read(path, trust_pickle):
+def read(path, trust_pickle=False):
     """What a file holds. The one place that may run code which is in a file: with trust_pickle alone."""
     if not path.exists():
         raise CheckpointError(f"{path} does not exist")

@@ -1,0 +1,101 @@
+"""Classifiers that evaluations trained, and a released one: network(images) -> scores of the classes."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..engine import checkpoint
+from ..engine.errors import CheckpointError, border
+from ..weights import load, released
+from .pooling import pooled
+
+RELEASED = ("linear", "head.fc_cls", "head.fc")  # the layer in SwAV's and in MMSelfSup's files
+
+
+class Classifier(nn.Module):
+    """A trunk and a linear layer on its features or pooled maps: (B, 3, s, s) -> scores (B, K), in eval mode.
+
+    classes: their K names, or None. info: of the trunk, with the sizes of the images that it was judged on.
+    """
+
+    def __init__(self, trunk, layer, weight, bias, classes, info):
+        super().__init__()
+        self.trunk, self.layer, self.classes, self.info = trunk, layer, classes, info
+        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
+        self.eval().requires_grad_(False)
+
+    def forward(self, x):
+        if self.layer == "features":  # what the trunk gives, itself
+            maps = self.trunk(x).to(self.weight.dtype)
+        else:
+            maps = pooled(self.trunk, x, [self.layer])[self.layer].flatten(1)  # (B, F)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(maps, self.weight, self.bias)
+
+
+def folded(probe, setting):
+    """(weight (K, F), bias (K,)) of one setting of a Probe of eval_linear.py with its batch norm."""
+    weight, bias = probe.weight[:, setting].detach().double(), probe.bias[:, setting].detach().double()
+    if probe.norm is not None:
+        scale = (probe.norm.running_var.double() + probe.norm.eps).rsqrt()  # (C,)
+        shift = -probe.norm.running_mean.double() * scale
+        if hasattr(probe, "gain"):
+            scale, shift = scale * probe.gain[setting], shift * probe.gain[setting] + probe.shift[setting]
+        weight = weight.unflatten(1, (len(scale), -1))  # (K, C, h w)
+        bias = bias + torch.einsum("kcp,c->k", weight, shift)
+        weight = (weight * scale[:, None]).flatten(1)
+    return weight.float().cpu(), bias.float().cpu()
+
+
+def save(path, heads, classes, about, trunk=None, info=None):
+    """Writes classifiers [{layer, weight, bias, top1}] of one trunk with the names of the classes. about: the
+    trunk's name, its checksum, preset and sizes. trunk: kept too, under torchvision's names, where it was
+    trained with them."""
+    content = {"classifiers": heads, "classes": list(classes), "about": about}
+    if trunk is not None:
+        content |= {"state_dict": checkpoint.cpu_state(trunk), "info": info}
+    checkpoint.write(path, content)
+
+
+def load_classifier(path, trunk=None, layer=None):
+    """The Classifier in a file that eval_linear.py or eval_semisup.py kept, or that the authors released.
+
+    trunk: the run or file that it was trained on, where the file itself does not have it. layer: which one,
+    of several (default: the best).
+    Raises CheckpointError if the file holds none, or if it was trained on another trunk.
+    """
+    path = released.local(path)
+    saved = load.read(path)
+    backbone, info = load.load_backbone(path if "info" in saved else needed(trunk, path))
+    with border(CheckpointError, f"{path} is no classifier that is known"):
+        if "classifiers" not in saved:
+            state = {name.removeprefix("module."): tensor for name, tensor in saved["state_dict"].items()}
+            name = next(name for name in RELEASED if f"{name}.weight" in state)
+            head = {"layer": "avgpool", "weight": state[f"{name}.weight"], "bias": state[f"{name}.bias"]}
+            return fitting(path, backbone, head, None, info)
+        found = [head for head in saved["classifiers"] if layer in (None, head["layer"])]
+        if not found:
+            layers = ", ".join(head["layer"] for head in saved["classifiers"])
+            raise CheckpointError(f"{path} has no classifier of {layer}: it has {layers}")
+        about = saved["about"]
+        if "info" not in saved and about["sha256"] != load.checksum(backbone):
+            raise CheckpointError(f"{path} was trained on another trunk, {about['trunk']}, than {trunk}")
+        info = {**info, "resize": about["resize"], "size": about["size"]}
+        return fitting(path, backbone, max(found, key=lambda head: head["top1"]), saved["classes"], info)
+
+
+def needed(trunk, path):
+    if trunk is None:
+        raise CheckpointError(f"{path} is a classifier alone: the trunk that it belongs to is needed")
+    return trunk
+
+
+def fitting(path, trunk, head, classes, info):
+    """The Classifier. Raises CheckpointError unless its weights are finite and fit the trunk."""
+    network = Classifier(trunk, head["layer"], head["weight"].float(), head["bias"].float(), classes, info)
+    if not all(parameter.isfinite().all() for parameter in (network.weight, network.bias)):
+        raise CheckpointError(f"{path}: its weights are not finite")
+    scores = network(torch.zeros(1, 3, info["size"], info["size"]))  # raises if they do not fit
+    if classes is not None and len(classes) != scores.shape[1]:
+        raise CheckpointError(f"{path} has {len(classes)} names for {scores.shape[1]} classes")
+    return network

@@ -1,0 +1,89 @@
+"""How far an evaluation that trains has come: kept in a file, so that the same command goes on."""
+
+import time
+
+from .. import distributed
+from ..engine import checkpoint
+from ..engine.errors import CheckpointError, Stopped, say
+from ..engine.stops import Stops
+
+END = object()
+
+
+class Progress:
+    """The file FOLDER/NAME_progress.pt. A stop signal and every --save-every minutes write it.
+
+    what: {name: value} of all that decides the result. state: what was kept by the same command, or None.
+    A loop draws its batches from `steps`, its evaluations from `fetch`, both on all ranks equally often, and
+    says by `keep` how to describe where it is: a function that returns tensors and plain values, equal on all
+    ranks.
+    """
+
+    def __init__(self, folder, name, what, minutes, fresh):
+        self.path, self.minutes = folder / f"{name}_progress.pt", minutes
+        self.what = {key: _plain(value) for key, value in what.items()}
+        self.stops, self.saved_at, self.trouble = Stops(), time.monotonic(), None
+        self.keep, self.number = None, 0
+        self.state = None if fresh else distributed.from_main(self._read)
+
+    def _read(self):
+        saved = checkpoint.newest(self.path)
+        if saved is None:
+            return None
+        before = saved.get("what", {})
+        if changed := [f"{key} {value} (saved {before.get(key)})" for key, value in self.what.items()
+                       if before.get(key) != value]:
+            differences = f"{self.path} was made with other options: {', '.join(changed)}"
+            raise CheckpointError(f"{differences}; --fresh starts over")
+        say(f"going on from {self.path}")
+        return saved["state"]
+
+    def steps(self, batches, first):
+        """Yields (number, batch) from the number `first` on; before each step it may save and stop."""
+        source, self.number = iter(batches), first
+        while (batch := self.fetch(source, END)) is not END:
+            yield self.number, batch
+            self.number += 1
+
+    def fetch(self, source, *end):
+        """The next batch, or end."""
+        batch = self.stops.wait(next, source, *end)
+        due = distributed.rank() == 0 and time.monotonic() - self.saved_at >= 60 * self.minutes
+        stop, due = distributed.any_rank(self.stops.count > 0, due)
+        if stop or due:
+            self.save()
+        if stop:
+            if self.trouble:
+                raise CheckpointError(f"{self.path} cannot be written: {self.trouble}; what was done is lost")
+            raise Stopped(f"stopped by a signal: saved in {self.path}, the same command goes on from there")
+        return batch
+
+    def save(self):
+        state = self.keep()  # on every rank: it may gather
+        self.trouble = self.write(checkpoint.save, self.path, {"what": self.what, "state": state})
+        self.saved_at = time.monotonic()
+
+    def write(self, write, path, *what):
+        """Calls write(path, *what) on rank 0. A full disk is a warning; returns what was wrong."""
+        trouble = distributed.from_main(self._write, write, path, *what)
+        if trouble and trouble != self.trouble:
+            say(f"warning: {path} cannot be written: {trouble}")
+        return trouble
+
+    def _write(self, write, path, *what):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(path, *what)
+        except OSError as error:
+            return error.strerror or str(error)
+        return None
+
+    def finish(self):
+        """Removes the file: the result is there."""
+        if distributed.rank() == 0:
+            for path in (self.path, checkpoint.previous_path(self.path)):
+                path.unlink(missing_ok=True)
+
+
+def _plain(value):
+    return str(value) if not isinstance(value, (int, float, str)) else value
