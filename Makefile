@@ -48,8 +48,8 @@ figures: .venv/run  ## what breaks the methods, what SwAV costs, and the picture
 	$(BIN)/python -m benchmarks.multicrop
 	$(BIN)/python -m benchmarks.figures --runs runs
 
-verify: .venv/run  ## released weights against their published figures: IMAGENET=folder
-	$(BIN)/python -m benchmarks.verify --data $(IMAGENET)
+verify: .venv/run  ## released weights against their published figures: IMAGENET=folder LIMIT=images
+	$(BIN)/python -m benchmarks.verify --data $(IMAGENET) $(if $(LIMIT),--limit $(LIMIT))
 
 lint: .venv/dev
 	$(BIN)/ruff check .

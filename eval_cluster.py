@@ -154,6 +154,8 @@ def check(args):
         raise ArgumentError(f"--data {args.data} {way}")
     if args.random_init and not args.kmeans:
         raise ArgumentError("--random-init needs --kmeans: heads of random weights say nothing")
+    if args.sort_into and args.training:
+        raise ArgumentError("--sort-into needs a score of each image, --training has a few of each cluster")
     if args.copy and not args.sort_into:
         raise ArgumentError("--copy needs --sort-into DIR")
     if args.sort_into and Path(args.sort_into).exists():
@@ -229,6 +231,8 @@ def main(args):
     training, images, subject = distributed.from_main(open_subject, args)
     if args.sort_into and not hasattr(images, "root"):
         raise ArgumentError(f"--sort-into {args.sort_into} needs images that are files")
+    if args.sort_into and Path(images.root).resolve() in Path(args.sort_into).resolve().parents:
+        raise ArgumentError(f"--sort-into {args.sort_into} is among the images: name a folder elsewhere")
     if args.kmeans:
         check_head(args, 1)
         trunk, info = evaluation.open_trunk(args, device)
@@ -269,10 +273,9 @@ def main(args):
             head.update(figures, chance=chance)
         record["mean"] = {name: float(np.mean([head[name] for head in record["heads"]])) for name in figures}
     report(record)
-    if args.sort_into:
-        head = clusters[args.head], scores[args.head]
-        count = distributed.from_main(sort_into, Path(args.sort_into), images, *head, args.copy)
-        say(f"sorted: {args.sort_into}, a folder for each of {count} clusters")
+    if len(images) == 1:
+        say(f"{images.paths[0]}: cluster {', '.join(map(str, clusters[:, 0]))} of "
+            f"{len(clusters)} head{'s' * (len(clusters) > 1)}")
     suffix = "_training" * args.training + "_images" * bool(args.images) + "_kmeans" * bool(args.kmeans)
     evaluation.finish(args, info, f"eval_cluster{suffix}", record, folder=out)
     try:
@@ -289,6 +292,10 @@ def main(args):
             say(f"gallery: {page}, {size / 1e6:.1f} MB{fewer * (shown < args.samples)}")
     except OSError as error:
         raise ArgumentError(f"--out {out} cannot be written: {error.strerror or error}") from None
+    if args.sort_into:
+        head = clusters[args.head], scores[args.head]
+        count = distributed.from_main(sort_into, Path(args.sort_into), images, *head, args.copy)
+        say(f"sorted: {args.sort_into}, a folder for each of {count} clusters")
 
 
 def sort_into(folder, images, clusters, scores, copy):

@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import data, distributed, features, weights
+from common import data, distributed, features
 from common.batchnorm import SyncBatchNorm
 from common.engine.errors import ArgumentError, DataError, Diverged, say
 from common.engine.launch import launch
@@ -325,6 +325,9 @@ class Cached:
             rows = rows[(rows >= 0) & (rows < len(self.x))].to(self.x.device, non_blocking=True)
             yield {"avgpool": self.x[rows, :, None, None]}, self.labels[rows], len(batch)
 
+    def end_epoch(self, epoch):
+        pass
+
     def judge(self, probes, fetch):
         best = [judge(probes, {"avgpool": block[:, :, None, None]}) for block in self.val.split(4096)]
         return ranked_accuracy(torch.cat(best), self.val_labels)
@@ -382,6 +385,9 @@ class Drawn:
             with torch.no_grad(), autocast:
                 maps = reading(x)
             yield maps, self.images.labels[index].to(device, non_blocking=True), total
+
+    def end_epoch(self, epoch):
+        """Its collectives must not be in `batches`, whose next one a signal may break off."""
         evaluation.check_readable(self.loader)
         bad = int(distributed.all_sum(torch.tensor(len(self.loader.bad))))
         if bad and epoch == 0:
@@ -402,16 +408,24 @@ class Drawn:
 
 def judge_head(args, device):
     """--head: the accuracy of a kept or released classifier on the images to judge by."""
+    for name in ("random_init", "lr", "weight_decay", "epochs", "batch_size", "cache", "save_features"):
+        if getattr(args, name):
+            raise ArgumentError(f"--{name.replace('_', '-')} trains, or is another trunk: not beside --head")
     network = distributed.from_main(classifier.load_classifier, args.head, args.trunk, *args.layers[:1])
     info = evaluation.sized(args, network.info)
-    queries = distributed.from_main(evaluation.open_known, args, network.classes, len(network.bias))
-    how = evaluation.extraction(args, info, device)
+    queries = distributed.from_main(evaluation.open_known, args, network.classes, len(network.bias),
+                                    network.about["numbered"])
+    view = TenCrop if (args.crops or network.about["views"]) == 10 else CenterCrop
+    how = {**evaluation.extraction(args, info, device), "batch_size": max(1, 256 // view.views), "view": view}
     network.to(device, memory_format=torch.channels_last)
-    top1, top5 = accuracy(*features.extract(network, queries, **how))
-    five = "" if top5 is None else f", {top5:.2f} top-5"
-    say(f"{args.trunk}: {evaluation.name(info)}; {args.head}, {network.layer}: {top1:.2f} top-1{five}")
-    record = {"head": args.head, "layer": network.layer, "size": info["size"], "val": len(queries),
-              "top1": round(top1, 4), "top5": top5 if top5 is None else round(top5, 4)}
+    scores, labels = features.extract(classifier.Averaged(network, view.views), queries, **how)
+    evaluation.warn_of_unreadable(queries, labels, "--val")
+    top1, top5 = accuracy(scores, labels)
+    five, count = "" if top5 is None else f", {top5:.2f} top-5", int(distributed.all_sum((labels >= 0).sum()))
+    say(f"{args.trunk}: {evaluation.name(info)}; {args.head}, {network.layer}, {view.views} crops an image: "
+        f"{top1:.2f} top-1{five} of {count} images")
+    record = {"head": args.head, "layer": network.layer, "size": info["size"], "crops": view.views,
+              "val": count, "top1": round(top1, 4), "top5": top5 if top5 is None else round(top5, 4)}
     evaluation.finish(args, info, "eval_linear_head", record, folder=args.out)
 
 
@@ -463,9 +477,8 @@ def main(args):
     probes = [Probe(name, maps[name.partition("+")[0]], len(classes), settings, preset.start,
                     args.seed).to(device) for name in preset.probes]
     name = f"eval_linear_{args.preset}{'_cached' * cached}"
-    folder = evaluation.folder(args, name)
     decisive = evaluation.decisive(args, trunk, precision=precision, **sets)
-    own = f"{name}{'_random' * args.random_init}"
+    folder, own = evaluation.folder(args, name, decisive), f"{name}{'_random' * args.random_init}"
     progress = Progress(folder, own, decisive, args.save_every, args.fresh)
     say(f"{args.trunk}: {evaluation.name(info)}")
     say(f"preset {args.preset}, {preset.epochs} epochs of {steps} steps, batch {preset.batch_size}, "
@@ -485,6 +498,7 @@ def main(args):
         began = time.perf_counter()
         batches = source.batches(epoch, preset.batch_size, args.seed, drop_last, begun)
         train_one_epoch(probes, progress.steps(batches, begun), preset, epoch, steps)
+        source.end_epoch(epoch)
         speed, begun = source.n / (time.perf_counter() - began), 0
         if epoch + 1 >= preset.first_validation or epoch + 1 == preset.epochs:
             history[epoch + 1] = source.judge(probes, progress.fetch)
@@ -497,12 +511,12 @@ def main(args):
               "val": source.judged, "crops": 1 if cached else preset.view.views,
               "precision": str(precision).removeprefix("torch."), **results(probes, history)}
     evaluation.finish(args, info, name, record, folder)
-    if not kept:
-        about = {"trunk": args.trunk, "sha256": weights.checksum(trunk), "preset": args.preset}
-        about |= {key: info[key] for key in ("resize", "size")}
-        path = folder / f"{own}_classifier.pt"
-        progress.write(classifier.save, path, chosen_heads(probes, record["chosen"]), classes, about)
-    progress.finish()
+    about = {"trunk": args.trunk, "sha256": decisive["trunk"], "preset": args.preset,
+             "resize": info.get("resize"), "size": info.get("size"), "views": record["crops"],
+             "probabilities": preset.probabilities,
+             "numbered": not kept and getattr(images, "numbered", False)}
+    path = folder / f"{own}_classifier.pt"
+    progress.finish(classifier.save, path, chosen_heads(probes, record["chosen"]), list(classes), about)
 
 
 def chosen_heads(probes, chosen):

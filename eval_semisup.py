@@ -6,12 +6,12 @@ figures are the best of a grid of rates, so the grid is a loop here, and its tab
 benchmarks do: "head10, 1e-2". Every setting reports its last epoch and its best one; the best of anything is
 chosen on the images that it is reported for.
 
+A stop signal and every --save-every minutes save where it is; the same command goes on. The network of the
+setting that is best in its last epoch is kept.
+
     python eval_semisup.py runs/swav_shapes                # minutes on a CPU: 10 % of the run's own images
     python eval_semisup.py runs/swav_shapes --random-init  # the same from random weights: the floor
     python eval_semisup.py --list-presets                  # the published protocols and their figures
-
-A stop signal and every --save-every minutes save where it is; the same command goes on. The network of the
-setting that is best in its last epoch is kept.
     torchrun --nproc_per_node=8 eval_semisup.py resnet50.pth --preset swav_10 --data /imagenet  # its own draw
     torchrun --nproc_per_node=8 eval_semisup.py resnet50.pth --preset swav_1 --data 1percent.txt \\
         --root /imagenet/train --val /imagenet/val         # SimCLR's list
@@ -328,9 +328,9 @@ def main(args):
         say(warning)
 
     name = f"eval_semisup_{args.preset}"
-    folder, own = evaluation.folder(args, name), f"{name}{'_random' * args.random_init}"
     decisive = evaluation.decisive(args, trunk, precision=how["precision"], data=everything.fingerprint,
                                    val=queries.fingerprint)
+    folder, own = evaluation.folder(args, name, decisive), f"{name}{'_random' * args.random_init}"
     progress = Progress(folder, own, decisive, args.save_every, args.fresh)
     how["fetch"] = progress.fetch
     try:
@@ -357,11 +357,11 @@ def main(args):
     model = Model(trunk.cpu(), len(everything.classes), 0)
     model.load_state_dict(best["model"])
     head = {"layer": "features", "weight": model.fc.weight, "bias": model.fc.bias, "top1": best["top1"]}
-    about = {"trunk": args.trunk, "preset": args.preset, "setting": best["setting"],
-             **{key: info[key] for key in ("resize", "size")}}
-    progress.write(classifier.save, folder / f"{own}_classifier.pt", [head], everything.classes, about,
-                   model.backbone, info)
-    progress.finish()
+    about = {"trunk": args.trunk, "sha256": decisive["trunk"], "preset": args.preset,
+             "setting": best["setting"], "resize": info["resize"], "size": info["size"],
+             "numbered": getattr(everything, "numbered", False)}
+    progress.finish(classifier.save, folder / f"{own}_classifier.pt", [head], everything.classes, about,
+                    model.backbone, info)
 
 
 if __name__ == "__main__":

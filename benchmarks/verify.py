@@ -56,6 +56,7 @@ def main(args):
     if images.labels is None or queries.labels is None:
         raise DataError(f"{args.data} has no classes: train/ and val/ with class folders are needed")
     match_classes(queries, images)
+    classes = images.classes
     images, queries = some(images, args.limit), some(queries, args.limit)
     say(f"{len(images)} images to vote, {len(queries)} to judge by; top-1 in percent")
 
@@ -64,10 +65,12 @@ def main(args):
         return features.extract(network.to(device), part, info["resize"], info["size"], device, **how)
 
     trunk, head, published = LINEAR
-    network = load_classifier(f"released:{head}", f"released:{trunk}")
+    network = distributed.from_main(load_classifier, f"released:{head}", f"released:{trunk}")
+    if len(network.bias) != len(classes):
+        raise DataError(f"{args.data} has {len(classes)} classes, {head} has {len(network.bias)}")
     line(trunk, "released classifier", accuracy(*rows(network, network.info, queries))[0], published)
     for name, published in NEIGHBOURS.items():
-        trunk, info = weights.load_backbone(f"released:{name}")
+        trunk, info = distributed.from_main(weights.load_backbone, f"released:{name}")
         found = features.knn_accuracy(*rows(trunk, info, images), *rows(trunk, info, queries), k=20)
         line(name, "20-NN", found[20][0], published)
 

@@ -341,7 +341,7 @@ def test_images_are_sorted_into_folders(photos, copy, tmp_path, capsys):
 def test_one_image(photos, tmp_path, capsys):
     _, said = evaluate(capsys, eval_cluster, photos / "backbone.pt", "--images", photos / "val/red/0.png",
                        "--kmeans", 1, *CPU, "--out", tmp_path)
-    assert "1 images of" in said
+    assert "1 images of" in said and "0.png: cluster 0 of 1 head\n" in said
     assert (tmp_path / "clusters_kmeans.csv").read_text().splitlines()[1].startswith("0.png,0,")
 
 

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import math
+import os
 import shutil
 import signal
 from unittest import mock
@@ -13,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from evaluations import CPU, colour_tree, evaluate, export, goes_on_after_kills, refuses, run_here
-from helpers import command, finish, ranks, start
+from helpers import children, command, finish, ranks, start
 from PIL import Image
 from torch import nn
 
@@ -21,9 +22,10 @@ import eval_knn
 import eval_linear
 from common import data, distributed, weights
 from common.alexnet import AlexNet, Sobel
-from common.engine.errors import DataError
+from common.engine.errors import DataError, Stopped
 from common.evaluation import protocol, store
 from common.evaluation.classifier import load_classifier
+from common.evaluation.progress import Progress
 from common.multicrop import MEAN, STD, center
 from common.resnet import resnet50
 from common.weights import load
@@ -378,22 +380,45 @@ def test_a_killed_probe_goes_on(images, run, imagenet_stem, options, tmp_path, m
     assert not list((tmp_path / "killed").glob("*progress*"))
 
 
-def test_a_probe_on_two_ranks_stops_at_a_signal_and_goes_on(images, run, tmp_path):
-    words = [run, "--data", images, "--epochs", 30, "--batch-size", 8, *CPU, "--out"]
+@pytest.mark.parametrize("count, number", [(2, signal.SIGTERM), (2, signal.SIGKILL), (1, signal.SIGKILL)])
+def test_a_stopped_probe_ends_as_one_that_never_stopped(images, run, count, number, tmp_path):
+    words = [run, "--data", images, "--epochs", 30, "--batch-size", 8, *CPU, "--save-every", 0, "--out"]
     one = start(*command(*words, tmp_path / "one", script="eval_linear.py"))
-    two = [*words, tmp_path / "two"]
-    process = start(*command(*two, script="eval_linear.py", ranks=2))
+    again = command(*words, tmp_path / "two", script="eval_linear.py", ranks=count - 1 and count)
+    process = start(*again)
     for line in process.stdout:
         if line.startswith("epoch 3/"):
             break
-    process.send_signal(signal.SIGTERM)
+    victims = children(process.pid) if count > 1 and number == signal.SIGKILL else [process.pid]
+    for pid in victims:
+        os.kill(pid, number)
     code, out, err = finish(process)
-    assert "stopped by a signal: saved in" in out, err
-    code, out, err = finish(start(*command(*two, script="eval_linear.py", ranks=2)))
-    assert code == 0 and "going on from" in out and "epoch 3/" not in out, err
+    assert number == signal.SIGKILL or "stopped by a signal: saved in" in out, err
+    code, out, err = finish(start(*again))
+    assert code == 0 and "going on from" in out and "epoch 2/" not in out, err
     assert finish(one)[0] == 0
     records = [(tmp_path / name / "eval_linear_small.json").read_text() for name in ("one", "two")]
     assert records[0] == records[1]
+    heads = [torch.load(tmp_path / name / "eval_linear_small_classifier.pt", weights_only=True)["classifiers"]
+             for name in ("one", "two")]
+    torch.testing.assert_close(heads[0][0]["weight"], heads[1][0]["weight"], rtol=1e-4, atol=1e-5)
+
+
+def test_a_signal_at_the_end_of_an_epoch_breaks_no_collective(images, run, tmp_path):
+    """One rank alone hears of it, where the batches end: the ranks must still meet."""
+    ranks(2, stopped_at_the_end, run, images, tmp_path, timeout=60)
+
+
+def stopped_at_the_end(run, images, out):
+    fetch = Progress.fetch
+
+    def deaf(progress, *arguments):
+        if distributed.rank() == 1 and progress.number == 3:  # 29 images, 8 a step: the end
+            progress.stops.count = 1
+        return fetch(progress, *arguments)
+
+    with mock.patch.object(Progress, "fetch", deaf), pytest.raises(Stopped):
+        linear_main(run, "--data", images, "--epochs", 2, "--batch-size", 8, *CPU, "--out", out)
 
 
 def test_a_kept_classifier(images, run, imagenet_stem, tmp_path, capsys):
@@ -401,7 +426,7 @@ def test_a_kept_classifier(images, run, imagenet_stem, tmp_path, capsys):
     kept = run / "eval_linear_small_classifier.pt"
     best = max(row["top1"] for row in trained["results"])
     record, out = evaluate(capsys, eval_linear, run, "--head", kept, "--data", images, *CPU)
-    assert record["top1"] == best and f"avgpool: {best:.2f} top-1" in out
+    assert record["top1"] == best and f"avgpool, 1 crops an image: {best:.2f} top-1 of 7 images" in out
     network = load_classifier(kept, run)
     assert network.classes == ["blue", "green", "red"] and network.info["size"] == 20
     assert network(torch.zeros(2, 3, 20, 20)).shape == (2, 3)
@@ -422,7 +447,9 @@ def test_a_kept_classifier(images, run, imagenet_stem, tmp_path, capsys):
     torch.save({"state_dict": {"linear.weight": torch.randn(4, 64), "linear.bias": torch.zeros(4)}},
                tmp_path / "four.pth")
     refuses(capsys, eval_linear, [
-        ((imagenet_stem, "--head", kept, "--data", images), 4, "was trained on another trunk"),
+        ((imagenet_stem, "--head", kept, "--data", images), 4, "was trained on"),
+        ((run, "--head", kept, "--random-init", "--data", images), 2, "--random-init trains, or is another"),
+        ((run, "--head", kept, "--epochs", 3, "--data", images), 2, "--epochs trains"),
         ((run, "--head", kept, "--layers", "feature1", "--data", images), 4, "has no classifier of feature1"),
         ((run, "--head", tmp_path / "four.pth", "--data", images), 3, "3 classes, the classifier 4"),
         ((run, "--head", run / "backbone.pt", "--data", images), 4, "is no classifier that is known"),

@@ -4,10 +4,11 @@ import json
 import re
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
-from evaluations import CPU, evaluate, export, goes_on_after_kills, refuses, run_here
+from evaluations import CPU, Killed, evaluate, export, goes_on_after_kills, refuses, run_here
 from helpers import image_tree, ranks
 from torch import nn
 
@@ -265,6 +266,36 @@ def test_a_sobel_trunk_in_a_run_directory(tmp_path, capsys):
     record, _ = evaluate(capsys, eval_semisup, tmp_path, *FEW, "--fraction", 0.2, "--batch-size", 10)
     assert (record["method"], record["arch"], record["images"]) == ("deepcluster", "resnet50", 20)
     assert json.loads((tmp_path / "eval_semisup_small.json").read_text()) == record
+
+
+def semisup_main(*arguments):
+    eval_semisup.main(eval_semisup.arguments([str(a) for a in arguments]))
+
+
+def killed_twice(*arguments):
+    fetch, counts = Progress.fetch, []
+
+    def killing(progress, *more):
+        counts.append(0)
+        if len(counts) in (3, 12):
+            progress.save()
+            raise Killed
+        return fetch(progress, *more)
+
+    with mock.patch.object(Progress, "fetch", killing):
+        for _ in range(2):
+            with pytest.raises(Killed):
+                semisup_main(*arguments)
+        semisup_main(*arguments)
+
+
+def test_a_grid_on_two_ranks_goes_on_where_it_was_killed(tmp_path, backbone):
+    words = (backbone, "--data", "shapes:60", "--fraction", 0.5, "--epochs", 2, "--batch-size", 10, "--lr",
+             0.05, 0.01, "--head", 1, *CPU, "--out")
+    ranks(2, semisup_main, *words, tmp_path / "whole")
+    ranks(2, killed_twice, *words, tmp_path / "killed")
+    records = [(tmp_path / name / "eval_semisup_small.json").read_text() for name in ("whole", "killed")]
+    assert records[0] == records[1]
 
 
 def test_a_list_is_taken_whole(tmp_path, backbone, capsys):

@@ -184,7 +184,7 @@ def test_the_list_names_every_file_with_its_licence():
         tool.arguments(["--list"])
     assert stopped.value.code == 0
     lines = released.table().splitlines()
-    assert len(lines) == 3 * len(RELEASED) and lines[0] == "released:swav_800ep"
+    assert len(lines) == 3 * len(RELEASED) + 3 and lines[0] == "released:swav_800ep"
     assert lines[1:3] == ["    75.3 (facebookresearch/swav, CC BY-NC 4.0)",
                           f"    {released.SWAV}/swav_800ep_pretrain.pth.tar"]
     for name, file in RELEASED.items():  # what a file's name says of its hash

@@ -66,7 +66,7 @@ def newest(path, expect=None):
     """What `load` gives for path; for a damaged file, what it gives for the one before; None if there is
     neither.
 
-    A damaged file is set aside as damaged_checkpoint.pt, or the next save would keep it as the previous one.
+    A damaged file is set aside as damaged_NAME, or the next save would keep it as the previous one.
     """
     damage = []
     for candidate in (path, previous_path(path)):
@@ -81,7 +81,7 @@ def newest(path, expect=None):
             raise CheckpointError(f"{error}; --fresh starts over") from None
         if damage:
             say(f"warning: {damage[0]}; going on from {candidate}")
-            os.replace(path, path.with_name("damaged_checkpoint.pt"))
+            os.replace(path, path.with_name(f"damaged_{path.name}"))
         return state
     if damage:
         raise CheckpointError(f"{'; '.join(damage)}; --fresh starts over")

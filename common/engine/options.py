@@ -76,7 +76,7 @@ class RunOptions:
     recipe: str = option("", "named settings; options given on the command line win", group="run", free=True)
     out: str = option("", "run directory; the same command resumes (default: runs/METHOD_RECIPE)", free=True)
     fresh: bool = option(False, "start over, deleting what the run directory holds", free=True)
-    init_from: str = option("", "trunk to start from: a run, backbone.pt, another project's file", free=True)
+    init_from: str = option("", "trunk to start from: a run, anybody's file, released:NAME", free=True)
     precision: str = option("auto", "precision of the network; auto: bfloat16 where the hardware is fast",
                             choices=("auto", "bfloat16", "float32", "float64"))
     compile: bool = option(False, "compile the trunk with torch.compile", free=True)

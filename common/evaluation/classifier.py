@@ -16,11 +16,13 @@ class Classifier(nn.Module):
     """A trunk and a linear layer on its features or pooled maps: (B, 3, s, s) -> scores (B, K), in eval mode.
 
     classes: their K names, or None. info: of the trunk, with the sizes of the images that it was judged on.
+    about: how it was judged: views (crops an image), probabilities (whether these are averaged, or scores),
+    numbered (whether the names are numbers of a list).
     """
 
-    def __init__(self, trunk, layer, weight, bias, classes, info):
+    def __init__(self, trunk, layer, weight, bias, classes, info, about):
         super().__init__()
-        self.trunk, self.layer, self.classes, self.info = trunk, layer, classes, info
+        self.trunk, self.layer, self.classes, self.info, self.about = trunk, layer, classes, info, about
         self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
         self.eval().requires_grad_(False)
 
@@ -31,6 +33,19 @@ class Classifier(nn.Module):
             maps = pooled(self.trunk, x, [self.layer])[self.layer].flatten(1)  # (B, F)
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(maps, self.weight, self.bias)
+
+
+class Averaged(nn.Module):
+    """The mean of a Classifier's scores, or probabilities, over `views` crops of each image, crop-major."""
+
+    def __init__(self, network, views):
+        super().__init__()
+        self.network, self.views = network, views
+
+    def forward(self, x):
+        scores = self.network(x)
+        scores = scores.softmax(1) if self.network.about["probabilities"] else scores
+        return scores.unflatten(0, (self.views, -1)).mean(0)
 
 
 def folded(probe, setting):
@@ -48,9 +63,11 @@ def folded(probe, setting):
 
 
 def save(path, heads, classes, about, trunk=None, info=None):
-    """Writes classifiers [{layer, weight, bias, top1}] of one trunk with the names of the classes. about: the
-    trunk's name, its checksum, preset and sizes. trunk: kept too, under torchvision's names, where it was
-    trained with them."""
+    """Writes classifiers [{layer, weight, bias, top1}] of one trunk with the names of the classes.
+
+    about: name and checksum (before any fine-tuning) of the trunk, preset, sizes, and what `Classifier` has.
+    trunk: kept too, under torchvision's names, where it was trained with them.
+    """
     content = {"classifiers": heads, "classes": list(classes), "about": about}
     if trunk is not None:
         content |= {"state_dict": checkpoint.cpu_state(trunk), "info": info}
@@ -66,33 +83,34 @@ def load_classifier(path, trunk=None, layer=None):
     """
     path = released.local(path)
     saved = load.read(path)
-    backbone, info = load.load_backbone(path if "info" in saved else needed(trunk, path))
     with border(CheckpointError, f"{path} is no classifier that is known"):
-        if "classifiers" not in saved:
+        whole, known = "info" in saved, "classifiers" in saved  # raises for what is no dict
+        if trunk is None and not whole:
+            raise CheckpointError(f"{path} is a classifier alone: the trunk that it belongs to is needed")
+        backbone, info = load.load_backbone(path if trunk is None else trunk)
+        about = {"views": 1, "probabilities": False, "numbered": False, **saved.get("about", {})}
+        if not known:
             state = {name.removeprefix("module."): tensor for name, tensor in saved["state_dict"].items()}
             name = next(name for name in RELEASED if f"{name}.weight" in state)
             head = {"layer": "avgpool", "weight": state[f"{name}.weight"], "bias": state[f"{name}.bias"]}
-            return fitting(path, backbone, head, None, info)
+            return fitting(path, backbone, head, None, info, about)
+        if trunk is not None and about["sha256"] != load.checksum(backbone):
+            raise CheckpointError(f"{path} was trained on {about['trunk']}, not on {trunk}, or the weights "
+                                  "there have changed since")
         found = [head for head in saved["classifiers"] if layer in (None, head["layer"])]
         if not found:
             layers = ", ".join(head["layer"] for head in saved["classifiers"])
             raise CheckpointError(f"{path} has no classifier of {layer}: it has {layers}")
-        about = saved["about"]
-        if "info" not in saved and about["sha256"] != load.checksum(backbone):
-            raise CheckpointError(f"{path} was trained on another trunk, {about['trunk']}, than {trunk}")
+        backbone = load.load_backbone(path)[0] if whole else backbone
         info = {**info, "resize": about["resize"], "size": about["size"]}
-        return fitting(path, backbone, max(found, key=lambda head: head["top1"]), saved["classes"], info)
+        best = max(found, key=lambda head: head["top1"])
+        return fitting(path, backbone, best, saved["classes"], info, about)
 
 
-def needed(trunk, path):
-    if trunk is None:
-        raise CheckpointError(f"{path} is a classifier alone: the trunk that it belongs to is needed")
-    return trunk
-
-
-def fitting(path, trunk, head, classes, info):
+def fitting(path, trunk, head, classes, info, about):
     """The Classifier. Raises CheckpointError unless its weights are finite and fit the trunk."""
-    network = Classifier(trunk, head["layer"], head["weight"].float(), head["bias"].float(), classes, info)
+    network = Classifier(trunk, head["layer"], head["weight"].float(), head["bias"].float(), classes, info,
+                         about)
     if not all(parameter.isfinite().all() for parameter in (network.weight, network.bias)):
         raise CheckpointError(f"{path}: its weights are not finite")
     scores = network(torch.zeros(1, 3, info["size"], info["size"]))  # raises if they do not fit

@@ -1,42 +1,39 @@
 """How far an evaluation that trains has come: kept in a file, so that the same command goes on."""
 
+import hashlib
 import time
 
 from .. import distributed
 from ..engine import checkpoint
-from ..engine.errors import CheckpointError, Stopped, say
+from ..engine.errors import CheckpointError, Stopped, border, say
 from ..engine.stops import Stops
 
 END = object()
 
 
 class Progress:
-    """The file FOLDER/NAME_progress.pt. A stop signal and every --save-every minutes write it.
+    """The file FOLDER/NAME_WHAT_progress.pt. A stop signal and every --save-every minutes write it.
 
-    what: {name: value} of all that decides the result. state: what was kept by the same command, or None.
-    A loop draws its batches from `steps`, its evaluations from `fetch`, both on all ranks equally often, and
-    says by `keep` how to describe where it is: a function that returns tensors and plain values, equal on all
-    ranks.
+    what: {name: value} of all that decides the result; other values have another file. state: what was kept
+    by the same command, or None. A loop draws its batches from `steps`, its evaluations from `fetch`, both on
+    all ranks equally often; no collective may be in what they wait for. `keep` says where it is: a function
+    that returns tensors and plain values, equal on all ranks.
     """
 
     def __init__(self, folder, name, what, minutes, fresh):
-        self.path, self.minutes = folder / f"{name}_progress.pt", minutes
-        self.what = {key: _plain(value) for key, value in what.items()}
+        digest = hashlib.sha256(repr(sorted(what.items())).encode()).hexdigest()[:8]
+        self.path, self.minutes = folder / f"{name}_{digest}_progress.pt", minutes
         self.stops, self.saved_at, self.trouble = Stops(), time.monotonic(), None
         self.keep, self.number = None, 0
-        self.state = None if fresh else distributed.from_main(self._read)
+        restarted = distributed.restarts() > 0  # by torchrun, which repeats --fresh
+        self.state = None if fresh and not restarted else distributed.from_main(self._read)
 
     def _read(self):
-        saved = checkpoint.newest(self.path)
-        if saved is None:
-            return None
-        before = saved.get("what", {})
-        if changed := [f"{key} {value} (saved {before.get(key)})" for key, value in self.what.items()
-                       if before.get(key) != value]:
-            differences = f"{self.path} was made with other options: {', '.join(changed)}"
-            raise CheckpointError(f"{differences}; --fresh starts over")
-        say(f"going on from {self.path}")
-        return saved["state"]
+        with border(CheckpointError, f"{self.path} cannot be used, --fresh starts over"):
+            saved = checkpoint.newest(self.path, {"format": 1})
+            if saved is not None:
+                say(f"going on from {self.path}")
+                return saved["state"]
 
     def steps(self, batches, first):
         """Yields (number, batch) from the number `first` on; before each step it may save and stop."""
@@ -55,12 +52,13 @@ class Progress:
         if stop:
             if self.trouble:
                 raise CheckpointError(f"{self.path} cannot be written: {self.trouble}; what was done is lost")
-            raise Stopped(f"stopped by a signal: saved in {self.path}, the same command goes on from there")
+            raise Stopped(f"stopped by a signal: saved in {self.path}, the same command goes on from there, "
+                          "without --fresh")
         return batch
 
     def save(self):
         state = self.keep()  # on every rank: it may gather
-        self.trouble = self.write(checkpoint.save, self.path, {"what": self.what, "state": state})
+        self.trouble = self.write(checkpoint.save, self.path, {"format": 1, "state": state})
         self.saved_at = time.monotonic()
 
     def write(self, write, path, *what):
@@ -78,12 +76,11 @@ class Progress:
             return error.strerror or str(error)
         return None
 
-    def finish(self):
-        """Removes the file: the result is there."""
+    def finish(self, write, path, *what):
+        """Writes what was trained; where that worked, removes the file of the progress."""
+        if self.write(write, path, *what):
+            return
+        say(f"classifier: {path}")
         if distributed.rank() == 0:
             for path in (self.path, checkpoint.previous_path(self.path)):
                 path.unlink(missing_ok=True)
-
-
-def _plain(value):
-    return str(value) if not isinstance(value, (int, float, str)) else value

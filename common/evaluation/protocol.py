@@ -62,7 +62,7 @@ def add_presets(parser, presets, table):
     add("--out", default="", metavar="DIR",
         help="for classifier, record, and how far it has come (default: the run's directory, of a file one "
              "in runs/)")
-    add("--save-every", type=float, default=10.0, help="minutes between saves (default: 10)")
+    add("--save-every", type=float, default=10.0, help="minutes between saves; 0: each step (default: 10)")
     add("--fresh", action="store_true", help="start over, where the same command would go on")
 
 
@@ -72,6 +72,7 @@ def start(args):
     need(fine, args, "resize size workers", "0 or more is needed")
     fine = max(args.resize, args.size) <= 10_000 and args.workers <= 1024
     need(fine, args, "resize size workers", "at most 10000 pixels and 1024 workers can be")
+    need(getattr(args, "save_every", 0) >= 0, args, "save_every", "0 or more is needed")
     return distributed.start(args.device)
 
 
@@ -167,9 +168,9 @@ def _open_labelled(args):
     return images, queries
 
 
-def open_known(args, classes, count):
-    """The images to judge by, with labels numbered as those of a classifier. classes: its `count` names, or
-    None, where it has them in the order of the names."""
+def open_known(args, classes, count, numbered=False):
+    """The images to judge by, with labels numbered as those of a classifier. classes: its `count` names
+    (numbered: numbers of a list), or None, where it has them in the order of the names."""
     spec, root, val = sources(args)
     if not spec and not val:
         raise ArgumentError("--val is needed: labelled images to judge by")
@@ -178,7 +179,7 @@ def open_known(args, classes, count):
         raise DataError("--val has no labels: class folders, or a list with labels, are needed")
     if classes is not None:
         known = Subset(queries, [])
-        known.classes, known.labels = classes, torch.arange(count)
+        known.classes, known.labels, known.numbered = classes, torch.arange(count), numbered
         match_classes(queries, known)
     elif len(queries.classes) != count:
         raise DataError(f"the images to judge by have {len(queries.classes)} classes, the classifier {count}")
@@ -240,11 +241,22 @@ def extraction(args, info, device, batch_size=256):
                 precision=autocast_dtype(args.precision, device))
 
 
-def folder(args, name):
-    """Where an evaluation keeps its files."""
-    trunk = Path(args.trunk.removeprefix("released:"))
-    of_a_file = Path("runs", f"{name}_{trunk.name.partition('.')[0]}")
-    return Path(args.out) if args.out else trunk if trunk.is_dir() else of_a_file
+def folder(args, name, decisive):
+    """Where an evaluation keeps its files: --out, the run's directory, or for a file one in runs/, named by
+    the evaluation, the file and its checksum. Raises ArgumentError if it cannot be written."""
+    trunk = Path(args.trunk)
+    stem = trunk.name.removeprefix("released:").partition(".")[0]
+    path = trunk if trunk.is_dir() else Path("runs", f"{name}_{stem}_{decisive['trunk'][:8]}")
+    path = Path(args.out) if args.out else path
+    with border(ArgumentError, f"--out {path} cannot be written"):
+        distributed.from_main(_writable, path)
+    return path
+
+
+def _writable(path):
+    path.mkdir(parents=True, exist_ok=True)
+    (path / ".writable").touch()
+    (path / ".writable").unlink()
 
 
 def decisive(args, trunk, **others):
@@ -252,7 +264,7 @@ def decisive(args, trunk, **others):
     checksum, and others."""
     free = {"trunk", "data", "val", "root", "out", "save_every", "fresh", "workers", "device", "head"}
     options = {name: value for name, value in vars(args).items() if name not in free}
-    return {**options, "trunk": weights.checksum(trunk) if trunk is not None else args.trunk, **others}
+    return {**options, "trunk": weights.checksum(trunk) if trunk is not None else "features", **others}
 
 
 def check_readable(loader):

@@ -61,9 +61,12 @@ def arguments(argv=None):
 def main(args):
     if bool(args.to) + bool(args.features) != bool(args.out):
         raise ArgumentError("--to and --out go together, or --features and --out: what to write, and where")
+    path, out = Path(args.file), Path(args.out)
+    if args.out and out.exists() and path.exists() and out.samefile(path):
+        raise ArgumentError(f"--out {out} is the file itself")
     if args.features:
         return write_features(args)
-    path, out = released.local(args.file), Path(args.out)
+    path = distributed.from_main(released.local, args.file)
     try:
         model, info, contents = open_model(args.file, args.trust_pickle)
     except HeadsDoNotFit as error:
@@ -75,8 +78,6 @@ def main(args):
     report(path, model, info, contents)
     if not args.to:
         return
-    if out.exists() and out.samefile(path):
-        raise ArgumentError(f"--out {out} is the file itself")
     try:
         if args.to == "torchvision":
             export_backbone(out, model.backbone, info, model, contents.labels)

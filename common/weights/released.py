@@ -1,8 +1,10 @@
 """Where the projects' released checkpoints are: "released:swav_800ep" in the place of a file.
 
-Addresses are those on the projects' own pages. Whether they still answer could not be tried here.
+Addresses and figures are those on the projects' own pages. Whether they still answer could not be tried here.
 """
 
+import contextlib
+import os
 import shutil
 import socket
 import zipfile
@@ -25,7 +27,7 @@ PROJECTS = {  # where an address begins: whose it is, licence of the repository,
     SWAV: ("facebookresearch/swav", "CC BY-NC 4.0", ["DeepCluster-v2 or SeLa-v2"]),
     MMSELFSUP: ("open-mmlab/mmselfsup", "Apache 2.0", ["MMSelfSup", "OpenSelfSup"]),
     LIGHTLY: ("lightly-ai/lightly", "MIT", ["Lightning", "SwAV"]),
-    SELA: ("yukimasano/self-label", "see its page", ["SeLa"]),
+    SELA: ("yukimasano/self-label", "see its page", ["SeLa", "DeepCluster"]),  # one head: a matter of a name
 }
 
 
@@ -103,6 +105,8 @@ def table():
         inside = f", in it {file.member}" if file.member else ""
         lines += [f"released:{name}", f"    {file.published} ({project}, {licence})",
                   f"    {file.url}{inside}"]
+    lines += ["SeLa's labels of ImageNet's training images, 10 x 3,000", f"    {SELA}/alexnet-labels.csv",
+              f"    {SELA}/resnet-labels.csv"]
     return "\n".join(lines)
 
 
@@ -141,11 +145,13 @@ def check(name, path, method):
 
 def _download(file, kept):
     """Puts a released file, or the member of a zip, at kept once it is whole."""
-    before, partial = socket.getdefaulttimeout(), kept.with_name(f"{kept.name}.download")
+    before, partial = socket.getdefaulttimeout(), kept.with_name(f"{kept.name}.{os.getpid()}")
+    length = None
     socket.setdefaulttimeout(60)  # of silence
     try:
-        with urlopen(Request(file.url, method="HEAD", headers={"User-Agent": "torch.hub"})) as answer:
-            length = answer.headers["Content-Length"]
+        with contextlib.suppress(OSError):  # some servers do not answer HEAD
+            with urlopen(Request(file.url, method="HEAD", headers={"User-Agent": "torch.hub"})) as answer:
+                length = answer.headers["Content-Length"]
         torch.hub.download_url_to_file(file.url, str(partial), file.sha256)
         if length and partial.stat().st_size != int(length):  # torch.hub does not look
             raise OSError(f"{partial.stat().st_size} of {length} bytes came")
