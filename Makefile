@@ -42,9 +42,9 @@ bench: .venv/bench  ## against lightly, faiss, scikit-learn, POT: PHOTOS=folder 
 results: .venv/bench  ## all methods side by side, hours: DATA=folder or list, ROOT=, VAL= (default: cifar10); writes the table of docs/results.md
 	$(BIN)/python -m benchmarks.methods $(if $(DATA),--data $(DATA)) $(if $(ROOT),--root $(ROOT)) $(if $(VAL),--val $(VAL))
 
-figures: .venv/run  ## what breaks the methods, what SwAV costs, and the pictures of docs/methods.md, hours: DATA=, ROOT= (default: cifar10)
+figures: .venv/run  ## what breaks the methods, what SwAV costs, and the pictures of docs/methods.md, hours
 	$(BIN)/python -m benchmarks.ablations
-	$(BIN)/python -m benchmarks.stability --recipe cifar --data $(or $(DATA),cifar10) $(if $(ROOT),--root $(ROOT)) --epochs 10
+	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m benchmarks.ablations --precision float32 --out runs/ablations_float32
 	$(BIN)/python -m benchmarks.multicrop
 	$(BIN)/python -m benchmarks.figures --runs runs
 

@@ -1,19 +1,22 @@
-"""Remove what prevents collapse and watch it happen; and take DeepCluster-v2 apart, one improvement at a
-time.
+"""Small experiments, each with five seeds: the six methods as they are, without what prevents collapse,
+DeepCluster-v2 with one improvement less, SwAV with other crops and batches, training anew on SeLa's labels.
 
-    python -m benchmarks.ablations                         # all of them on shapes, as long as the recipes are
+    python -m benchmarks.ablations                         # all: a minute or two a run, on two cores
     python -m benchmarks.ablations --only "swav*"          # some of them
     python -m benchmarks.ablations --list
+    ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 \\
+        python -m benchmarks.ablations --precision float32 --out runs/ablations_float32
+                                                           # the methods as they are, as on an older CPU
 
-Where an option does it, the run has that option; where none does, a line below puts another function in the
-script's place. After the runs a table: the last epoch's loss as a share of ln K, clusters in use and the
-largest one's share of the images (means over heads), and 20-NN accuracy on held-out images. A run is kept in
---out and not made twice; nothing is written before all are there.
+Where an option does it, the run has that option; where none does, a function below takes the place of the
+script's. A run is kept in --out and not made twice, so the same command resumes. Written is what
+there is of each experiment, from the first seed on.
 """
 
 import argparse
 import dataclasses
 import fnmatch
+import functools
 import statistics
 from pathlib import Path
 
@@ -25,13 +28,17 @@ import deepcluster
 import deepclusterv2
 import odc
 import sela
+import selav2
 import swav
-from benchmarks.record import curve_of, finished, last_loss, show, write
+from benchmarks.record import curve_of, finished, last_loss, metrics, write
+from common import data
 from common.engine.errors import ArgumentError
 from common.engine.launch import launch
 from common.engine.options import recipe
+from common.evaluation.store import read_assignments
 
-METHODS = {"swav": swav, "deepcluster": deepcluster, "odc": odc, "sela": sela, "deepclusterv2": deepclusterv2}
+METHODS = {"swav": swav, "deepclusterv2": deepclusterv2, "selav2": selav2, "deepcluster": deepcluster,
+           "odc": odc, "sela": sela}
 
 
 def drawn_from_all_images(targets, length, generator):
@@ -42,6 +49,18 @@ def likeliest(memory, prototypes, features, heads, *settings):
     for h in heads:
         memory.targets[h] = prototypes[h](features.to(prototypes[h].weight.dtype)).argmax(1)
     memory.figures = {"relabellings": memory.done + 1}
+
+
+def labels_of(run, memory, *settings):
+    """The labels (H, N) that another run ended with."""
+    found = read_assignments(run / "assignments.npz", data.open_images("shapes", "train"))
+    memory.targets.copy_(torch.from_numpy(found))
+
+
+def shuffled_labels_of(run, memory, *settings):
+    labels_of(run, memory)
+    order = torch.randperm(memory.targets.shape[1], generator=torch.Generator().manual_seed(0))
+    memory.targets = memory.targets[:, order]
 
 
 def clustered_once(memory, *settings, assign=deepclusterv2.assign):
@@ -57,98 +76,117 @@ class LinearHead(deepclusterv2.Model):
 
 
 # name: options given to the method's recipe, functions of its script replaced
+LARGE = dict(sizes=(24,), scales=(0.4, 1.0))
+RETRAINED = dict(relabellings=1, epochs=6)
 EXPERIMENTS = {
     "swav": ({}, {}),
-    "swav, 0 Sinkhorn iterations": (dict(sinkhorn_iterations=0), {}),
-    "deepcluster": ({}, {}),
-    "deepcluster, no uniform sampling": ({}, dict(uniform_order=drawn_from_all_images)),
-    "odc": ({}, {}),
-    "odc, no merging and splitting, no weights": (dict(min_cluster=0, reweight=0.0), {}),
-    "sela": ({}, {}),
-    "sela, the likeliest label": ({}, dict(assign=likeliest)),
     "deepclusterv2": ({}, {}),
+    "selav2": ({}, {}),
+    "deepcluster": ({}, {}),
+    "odc": ({}, {}),
+    "sela": ({}, {}),
+    "swav, 0 Sinkhorn iterations": (dict(sinkhorn_iterations=0), {}),
     "deepclusterv2, clustered once": ({}, dict(assign=clustered_once)),
+    "deepcluster, no uniform sampling": ({}, dict(uniform_order=drawn_from_all_images)),
+    "odc, no merging and splitting, no weights": (dict(min_cluster=0, reweight=0.0), {}),
+    "sela, the likeliest label": ({}, dict(assign=likeliest)),
+    "deepcluster, 50 clusters": (dict(prototypes=50), {}),
     "deepclusterv2, no colour jitter": (dict(jitter=(0.0, 0.0, 0.0, 0.0), blur_p=0.0), {}),
     "deepclusterv2, linear head": ({}, dict(Model=LinearHead)),
-    "deepclusterv2, constant learning rate": (dict(final_lr=0.8), {}),
+    "deepclusterv2, constant learning rate": (dict(final_lr=3.6), {}),
     "deepclusterv2, temperature 1": (dict(temperature=1.0), {}),
     "deepclusterv2, one clustering": (dict(heads=1), {}),
-    "deepclusterv2, two crops": (dict(crops=(2,)), {}),
+    "swav, 2 large crops": (dict(LARGE, crops=(2,)), {}),
+    "swav, 2 large crops for as many FLOPs": (dict(LARGE, crops=(2,), epochs=12), {}),
+    "swav, 4 large crops": (dict(LARGE, crops=(4,)), {}),
+    "swav, 2 large and 6 small crops": (dict(crops=(2, 6)), {}),
+    "swav, batch 16": (dict(batch_size=16, lr=1.2, final_lr=0.0012), {}),
+    "swav, batch 16 and a queue of 112": (dict(batch_size=16, lr=1.2, final_lr=0.0012, queue_length=112,
+                                               queue_start_epoch=1), {}),
+    "swav, batch 256": (dict(batch_size=256, lr=4.8, final_lr=0.0048, freeze_prototypes_iters=12), {}),
+    "sela, trained anew on its labels": (RETRAINED, dict(assign=labels_of)),
+    "sela, trained anew on its labels shuffled": (RETRAINED, dict(assign=shuffled_labels_of)),
 }
-COLUMNS = ("loss / ln K", "clusters in use", "largest cluster, %", "20-NN %")
 
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="", help="default: that of the recipe")
-    parser.add_argument("--root", default="")
-    parser.add_argument("--val", default="")
-    parser.add_argument("--recipe", default="shapes")
-    parser.add_argument("--epochs", type=int, default=0, help="default: the recipe's")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--only", default="*", help="a pattern of names")
     parser.add_argument("--list", action="store_true", help="names, and nothing else")
+    parser.add_argument("--precision", default="auto", choices=["auto", "float32"])
     parser.add_argument("--out", type=Path, default=Path("runs/ablations"))
     parser.add_argument("--workers", type=int, default=-1)
     return parser.parse_args()
 
 
-def folder(out, name):
+def folder(out, name, seed):
     """Where the run of an experiment is kept."""
-    return out / name.replace(", ", "-").replace(" ", "_")
+    return out / f"{name.replace(', ', '-').replace(' ', '_')}_{seed}"
 
 
-def config_of(name, args, out):
-    method = METHODS[name.split(",")[0]]
-    config = recipe(method.Config, method.RECIPES, args.recipe)
-    epochs = args.epochs or config.epochs
-    given = dict(data=args.data, root=args.root, val=args.val, epochs=epochs, seed=args.seed,
-                 workers=args.workers)
-    given |= dict(recipe=args.recipe, out=str(out), fresh=True, eval_every=epochs)
-    return dataclasses.replace(config, **given, **EXPERIMENTS[name][0])
+def config_of(name, args, seed):
+    method, options = METHODS[name.split(",")[0]], EXPERIMENTS[name][0]
+    given = dict(recipe="shapes", seed=seed, precision=args.precision, workers=args.workers, log_every=13,
+                 eval_every=6 if method is sela else 100, out=str(folder(args.out, name, seed)), fresh=True)
+    config = dataclasses.replace(recipe(method.Config, method.RECIPES, "shapes"), **given | options)
+    # labels of a run teach a network that starts otherwise
+    return dataclasses.replace(config, seed=seed + 100) if "anew" in name else config
 
 
-def train(name, config):
-    method, functions = METHODS[name.split(",")[0]], EXPERIMENTS[name][1]
+def train(name, args, seed):
+    method, functions = METHODS[name.split(",")[0]], dict(EXPERIMENTS[name][1])
+    if "anew" in name:
+        functions = {"assign": functools.partial(functions["assign"], folder(args.out, "sela", seed))}
     kept = {function: getattr(method, function) for function in functions}
     for function, other in functions.items():
         setattr(method, function, other)
-    method.main(config)
+    method.main(config_of(name, args, seed))
     for function, own in kept.items():
         setattr(method, function, own)
 
 
 def figures_of(out):
-    """Of a finished run: COLUMNS."""
+    """Of a finished run: {what: figure}. Two are means over the changes from one epoch to the next, but the
+    first: NMI of the clusters, and how far the loss jumps, its mean over the first 13 steps less that over
+    the last 13 of the epoch before, divided by ln K."""
     with np.load(out / "assignments.npz") as file:
         counts = [np.bincount(head[head >= 0]) for head in file["assignments"]]
+    records, curve = metrics(out), curve_of(out)
+    losses = [record["loss_per_ln_k"] for record in records if "loss_per_ln_k" in record]
+    nmi = [record["nmi_to_previous"] for record in records if "epoch_clusters_used" in record]
+    steps = len(losses) // len(nmi)  # records of an epoch
+    jumps = [losses[start] - losses[start - 1] for start in range(2 * steps, len(losses) - steps + 1, steps)]
+    largest = 100 * statistics.mean(c.max() / c.sum() for c in counts)
     used = statistics.mean(int((c > 0).sum()) for c in counts)
-    return last_loss(out), used, 100 * statistics.mean(c.max() / c.sum()
-                                                       for c in counts), curve_of(out)[-1][1]
+    found = {"untrained 20-NN %": curve[0][1], "20-NN %": curve[-1][1], "loss / ln K": last_loss(out),
+             "clusters in use": used, "largest cluster, %": largest,
+             "NMI to the epoch before": statistics.mean(nmi[2:]), "jump of the loss": statistics.mean(jumps)}
+    return found | {f"20-NN % after {epoch} epochs": accuracy for epoch, accuracy in curve[1:-1]}
 
 
 def main(args):
-    names = [name for name in EXPERIMENTS if fnmatch.fnmatch(name, args.only)]
-    if not names:
+    names = [name for name in EXPERIMENTS if args.precision == "auto" or "," not in name]
+    chosen = fnmatch.filter(names, args.only)
+    if not chosen:
         raise ArgumentError(f"--only {args.only}: no experiment has such a name; --list names them")
     if args.list:
-        return print("\n".join(names))
-    figures, missing = {}, []
-    for name in EXPERIMENTS:
-        out = folder(args.out, name)
-        config = config_of(name, args, out)
-        if name in names and not finished(config, out):
-            train(name, config)
-        if finished(config, out):
-            figures |= {f"{name}: {what}": value for what, value in zip(COLUMNS, figures_of(out))}
-        else:
-            missing.append(name)
-    if missing:
-        show(figures)
-        return print(f"nothing is written: {args.out} lacks {'; '.join(missing)}")
-    write("ablations", torch.device("cpu"), dict(recipe=args.recipe, epochs=args.epochs, seed=args.seed),
-          figures)
+        return print("\n".join(chosen))
+    figures = {}
+    for name in names:
+        rows, outs = [], {seed: folder(args.out, name, seed) for seed in args.seeds}
+        for seed, out in outs.items():
+            if name in chosen and not finished(config_of(name, args, seed), out):
+                train(name, args, seed)
+        for seed, out in outs.items():
+            if not finished(config_of(name, args, seed), out):
+                print(f"{name}: no run with seed {seed}, so it and those behind it are left out")
+                break
+            rows.append(figures_of(out))
+        figures |= {f"{name}: {what}": [row[what] for row in rows] for what in (rows[0] if rows else ())}
+    write("ablations", torch.device("cpu"), dict(seeds=args.seeds, precision=args.precision), figures,
+          "ablations" if args.precision == "auto" else f"ablations_{args.precision}")
 
 
 if __name__ == "__main__":

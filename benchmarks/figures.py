@@ -4,17 +4,15 @@ them, what SwAV costs.
     python -m benchmarks.figures                 # drawn anew from files in benchmarks/results (see FILES)
     python -m benchmarks.figures --runs runs     # before that figures.json is made anew
 
-figures.json holds the few hundred numbers that the pictures need of the runs in RUNS/ablations and
-RUNS/stability, which these make:
-
-    python -m benchmarks.ablations
-    python -m benchmarks.stability --recipe cifar --data cifar10 --epochs 10
+figures.json holds the few hundred numbers that the pictures need of the first seed's runs in RUNS/ablations,
+which `python -m benchmarks.ablations` makes.
 """
 
 import argparse
 import itertools
 import json
 import math
+import statistics
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +21,7 @@ import torch
 import deepcluster
 import swav
 from benchmarks import ablations, draw, multicrop
-from benchmarks.record import RESULTS, curve_of, origin
+from benchmarks.record import RESULTS, metrics, origin
 from benchmarks.report import ROOT, between
 from common import data
 from common.engine.files import writing
@@ -31,19 +29,27 @@ from common.engine.options import recipe
 from common.multicrop import Augmentation, MultiCrop, collate, to_device
 from common.sinkhorn import sinkhorn
 
-# benchmark: what it writes in RESULTS
-FILES = {"figures": "figures", "ablations": "ablations_cpu", "multicrop": "multicrop_cpu"}
+# what it is called here: the file in RESULTS
+FILES = {"figures": "figures", "ablations": "ablations_cpu", "float32": "ablations_float32_cpu",
+         "multicrop": "multicrop_cpu"}
 PAGE = ROOT / "docs/methods.md"
-STEADINESS = "cifar_10_50_0"  # of benchmarks.stability: recipe, epochs, clusters, seed
-BROKEN = {  # a method, and itself without what keeps it from collapse
-    "swav": "swav, 0 Sinkhorn iterations",
-    "deepcluster": "deepcluster, no uniform sampling",
-    "odc": "odc, no merging and splitting, no weights",
-    "sela": "sela, the likeliest label",
-    "deepclusterv2": "deepclusterv2, clustered once",
-}
-LEFT_OUT = [name for name in ablations.EXPERIMENTS
-            if name.startswith("deepclusterv2") and name not in BROKEN.values()]
+BROKEN = [  # the methods without what keeps them from collapse
+    "swav, 0 Sinkhorn iterations",
+    "deepcluster, no uniform sampling",
+    "odc, no merging and splitting, no weights",
+    "sela, the likeliest label",
+    "deepclusterv2, clustered once",
+]
+STEADY = {"DeepCluster": "deepcluster, 50 clusters", "ODC": "odc"}  # with equally many
+
+
+def of_method(found, method, words=""):
+    """Experiments with a method that is not broken, of those there are: itself, and what has these words."""
+    return [name for name in ablations.EXPERIMENTS
+            if name == method or (name.startswith(f"{method},") and words in name and name not in BROKEN
+            and f"{name}: 20-NN %" in found["ablations"]["figures"])]
+
+
 WIDTH, SIZE = 560, 16  # of a picture and of its letters: on a phone they are two thirds of that
 
 
@@ -52,8 +58,8 @@ WIDTH, SIZE = 560, 16  # of a picture and of its letters: on a phone they are tw
 
 def gather(runs):
     """What the pictures show: a few hundred numbers of the runs in a folder, and the first step of a SwAV."""
-    folders = {name: ablations.folder(runs / "ablations", name)
-               for name in ("deepcluster", "sela", BROKEN["sela"], "deepclusterv2")}
+    folders = {name: ablations.folder(runs / "ablations", name, 0)
+               for name in ("deepcluster", *STEADY.values(), "sela", "sela, the likeliest label")}
     for name, folder in folders.items():
         if not (folder / "done.json").exists():
             raise SystemExit(f"error: {folder} is no finished run: "
@@ -65,11 +71,11 @@ def gather(runs):
     largest_first = np.argsort(-sizes, kind="stable")
     return {**origin("figures", torch.device("cpu")),
             "deepcluster": {"images": sizes[largest_first].tolist(), "draws": draws[largest_first].tolist()},
-            "odc": {name: losses_of(runs / "stability" / f"{name.lower()}_{STEADINESS}.npz")
-                    for name in ("DeepCluster", "ODC")},
+            "odc": {title: [[round(record["epoch"], 3), round(record["loss_per_ln_k"], 3)]
+                            for record in metrics(folders[name]) if "loss_per_ln_k" in record]
+                    for title, name in STEADY.items()},
             "sela": {name: sorted(np.bincount(clusters_of(folders[name])).tolist(), reverse=True)
-                     for name in ("sela", BROKEN["sela"])},
-            "untrained": curve_of(folders["deepclusterv2"])[0][1],
+                     for name in ("sela", "sela, the likeliest label")},
             "swav": [[round(score, 3) for score in row] for row in first_scores().tolist()]}
 
 
@@ -77,18 +83,6 @@ def clusters_of(folder):
     """The cluster of every image in the first head."""
     with np.load(folder / "assignments.npz") as file:
         return file["assignments"][0]
-
-
-def losses_of(path, points=26):
-    """Loss / ln K of a run, for every epoch as means over so many stretches: (E, points)."""
-    if not path.exists():
-        raise SystemExit(f"error: no {path}: python -m benchmarks.stability --recipe cifar --data cifar10 "
-                         f"--epochs 10")
-    epochs, K = map(int, STEADINESS.split("_")[1:3])
-    with np.load(path) as file:
-        rows = np.split(file["losses"], epochs)  # (E, steps of an epoch)
-    return [[round(float(part.mean()) / math.log(K), 3) for part in np.array_split(row, points)]
-            for row in rows]
 
 
 @torch.no_grad()
@@ -101,7 +95,8 @@ def first_scores():
     model.normalize_prototypes()
     images = data.open_images("shapes", "train")
     augmentation = Augmentation(jitter=config.jitter, blur_p=config.blur_p)
-    crops = MultiCrop(images, config.crops, config.sizes, [config.scales], augmentation, config.seed)
+    scales = list(zip(config.scales[::2], config.scales[1::2]))
+    crops = MultiCrop(images, config.crops, config.sizes, scales, augmentation, config.seed)
     batch = data.batches(len(images), config.batch_size, 0, config.seed, 0, 1)[0]
     _, views, params = collate([crops[0, position, index] for position, index in batch])
     _, scores = model(to_device(views, params, torch.device("cpu"), torch.float32))  # (V B, K)
@@ -142,20 +137,20 @@ def deepcluster_picture(found):
 
 def odc_picture(found):
     left, right, high, low = 48, WIDTH - 12, 44, 262
-    curves = {name: list(itertools.chain(*rows)) for name, rows in found["figures"]["odc"].items()}
-    epochs, losses = len(found["figures"]["odc"]["ODC"]), list(itertools.chain(*curves.values()))
+    curves = found["figures"]["odc"]
+    epochs = round(curves["ODC"][-1][0])
+    losses = [loss for curve in curves.values() for _, loss in curve]
     bottom, top = math.floor(10 * min(losses)), math.ceil(10 * max(losses))
-    x, y = draw.scale(0, len(curves["ODC"]), left, right), draw.scale(bottom / 10, top / 10, low, high)
+    x, y = draw.scale(0, epochs, left, right), draw.scale(bottom / 10, top / 10, low, high)
     parts = [draw.text(8, 24, "loss / ln K")]
     for tenth in range(bottom, top + 1):
         parts += draw.level(left, right, y(tenth / 10), f"{tenth / 10:.1f}")
     for epoch in range(epochs + 1):
-        place = x(len(curves["ODC"]) * epoch / epochs)
-        parts += [draw.path([(place, high), (place, low)], "stroke: var(--grid)"),
-                  draw.text(place, low + 20, epoch, "middle")]
+        parts += [draw.path([(x(epoch), high), (x(epoch), low)], "stroke: var(--grid)"),
+                  draw.text(x(epoch), low + 20, epoch, "middle")]
     for place, (name, colour) in zip((left + 130, left + 260),
                                      (("DeepCluster", "orange"), ("ODC", "purple"))):
-        parts += [draw.line([(x(i + 0.5), y(loss)) for i, loss in enumerate(curves[name])], colour)]
+        parts += [draw.line([(x(epoch), y(loss)) for epoch, loss in curves[name]], colour)]
         parts += [draw.text(place, 24, name, colour=colour)]
     return draw.page(WIDTH, 312, [*parts, draw.text((left + right) / 2, low + 42, "epochs", "middle")], SIZE)
 
@@ -174,23 +169,26 @@ def sela_picture(found):
 
 
 def deepclusterv2_picture(found):
+    """A row of each experiment, a point of each run."""
     left, right, high, row = 192, WIDTH - 60, 40, 30
-    accuracies = {name.partition(", ")[2] or "all of it": value(found, "ablations", f"{name}: 20-NN %")
-                  for name in LEFT_OUT}
-    low = high + row * len(accuracies)
-    x, floor = draw.scale(0, max(accuracies.values()), left, right), found["figures"]["untrained"]
+    names = of_method(found, "deepclusterv2")
+    accuracies = [value(found, "ablations", f"{name}: 20-NN %") for name in names]
+    floor = value(found, "ablations", "deepclusterv2: untrained 20-NN %")
+    points, low = list(itertools.chain(floor, *accuracies)), high + row * (len(names) + 1)
+    least, most = 10 * math.floor(min(points) / 10), 10 * math.ceil(max(points) / 10)
+    x = draw.scale(least, most, left, right)
     parts = [draw.text(8, 24, "20-NN accuracy, %, of DeepCluster-v2 with")]
-    for number, (name, accuracy) in enumerate(accuracies.items()):
-        y, colour = high + row * number, "orange" if number else "grey"
-        corners = [(left, y + 4), (x(accuracy), y + 4), (x(accuracy), y + row - 4), (left, y + row - 4)]
-        parts += [draw.path(corners, f"fill: var(--{colour})", fill_opacity="0.7"),
-                  draw.text(left - 8, y + 20, name, "end")]
-    parts += [draw.path([(x(floor), high), (x(floor), low + 4)], "stroke: var(--ink)",
-                        stroke_dasharray="3 3")]
-    for number, accuracy in enumerate(accuracies.values()):
-        parts += [draw.text(x(accuracy) + 6, high + row * number + 20, f"{accuracy:g}", colour="ink")]
-    return draw.page(WIDTH, low + 34,
-                     [*parts, draw.text(x(floor), low + 22, f"untrained trunk {floor:g}", "middle")], SIZE)
+    for level in range(least, most + 1, 10):
+        parts += [draw.path([(x(level), high), (x(level), low)], "stroke: var(--grid)"),
+                  draw.text(x(level), low + 20, level, "middle")]
+    titles = [name.partition(", ")[2] or "all of it" for name in names]
+    rows = zip((*titles, "untrained trunk"), (*accuracies, floor), strict=True)
+    for number, (title, points) in enumerate(rows):
+        y, colour = high + row * number + row / 2, "orange" if 0 < number < len(names) else "grey"
+        parts.append(draw.text(left - 16, y + 5, title, "end"))
+        parts += [f'<circle cx="{x(point)}" cy="{y}" r="5" style="fill: var(--{colour})" fill-opacity="0.6"/>'
+                  for point in points]
+    return draw.page(WIDTH, low + 34, parts, SIZE)
 
 
 def swav_picture(found):
@@ -202,7 +200,7 @@ def swav_picture(found):
     # prototypes by their mass without Sinkhorn
     columns = codes[0].sum(0).argsort(descending=True, stable=True)
     rows = codes[0][:, columns].argmax(1).argsort(stable=True)  # images by their prototype then
-    (B, K), cell, left, low = scores.shape, 5, 32, 120
+    (B, K), cell, left, low = scores.shape, 4, 32, 120
     mass, top = draw.scale(0, float(codes[0].sum(0).max()), low, 60), low + 8
     parts = [f'<text x="-{top + cell * B / 2}" y="22" text-anchor="middle" transform="rotate(-90)">{B} '
              f'images</text>']
@@ -240,35 +238,74 @@ def value(found, benchmark, name):
     return found[benchmark]["figures"][name]
 
 
-def outcomes(found, title, rows):
-    """What benchmarks.ablations found. rows: {name: what it is called}."""
-    lines = [f"| {title} | loss / ln K | clusters in use | the largest has | 20-NN |",
-             "|---|---|---|---|---|"]
-    for name, words in rows.items():
-        loss, used, largest, knn = (value(found, "ablations", f"{name}: {what}")
-                                    for what in ablations.COLUMNS)
-        method = ablations.METHODS[name.split(",")[0]]
-        K = recipe(method.Config, method.RECIPES, found["ablations"]["settings"]["recipe"]).prototypes
-        lines.append(f"| {words} | {loss:.2f} | {used:.3g} of {K} | {largest:.1f} % | {knn:g} % |")
-    return [*lines, f"| untrained trunk | | | | {found['figures']['untrained']:g} % |"]
+def spread(values, form="{:.1f}"):
+    """Mean, and from the least to the most."""
+    low, mean, high = (form.format(number(values)) for number in (min, statistics.mean, max))
+    return mean if low == high else f"{mean} ({low} to {high})"
 
 
-def leave_one_out(found):
-    rows = {name: name.partition(", ")[2] or "all of it" for name in LEFT_OUT}
-    return "\n".join(outcomes(found, "DeepCluster-v2 with", rows))
+def outcomes(found, names):
+    """What benchmarks.ablations found of experiments, and how far the accuracy of each lies from that of its
+    method as it is, seed by seed."""
+    titles = ("experiment", "runs", "loss / ln K", "clusters in use", "the largest has, %", "20-NN, %",
+              "difference")
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    columns = ("loss / ln K", "clusters in use", "largest cluster, %", "20-NN %")
+    for name in names:
+        loss, used, largest, knn = (value(found, "ablations", f"{name}: {what}") for what in columns)
+        whole = name.split(",")[0]
+        pairs = zip(knn, value(found, "ablations", f"{whole}: 20-NN %"))
+        difference = spread([a - b for a, b in pairs], "{:+.1f}") if name != whole else ""
+        method = ablations.METHODS[whole]
+        K = recipe(method.Config, method.RECIPES, "shapes").prototypes
+        cells = (name, str(len(knn)), spread(loss, "{:.2f}"), f"{spread(used, '{:.3g}')} of {K}",
+                 spread(largest), spread(knn), difference)
+        lines.append(f"| {' | '.join(cells)} |")
+    floor = value(found, "ablations", f"{names[0].split(',')[0]}: untrained 20-NN %")
+    return "\n".join([*lines, f"| untrained trunk | {len(floor)} | | | | {spread(floor)} | |"])
 
 
 def break_it(found):
-    names = [name for pair in BROKEN.items() for name in pair]
-    trained, machine = found["ablations"]["settings"]["recipe"], found["ablations"]["machine"]
-    about = f"Recipe `{trained}`, one run each; {machine}. The commands:"
-    commands = [f'    python -m benchmarks.ablations --only "{name}"' for name in BROKEN.values()]
-    return "\n".join([*outcomes(found, "experiment", dict(zip(names, names))), "", about, "", *commands])
+    names = [name for broken in BROKEN for name in (broken.split(",")[0], broken)]
+    return outcomes(found, [name for name in names if f"{name}: 20-NN %" in found["ablations"]["figures"]])
+
+
+def robust(found):
+    """Ten runs of each method as it is: five in bfloat16 and five in float32, as on an older CPU."""
+    seeds = found["ablations"]["settings"]["seeds"]
+    titles = ("method", "untrained", f"bfloat16, seeds {seeds[0]} to {seeds[-1]}", "float32, AVX2, the same",
+              "mean of ten", "farthest from it")
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for name in ablations.METHODS:
+        floors, runs = ([value(found, which, f"{name}: {what}") for which in ("ablations", "float32")]
+                        for what in ("untrained 20-NN %", "20-NN %"))
+        every = [*itertools.chain(*runs)]
+        mean = statistics.mean(every)
+        cells = (f"`{name}.py`", f"{statistics.mean(itertools.chain(*floors)):.1f}",
+                 *(", ".join(f"{accuracy:.1f}" for accuracy in run) for run in runs), f"{mean:.1f}",
+                 f"{max((accuracy - mean for accuracy in every), key=abs):+.1f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def steadiness(found):
+    lines = ["| | NMI to the epoch before | jump of the loss, share of ln K |", "|---|---|---|"]
+    for title, name in STEADY.items():
+        cells = [spread(value(found, "ablations", f"{name}: {what}"), "{:.2f}")
+                 for what in ("NMI to the epoch before", "jump of the loss")]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def retraining(found):
+    rows = {"SeLa itself, 6 epochs of 12": "sela: 20-NN % after 6 epochs", "SeLa itself": "sela: 20-NN %"}
+    rows |= {f"{name[6:]}, 6 epochs": f"{name}: 20-NN %" for name in of_method(found, "sela", "anew")[1:]}
+    lines = [f"| {title} | {spread(value(found, 'ablations', name))} |" for title, name in rows.items()]
+    return "\n".join(["| | 20-NN, % |", "|---|---|", *lines])
 
 
 def crops(found):
-    titles = ("crops", "FLOPs, in images of 224 px", "time of a step", "peak memory", "20-NN at equal images",
-              "at equal time")
+    titles = ("crops", "FLOPs, in images of 224 px", "time of a step", "peak memory")
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for name in multicrop.CROPS:
 
@@ -278,21 +315,8 @@ def crops(found):
         cells = [f"{of('FLOPs / one full image'):.2f}",
                  f"{of('step time / 2 crops'):.2f} ({of('ms a step') / 1000:.2f} s)"]
         cells += [f"{of('peak / 2 crops'):.2f} ({of('peak GiB'):.2f} GiB)"]
-        cells += [f"{of(f'20-NN % at equal {same}'):g} % ({of(f'epochs at equal {same}'):g} epochs)"
-                  for same in ("images", "time")]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def batches(found):
-    lines = ["| batch | steps | no queue | queue of 1,024 |", "|---|---|---|---|"]
-    for batch in multicrop.BATCHES:
-        accuracies = [f"{value(found, 'multicrop', f'batch {batch}, queue {queue}: 20-NN %'):g} %"
-                      for queue in multicrop.QUEUES]
-        steps = value(found, "multicrop", f"batch {batch}: steps")
-        lines.append(f"| {batch:,} | {steps:.0f} | {' | '.join(accuracies)} |")
-    untrained = value(found, "multicrop", "untrained: 20-NN %")
-    return "\n".join([*lines, f"| untrained trunk | | {untrained:g} % | |"])
 
 
 def state(found):
@@ -306,8 +330,17 @@ def state(found):
     return "\n".join(lines)
 
 
-TABLES = {"leave one out": leave_one_out, "break it": break_it, "crops": crops, "batches": batches,
-          "state": state}
+TABLES = {
+    "steadiness": steadiness,
+    "retraining": retraining,
+    "leave one out": lambda found: outcomes(found, of_method(found, "deepclusterv2")),
+    "crops": crops,
+    "trained with crops": lambda found: outcomes(found, of_method(found, "swav", "crops")),
+    "batches": lambda found: outcomes(found, of_method(found, "swav", "batch")),
+    "state": state,
+    "break it": break_it,
+    "ten runs": robust,
+}
 
 
 # ------------------------------------------------------------------------------------------------------- main

@@ -1,26 +1,18 @@
-"""What SwAV's abstract claims about cost: small crops are cheap and help, large batches are not needed, nor
-is a memory of the data.
+"""What SwAV's abstract claims about cost: small crops are cheap, and no memory of the data is needed.
 
-    python -m benchmarks.multicrop                    # on shapes: an hour on two CPU cores
-    python -m benchmarks.multicrop --recipe cifar --data cifar10
+    python -m benchmarks.multicrop                    # minutes on two CPU cores
 
 Crops: 2 large ones against 4, 2 + 4 and 2 + 6, small ones being 96/224 of a large one's side. FLOPs forward
 and backward of a published step (ResNet-50, head and prototypes; a multiplication with an addition is two),
-time and peak memory of a step in a process of its own; 20-NN of the recipe with these crops after its number
-of epochs, and after as many as take the time of its 2 + 6 crops, by steps on synthetic images.
-Batches: two crops, 256 prototypes, the learning rate by the square root of the batch, with and without a
-queue of 1,024 from epoch 1.
+time and peak memory of a step in a process of its own.
 State: what each method says at its start that it holds beside the network, with its published recipe,
-extrapolated from two sizes. A run is kept in --out and not made twice.
+extrapolated from two sizes. What crops are worth is in `benchmarks.ablations`.
 """
 
 import argparse
-import json
-import math
 import multiprocessing
 import tempfile
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -31,14 +23,13 @@ import odc
 import sela
 import selav2
 import swav
-from benchmarks.record import curve_of, finished, last_loss, medians, resident, write
+from benchmarks.record import medians, resident, write
 from benchmarks.step import Synthetic, ours, seconds
-from common import data, distributed
+from common import distributed
 from common.engine.launch import held_bytes, launch
 from common.engine.options import recipe
 
 CROPS = {"2": (2,), "4": (4,), "2 + 4": (2, 4), "2 + 6": (2, 6)}
-BATCHES, QUEUES = (64, 256, 1024), (0, 1024)
 METHODS = {"swav": swav, "deepclusterv2": deepclusterv2, "selav2": selav2, "sela": sela, "odc": odc,
            "deepcluster": deepcluster}
 SIZES = {"10 k": 10_000, "1.28 M": 1_281_167, "100 M": 100_000_000}
@@ -47,16 +38,9 @@ SIZES = {"10 k": 10_000, "1.28 M": 1_281_167, "100 M": 100_000_000}
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", default="shapes", help="of swav.py, to train with (default: shapes)")
-    parser.add_argument("--data", default="", help="default: that of the recipe")
-    parser.add_argument("--root", default="")
-    parser.add_argument("--val", default="")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=0,
                         help="of the timed step (default: the published 256; 8 on a CPU)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds; medians are reported (default: 5)")
-    parser.add_argument("--out", type=Path, default=Path("runs/multicrop"))
-    parser.add_argument("--workers", type=int, default=-1)
     return parser.parse_args()
 
 
@@ -114,52 +98,6 @@ def costs(args, device):
     return figures | {f"{name} crops: peak / 2 crops": value / peaks["2"] for name, value in peaks.items()}
 
 
-# --------------------------------------------------------------------------------------------------- accuracy
-
-
-def train(config, out):
-    """20-NN accuracies of a run, untrained and at its end; it is made unless it is there."""
-    if not finished(config, out):
-        swav.main(replace(config, out=str(out), fresh=True, eval_every=config.epochs))
-    return [accuracy for _, accuracy in curve_of(out)]
-
-
-def accuracies(args, device):
-    config = recipe(swav.Config, swav.RECIPES, args.recipe)
-    given = dict(data=args.data, root=args.root, val=args.val, seed=args.seed, workers=args.workers,
-                 recipe=args.recipe)
-    config = replace(config, **given)
-    configs, figures = {name: with_crops(config, crops) for name, crops in CROPS.items()}, {}
-    kept = args.out / "seconds.json"  # so that a second call finds the runs of the first
-    taken = json.loads(kept.read_text()) if kept.exists() else {}
-    if taken.keys() != configs.keys():
-        args.out.mkdir(parents=True, exist_ok=True)
-        taken = step_times(configs, device, args.rounds)
-        kept.write_text(json.dumps(taken) + "\n")
-    figures |= {f"{name} crops: ms a step of the trained": 1000 * value for name, value in taken.items()}
-    for name, c in configs.items():
-        longer = round(config.epochs * taken["2 + 6"] / taken[name])
-        for what, epochs in {"equal images": config.epochs, "equal time": longer}.items():
-            folder = args.out / f"{name.replace(' ', '')}_crops_{epochs}_epochs"
-            before, accuracy = train(replace(c, epochs=epochs), folder)
-            figures["untrained: 20-NN %"] = before
-            figures |= {f"{name} crops: epochs at {what}": epochs,
-                        f"{name} crops: 20-NN % at {what}": accuracy}
-            figures[f"{name} crops: loss / ln K at {what}"] = last_loss(folder)
-    for batch in BATCHES:
-        more = batch / config.batch_size
-        rates = dict(lr=config.lr * math.sqrt(more), final_lr=config.final_lr * math.sqrt(more))
-        frozen = round(config.freeze_prototypes_iters / more)
-        c = replace(configs["2"], batch_size=batch, prototypes=256, freeze_prototypes_iters=frozen,
-                    queue_start_epoch=1, **rates)
-        images = data.open_images(c.data or "shapes", "train", c.root)
-        figures[f"batch {batch}: steps"] = c.epochs * (len(images) // batch)
-        for queue in QUEUES:
-            accuracy = train(replace(c, queue_length=queue), args.out / f"batch_{batch}_queue_{queue}")[-1]
-            figures[f"batch {batch}, queue {queue}: 20-NN %"] = accuracy
-    return figures
-
-
 # ------------------------------------------------------------------------------------------------------ state
 
 
@@ -196,9 +134,7 @@ def states():
 
 def main(args):
     device = distributed.start()
-    figures = {**accuracies(args, device), **costs(args, device), **states()}
-    settings = dict(recipe=args.recipe, data=Path(args.data).name or args.recipe, seed=args.seed)
-    write("multicrop", device, settings, figures)
+    write("multicrop", device, {}, {**costs(args, device), **states()})
 
 
 if __name__ == "__main__":

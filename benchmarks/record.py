@@ -11,6 +11,7 @@ from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from common.engine.options import differences
@@ -79,6 +80,13 @@ def machine(device):
     return f"{names[0] if names else platform.processor()}, {len(os.sched_getaffinity(0))} cores"
 
 
+def computing():
+    """What rounding depends on."""
+    return {"threads": torch.get_num_threads(), "instructions": torch.backends.cpu.get_cpu_capability(),
+            "onednn": os.environ.get("ONEDNN_MAX_CPU_ISA", "all of the CPU's"),
+            "bfloat16": "avx512_bf16" in Path("/proc/cpuinfo").read_text()}
+
+
 def versions():
     """{package: version} of what the figures may depend on; None for what is not installed."""
     found = {"python": platform.python_version()}
@@ -99,20 +107,26 @@ def command(words):
 def origin(name, device):
     """What every result file begins with: machine, versions, and the command that this program was started
     by."""
-    return {"machine": machine(device), "versions": versions(),
+    return {"machine": machine(device), "computing": computing(), "versions": versions(),
             "command": command([f"benchmarks.{name}", *sys.argv[1:]])}
 
 
 def show(figures):
     for key, value in figures.items():
-        print(f"{key:44} {value:10.4g}")
+        print(f"{key:44}", *(f"{v:10.4g}" for v in np.atleast_1d(value)))
+
+
+def rounded(value):
+    return value if isinstance(value, int) else float(f"{value:.4g}")
 
 
 def write(name, device, settings, figures, file=""):
-    """Prints the figures and writes them to results/NAME_DEVICE.json with versions, machine, command and
-    settings. file: to take in place of the benchmark's NAME."""
+    """Prints the figures, each a number or a list with one for each seed, and writes them to
+    results/NAME_DEVICE.json with versions, machine, command and settings. file: to take in place of the
+    benchmark's NAME."""
     record = {**origin(name, device), "settings": settings, "figures": {
-        key: value if isinstance(value, int) else float(f"{value:.4g}") for key, value in figures.items()}}
+        key: [rounded(v) for v in value] if isinstance(value, list) else rounded(value)
+        for key, value in figures.items()}}
     show(record["figures"])
     slug = device.type if device.type == "cpu" else machine(device).lower().replace(" ", "_")
     RESULTS.mkdir(parents=True, exist_ok=True)

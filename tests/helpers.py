@@ -130,8 +130,8 @@ def losses(out):
 
 
 # A network and crops so small that a step takes milliseconds.
-TINY = "--width 0.125 --hidden 16 --dim 8 --sizes 16 --prototypes 12 --batch-size 16 --lr 2".split()
-TINY += "--warmup-epochs 0 --workers 0 --log-every 1".split()
+TINY = "--width 0.125 --hidden 16 --dim 8 --crops 4 --sizes 16 --scales 0.4 1 --prototypes 12".split()
+TINY += "--batch-size 16 --lr 2 --warmup-epochs 0 --workers 0 --log-every 1".split()
 QUEUE = "--queue-length 48 --queue-start-epoch 0 --freeze-prototypes-iters 3".split()
 
 

@@ -148,7 +148,7 @@ def test_odd_names_in_folders_and_lists(tmp_path):
 
 
 def test_shapes():
-    assert len(open_images("shapes")) == 10_000 and len(open_images("shapes", "val")) == 2_000
+    assert len(open_images("shapes")) == 5_000 and len(open_images("shapes", "val")) == 1_000
     train, val = open_images("shapes:50"), open_images("shapes:50", "val")
     assert (len(train), len(val), len(open_images("shapes:1", "val"))) == (50, 10, 1)
     assert len(train.labels) == len(train.paths) == 50 and len(train.classes) == 10
