@@ -27,7 +27,7 @@ from torch import nn
 import deepcluster
 from common import distributed
 from common.alexnet import alexnet
-from common.batchnorm import parallel
+from common.batchnorm import Dropout, parallel
 from common.engine.options import recipe
 from common.resnet import resnet18
 from common.weights import load_backbone
@@ -179,6 +179,11 @@ def test_dropout_masks_are_those_of_one_process():
         torch.testing.assert_close(theirs, grad, rtol=0, atol=1e-12)
 
 
+def test_dropout_keeps_the_mean():
+    y = Dropout(0.25)(torch.ones(4000))
+    assert y.unique().tolist() == [0, pytest.approx(4 / 3)] and y.mean().item() == pytest.approx(1, abs=0.05)
+
+
 # ---- parts
 
 
@@ -229,6 +234,7 @@ def test_the_mean_over_ranks_is_the_mean_over_all_targets():
 
 def test_two_ranks_follow_the_trajectory_of_one(tmp_path):
     shared = [*SHARED, "--precision", "float64", "--rotate", 5, "--sobel"]
+    shared += ["--warmup-epochs", 1, "--start-lr", 0.01, "--lr", 0.05, "--final-lr", 0]
     assert here(*shared, "--out", tmp_path / "one") == 0
     code, _, err = finish(start(*command(*shared, "--out", tmp_path / "two", ranks=2, script=SCRIPT)))
     assert code == 0, err
@@ -241,6 +247,9 @@ def test_two_ranks_follow_the_trajectory_of_one(tmp_path):
     assert torch.equal(a["memory"]["targets"],
                        b["memory"]["targets"]) and a["memory"]["figures"] == b["memory"]["figures"]
     assert torch.equal(a["meter"]["assignments"], b["meter"]["assignments"])
+    rates = [record["lr"] for record in metrics(tmp_path / "one") if "lr" in record]
+    np.testing.assert_allclose([*rates[:6], rates[10], rates[15]],
+                               [0.01, 0.02, 0.03, 0.04, 0.05, 0.05, 0.0375, 0.0125], rtol=1e-12)
 
 
 @pytest.mark.slow

@@ -278,12 +278,15 @@ def photos(tmp_path_factory):
     return root
 
 
-def test_kmeans_on_pooled_features(photos, tmp_path, capsys):
+def test_kmeans_on_pooled_features(photos, tmp_path, capsys, monkeypatch):
+    fitted, kmeans = [], eval_cluster.kmeans
+    monkeypatch.setattr(eval_cluster, "kmeans", lambda x, *a, **k: (fitted.append(x), kmeans(x, *a, **k))[1])
     command = (eval_cluster, photos / "backbone.pt", "--data", photos, "--kmeans", 3, "--seed", 2, *CPU,
                "--out", tmp_path)
     record, _ = evaluate(capsys, *command)
     assert (record["count"], record["clusters_by"]) == (15, "k-means on training features")
     assert record["heads"][0]["nmi"] == pytest.approx(100)  # colours are easy
+    torch.testing.assert_close(fitted[0].norm(dim=1), torch.ones(36))  # the training images, at unit length
     record, _ = evaluate(capsys, *command, "--training")
     assert record["count"] == 36 and (tmp_path / "gallery_training_kmeans.html").exists()
     assert run_here(*command, "--kmeans", 37) == 2

@@ -55,6 +55,8 @@ def test_seven_images_of_three_classes(images, backbone, capsys):
         assert value == pytest.approx(expected[int(k)][0], abs=1e-3)
         assert f"{k:>5}  {value:7.2f}        -\n" in out
     assert record["top1"]["1"] > 50
+    sharp, _ = evaluate(capsys, eval_knn, backbone, "--data", images, *CPU, "--k", 30, "--temperature", 1e-5)
+    assert sharp["top1"]["30"] == record["top1"]["1"] != record["top1"]["30"]  # the nearest decides
 
 
 def test_a_run_is_evaluated_on_its_own_data(tmp_path, capsys):

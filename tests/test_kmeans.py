@@ -239,9 +239,10 @@ def test_donors_are_drawn_by_their_size():
     generator, donations = seeded(0), torch.zeros(4)
     for _ in range(2000):
         centroids = torch.eye(4)
-        module._reseed(centroids, torch.tensor([101, 1, 301, 0]), generator)
+        module._reseed(centroids, torch.tensor([11, 1, 31, 0]), generator)
         donations += centroids[3] > 0
     close(donations / 2000, torch.tensor([0.25, 0, 0.75, 0]), 0.03)
+    assert donations[1] == 0
 
 
 # ---- limits

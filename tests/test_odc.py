@@ -211,6 +211,14 @@ def test_a_saved_memory_goes_on_as_it_was():
     assert torch.equal(memory.counts, state["targets"][state["targets"] >= 0].bincount(minlength=7))
 
 
+def test_momentum_is_the_weight_of_the_new_embedding():
+    memory = odc.Memory(1, 2, 1, momentum=0.3)
+    memory.fill(torch.tensor([[2.0, 0.0]]))
+    memory.begin(torch.tensor([0]))
+    memory.update(torch.tensor([0]), torch.tensor([[0.0, 5.0]]))
+    torch.testing.assert_close(memory.bank.local, torch.tensor([[0.7, 0.3]]) / 0.58**0.5)
+
+
 def test_equal_images_are_split_too():
     memory = odc.Memory(40, 3, 2, min_cluster=5)
     memory.fill(torch.ones(40, 3))
@@ -279,6 +287,9 @@ def test_the_log_says_how_many_images_changed_and_assignments_are_the_memorys(tm
     assert len(changed) == 10 and all(0 <= share <= 1 for share in changed) and max(changed) > 0
     assignments = np.load(tmp_path / "assignments.npz")["assignments"]
     assert (assignments[0] == saved(tmp_path)["memory"]["targets"].numpy()).all() and assignments.min() >= 0
+    trunk, head = saved(tmp_path)["optimizer"]["param_groups"]
+    assert (trunk["momentum"], head["momentum"], len(head["params"])) == (0.9, 0.0, 2)
+    assert trunk["weight_decay"] == head["weight_decay"] == 1e-5
 
 
 def test_a_run_starts_from_another_methods_trunk(tmp_path):
