@@ -643,7 +643,7 @@ def test_a_file_without_checksums_is_used(tmp_path, capsys):
 
 TINY = "--data shapes:64 --recipe shapes --width 0.125 --sizes 16 --prototypes 5 --batch-size 16".split()
 TINY += "--workers 0 --max-steps 1".split()
-HEAD = "--hidden 16 --dim 8".split()
+HEAD = "--hidden 16 --dim 8 --crops 2 --scales 0.4 1".split()
 
 
 @pytest.mark.parametrize(("method", "options"), [

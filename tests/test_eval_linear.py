@@ -333,7 +333,7 @@ def test_colour_noise(imagenet_stem, monkeypatch):
     monkeypatch.setattr(eval_linear, "photometric", lambda crops, *a: torch.zeros(crops.shape))
     monkeypatch.setattr(eval_linear.Reading, "forward", lambda self, x: seen.append(x) or {})
     source = drawn("shapes:1001", imagenet_stem)
-    source.loader.epoch = lambda epoch, batches: [
+    source.loader.epoch = lambda epoch, batches, first: [
         (torch.zeros(len(b), dtype=torch.int64), [torch.zeros(1, len(b), 3, 4, 4)], torch.zeros(1, len(b), 8))
         for b in batches]
     for epoch in range(20):

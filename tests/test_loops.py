@@ -77,7 +77,7 @@ def test_every_pass_over_the_images_has_new_crops_and_batch_statistics(method, p
     seen, forward = [], ResNet.forward
     monkeypatch.setattr(ResNet, "forward", lambda self, x: (
         seen.append((self.training, x.sum((1, 2, 3)).tolist())), forward(self, x))[1])
-    here(method, "--crops", 2, "--epochs", 2, "--out", tmp_path)
+    here(method, *"--crops 2 --sizes 16 --scales 0.3 1 --epochs 2".split(), "--out", tmp_path)
     assert all(training for training, _ in seen)
     drawn = [crop for _, crops in seen for crop in crops]
     assert len(drawn) == passes * 2 * 80 == len(set(drawn))

@@ -273,7 +273,7 @@ def test_two_ranks_follow_the_trajectory_of_one(tmp_path):
             torch.testing.assert_close(b[part][name], weight, rtol=0, atol=1e-8, msg=name)
     assert torch.equal(a["meter"]["assignments"], b["meter"]["assignments"])
     rates = [record["lr"] for record in metrics(tmp_path / "one") if "lr" in record]
-    np.testing.assert_allclose(rates[9:11], [rates[0], 0.4 * rates[0]], rtol=1e-12)
+    np.testing.assert_allclose(rates[9:11], [rates[0], 0.1 * rates[0]], rtol=1e-12)
 
 
 @pytest.mark.parametrize("hang", ["", "Memory.repair 8"])

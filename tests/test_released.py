@@ -133,6 +133,8 @@ def test_a_server_that_falls_silent_is_given_up(server, monkeypatch):
 
 def test_names_caches_and_files_that_cannot_be_used(server, tmp_path, monkeypatch):
     refused("swav_801ep", "released:swav_801ep is not known", "--list")
+    with pytest.raises(CheckpointError, match="swav_800ep does not exist, is released:swav_800ep meant"):
+        weights.load_backbone("swav_800ep")
     server["/other"] = packed({"state_dict": thin().state_dict()})
     server.offer("swav_try", "/other")
     refused("swav_try", "is a file of torchvision, where released:swav_try is one of SwAV: delete it")

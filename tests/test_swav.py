@@ -218,7 +218,7 @@ def test_errors_of_arguments(tmp_path, capsys):
         ("--eval-every", "-1"): "--eval-every -1: at least 0",
         ("--workers", "-2"): "--workers -2: at least -1",
         ("--seed", str(2**70)): "--seed 1180591620717411303424: at least 0 and less than",
-        ("--crops", "2", "6"): "one number, one size and two scales",
+        ("--crops", "2"): "one number, one size and two scales",
         ("--scales", "0.5", "0.1"): "--scales 0.5 0.1",
         ("--lr", "-1"): "--lr -1",
         ("--data", str(tmp_path), "--device", "cpu"): "take --recipe small",
@@ -237,7 +237,7 @@ def test_errors_of_data(tmp_path, capsys):
     for i in range(20):
         (bad / "train" / "n00" / f"{i}.JPEG").write_text("no image")
     for name, words in {"missing": "does not exist", "empty": "holds no images",
-                        "few/train/n00/0.JPEG": "is not a list of images", "list.txt": "line 2",
+                        "few/train/n00/0.JPEG": "1 images, fewer than one batch", "list.txt": "line 2",
                         "few": "4 images, fewer than one batch: --batch-size 16",
                         "bad": "more than --max-bad 10"}.items():
         assert swav_here("--data", tmp_path / name, "--recipe", "shapes", *TINY, "--out",

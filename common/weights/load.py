@@ -124,7 +124,8 @@ def open_model(path, trust_pickle=False):
 def read(path, trust_pickle=False):
     """What a file holds. The one place that may run code which is in a file: with trust_pickle alone."""
     if not path.exists():
-        raise CheckpointError(f"{path} does not exist")
+        meant = f", is released:{path} meant?" * (str(path) in released.RELEASED)
+        raise CheckpointError(f"{path} does not exist{meant}")
     try:
         if trust_pickle and path.suffix == ".pkl":
             return pickle.loads(path.read_bytes())
