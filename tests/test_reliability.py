@@ -711,6 +711,15 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, capsys, monkeypatch
     assert saved(tmp_path)["step"] == 2
 
 
+def test_worked_health_figures():
+    health = meter.Meter(4, 8, heads=2)
+    health.count(torch.tensor(1.0), torch.arange(4), torch.tensor([[0, 0, 1, 1], [2, 2, 2, -1]]))
+    health.count(torch.tensor(2.0), torch.arange(4, 8), torch.tensor([[1, 0, 1, 0], [2, 2, 2, 2]]))
+    found = health.read(torch.eye(4))  # each of 4 features has variance 3 / 16
+    assert found == pytest.approx({"loss": 1.5, "loss_per_ln_k": 1.5 / math.log(4), "clusters_used": 1.5,
+                                   "assignment_entropy": (0.5 + 0) / 2, "feature_std": 0.75**0.5})
+
+
 def test_a_constant_encoder_is_called_collapsed_once(tmp_path, capsys, monkeypatch):
     def constant(self, crops, autocast=None):
         z = torch.nn.functional.normalize(self.prototypes.weight[:1] * 0 + 1)
