@@ -16,7 +16,7 @@ help:  ## list the targets
 	$(BIN)/pip install --quiet --disable-pip-version-check pytest pytest-xdist hypothesis ruff scikit-learn safetensors
 	@touch $@
 
-demo: .venv/run  ## train SwAV on embedded images, k-NN before and after: under 5 minutes on two CPU cores
+demo: .venv/run  ## train SwAV on embedded images, k-NN before and after: two minutes on two CPU cores
 	$(BIN)/python swav.py --out runs/demo --fresh --log-every 156
 	$(BIN)/python eval_knn.py runs/demo --random-init
 	$(BIN)/python eval_knn.py runs/demo
