@@ -187,6 +187,15 @@ def test_dropout_keeps_the_mean():
 # ---- parts
 
 
+def test_the_classifier_sees_no_negative_feature():
+    model = deepcluster.Model(recipe(deepcluster.Config, deepcluster.RECIPES, "shapes"))
+    model.backbone = nn.Flatten()  # as AlexNet, whose features are those before a ReLU
+    x = torch.randn(2, model.prototypes.in_features, 1, 1)
+    features, scores = model([x])
+    assert torch.equal(features, x.flatten(1))
+    torch.testing.assert_close(scores, model.prototypes(features.clamp(min=0)))
+
+
 def assign_on_a_rank(K):
     x = torch.randn(40, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     x[[3, 25]] = float("nan")  # images that cannot be read
