@@ -229,6 +229,27 @@ def test_several_views_are_averaged_as_logits_or_as_probabilities():
     assert judge([probe], {"l": x}, views=3, probabilities=True).tolist() == [[[1, 0]], [[0, 1]], [[1, 0]]]
 
 
+def test_an_image_is_judged_whatever_stands_beside_it():
+    probe, x = new_probe("l+bn", shape=(2, 1, 1), classes=6), torch.randn(8, 2, 1, 1)
+    probe.train()(x)
+    alone = [judge([probe], {"l": pair}) for pair in x.split(2)]
+    assert torch.equal(judge([probe], {"l": x}), torch.cat(alone))
+
+
+def test_kept_features_come_in_another_order_every_epoch():
+    rows = torch.arange(40.0)[:, None], torch.zeros(40, dtype=torch.int64)
+    source = Cached(rows, rows, torch.device("cpu"))
+    first, second = (torch.cat([maps["avgpool"].flatten() for maps, *_ in source.batches(epoch, 8, 0, False)])
+                     for epoch in (0, 1))
+    assert not torch.equal(first, second) and torch.equal(first.sort().values, second.sort().values)
+
+
+def test_images_are_normalised_as_the_trunk_says():
+    info = {"resize": 24, "size": 20, "mean": (0.4, 0.5, 0.6), "std": (0.1, 0.2, 0.3)}
+    how = protocol.extraction(eval_linear.arguments(["trunk"]), info, torch.device("cpu"))
+    assert (how["mean"], how["std"]) == (info["mean"], info["std"])
+
+
 def test_last_and_best_epoch_of_every_setting(capsys):
     probes = [new_probe(name, GRID[:2]) for name in ("a", "b")]
     history = {3: [(50, 90), (40, 80), (10, 60), (11, 60)], 4: [(52, 91), (60, 85), (9, 50), (12, 62)],
