@@ -422,7 +422,8 @@ def judge_head(args, device):
     evaluation.warn_of_unreadable(queries, labels, "--val")
     top1, top5 = accuracy(scores, labels)
     five, count = "" if top5 is None else f", {top5:.2f} top-5", int(distributed.all_sum((labels >= 0).sum()))
-    say(f"{args.trunk}: {evaluation.name(info)}; {args.head}, {network.layer}, {view.views} crops an image: "
+    crops = f"{view.views} crop{'s' * (view.views > 1)} an image"
+    say(f"{args.trunk}: {evaluation.name(info)}; {args.head}, {network.layer}, {crops}: "
         f"{top1:.2f} top-1{five} of {count} images")
     record = {"head": args.head, "layer": network.layer, "size": info["size"], "crops": view.views,
               "val": count, "top1": round(top1, 4), "top5": top5 if top5 is None else round(top5, 4)}

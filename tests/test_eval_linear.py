@@ -447,7 +447,7 @@ def test_a_kept_classifier(images, run, imagenet_stem, tmp_path, capsys):
     kept = run / "eval_linear_small_classifier.pt"
     best = max(row["top1"] for row in trained["results"])
     record, out = evaluate(capsys, eval_linear, run, "--head", kept, "--data", images, *CPU)
-    assert record["top1"] == best and f"avgpool, 1 crops an image: {best:.2f} top-1 of 7 images" in out
+    assert record["top1"] == best and f"avgpool, 1 crop an image: {best:.2f} top-1 of 7 images" in out
     network = load_classifier(kept, run)
     assert network.classes == ["blue", "green", "red"] and network.info["size"] == 20
     assert network(torch.zeros(2, 3, 20, 20)).shape == (2, 3)

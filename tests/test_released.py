@@ -122,13 +122,13 @@ def test_what_does_not_come_whole_is_not_kept(server, tmp_path):
 
 
 def test_a_server_that_falls_silent_is_given_up(server, monkeypatch):
-    released_at = time.monotonic()
+    began = time.monotonic()
     monkeypatch.setattr(released.socket, "setdefaulttimeout",
                         lambda seconds, own=released.socket.setdefaulttimeout: own(seconds and 0.2))
-    server["/silent"] = lambda answer: time.sleep(2)
+    server["/silent"] = lambda answer: time.sleep(20)
     server.offer("silent", "/silent")
     refused("silent", "timed out")
-    assert time.monotonic() - released_at < 1.5
+    assert time.monotonic() - began < 10
 
 
 def test_names_caches_and_files_that_cannot_be_used(server, tmp_path, monkeypatch):
