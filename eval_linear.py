@@ -511,13 +511,14 @@ def main(args):
               "batch_size": preset.batch_size, "seed": args.seed, "train": source.n, "classes": len(classes),
               "val": source.judged, "crops": 1 if cached else preset.view.views,
               "precision": str(precision).removeprefix("torch."), **results(probes, history)}
-    evaluation.finish(args, info, name, record, folder)
     about = {"trunk": args.trunk, "sha256": decisive["trunk"], "preset": args.preset,
              "resize": info.get("resize"), "size": info.get("size"), "views": record["crops"],
              "probabilities": preset.probabilities,
              "numbered": not kept and getattr(images, "numbered", False)}
     path = folder / f"{own}_classifier.pt"
-    progress.finish(classifier.save, path, chosen_heads(probes, record["chosen"]), list(classes), about)
+    progress.keep_result(classifier.save, path, chosen_heads(probes, record["chosen"]), list(classes), about)
+    evaluation.finish(args, info, name, record, folder)
+    progress.finish()
 
 
 def chosen_heads(probes, chosen):

@@ -353,15 +353,16 @@ def main(args):
               "classes": len(everything.classes), "epochs": p.epochs, "batch_size": p.batch_size,
               "weight_decay": p.weight_decay, "seed": args.seed,
               "best_setting": {when: s["setting"] for when, s in chosen.items()}, "settings": settings}
-    evaluation.finish(args, info, name, record, folder)
     model = Model(trunk.cpu(), len(everything.classes), 0)
     model.load_state_dict(best["model"])
     head = {"layer": "features", "weight": model.fc.weight, "bias": model.fc.bias, "top1": best["top1"]}
     about = {"trunk": args.trunk, "sha256": decisive["trunk"], "preset": args.preset,
              "setting": best["setting"], "resize": info["resize"], "size": info["size"],
              "numbered": getattr(everything, "numbered", False)}
-    progress.finish(classifier.save, folder / f"{own}_classifier.pt", [head], everything.classes, about,
-                    model.backbone, info)
+    progress.keep_result(classifier.save, folder / f"{own}_classifier.pt", [head], everything.classes, about,
+                         model.backbone, info)
+    evaluation.finish(args, info, name, record, folder)
+    progress.finish()
 
 
 if __name__ == "__main__":

@@ -76,11 +76,16 @@ class Progress:
             return error.strerror or str(error)
         return None
 
-    def finish(self, write, path, *what):
-        """Writes what was trained; where that worked, removes the file of the progress."""
-        if self.write(write, path, *what):
+    def keep_result(self, write, path, *what):
+        """Writes what was trained. Where it cannot be written, the file of the progress stays."""
+        self.trouble = self.write(write, path, *what)
+        if not self.trouble:
+            say(f"classifier: {path}")
+
+    def finish(self):
+        """Removes the file of the progress, if what was trained is kept."""
+        if self.trouble:
             return
-        say(f"classifier: {path}")
         if distributed.rank() == 0:
             for path in (self.path, checkpoint.previous_path(self.path)):
                 path.unlink(missing_ok=True)
