@@ -720,6 +720,18 @@ def test_worked_health_figures():
                                    "assignment_entropy": (0.5 + 0) / 2, "feature_std": 0.75**0.5})
 
 
+def counted_and_read_back():
+    health, other = meter.Meter(4, 8), meter.Meter(4, 8)
+    health.count(torch.tensor(1.0), torch.tensor([rank()]), torch.tensor([rank()]))
+    other.load_state_dict(health.state_dict())
+    return other.state_dict(), health.state_dict()
+
+
+def test_what_ranks_have_counted_is_read_back_once():
+    for found, state in ranks(2, counted_and_read_back):
+        assert same(found, state) and state["sums"].tolist() == [2, 2, 0]
+
+
 def test_a_constant_encoder_is_called_collapsed_once(tmp_path, capsys, monkeypatch):
     def constant(self, crops, autocast=None):
         z = torch.nn.functional.normalize(self.prototypes.weight[:1] * 0 + 1)
