@@ -162,18 +162,6 @@ def check(args):
         raise ArgumentError(f"--sort-into {args.sort_into} exists: name a new folder")
 
 
-def open_output(args):
-    """The folder that the files go to; that it can be written is seen before the work, not after it."""
-    out = Path(args.out or (args.trunk if Path(args.trunk).is_dir() else "."))
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / ".writable").touch()
-        (out / ".writable").unlink()
-    except OSError as error:
-        raise ArgumentError(f"--out {out} cannot be written: {error.strerror}") from None
-    return out
-
-
 def open_subject(args):
     """(training images or None, images to judge, what these are)."""
     if args.images:
@@ -227,7 +215,8 @@ def open_heads(args, device):
 def main(args):
     device = evaluation.start(args)
     check(args)
-    out = distributed.from_main(open_output, args)
+    out = Path(args.out or (args.trunk if Path(args.trunk).is_dir() else "."))
+    distributed.from_main(evaluation.writable, out)
     training, images, subject = distributed.from_main(open_subject, args)
     if args.sort_into and not hasattr(images, "root"):
         raise ArgumentError(f"--sort-into {args.sort_into} needs images that are files")

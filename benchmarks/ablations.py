@@ -1,4 +1,4 @@
-"""Small experiments, each with five seeds: the six methods as they are, without what prevents collapse,
+"""Small experiments, with five seeds by default: the six methods as they are, without what prevents collapse,
 DeepCluster-v2 with one improvement less, SwAV with other crops and batches, training anew on SeLa's labels.
 
     python -m benchmarks.ablations                         # all: a minute or two a run, on two cores

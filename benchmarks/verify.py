@@ -21,7 +21,7 @@ from common.evaluation.metrics import accuracy
 from common.evaluation.protocol import Subset
 
 LINEAR = ("swav_800ep", "swav_800ep_linear", 75.3)  # trunk, classifier, published top-1
-NEIGHBOURS = {  # published 20-NN top-1, None: none is known
+NEIGHBOURS = {  # published 20-NN top-1 (two by the DINO paper, quoted from memory); None: none is known
     "swav_800ep": 65.7,
     "deepclusterv2_800ep": 67.1,
     "odc_440ep": 39.1,

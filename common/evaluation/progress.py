@@ -70,7 +70,6 @@ class Progress:
 
     def _write(self, write, path, *what):
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             write(path, *what)
         except OSError as error:
             return error.strerror or str(error)

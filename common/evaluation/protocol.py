@@ -248,15 +248,16 @@ def folder(args, name, decisive):
     stem = trunk.name.removeprefix("released:").partition(".")[0]
     path = trunk if trunk.is_dir() else Path("runs", f"{name}_{stem}_{decisive['trunk'][:8]}")
     path = Path(args.out) if args.out else path
+    return distributed.from_main(writable, path)
+
+
+def writable(path):
+    """The folder, made. Raises ArgumentError if it cannot be written: that is seen before the work."""
     with border(ArgumentError, f"--out {path} cannot be written"):
-        distributed.from_main(_writable, path)
+        path.mkdir(parents=True, exist_ok=True)
+        (path / ".writable").touch()
+        (path / ".writable").unlink()
     return path
-
-
-def _writable(path):
-    path.mkdir(parents=True, exist_ok=True)
-    (path / ".writable").touch()
-    (path / ".writable").unlink()
 
 
 def decisive(args, trunk, **others):

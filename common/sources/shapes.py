@@ -33,7 +33,7 @@ class Shapes:
         return drawn(i, self.split)
 
 
-@functools.lru_cache(1 << 14)  # an epoch's worth: drawing takes a fifth of a training
+@functools.lru_cache(1 << 14)  # once, not once an epoch
 def drawn(i, split):
     return Image.fromarray(draw_shape(i % 10, np.random.default_rng((i, split == "val"))))
 
