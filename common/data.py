@@ -22,6 +22,7 @@ from . import distributed
 from .engine.errors import DataError, WorkerError, border
 from .multicrop import TRIES, collate
 
+TABLE = 2**24  # of more images the order is computed batch by batch, not kept
 NAMED = ("cifar10", "cifar100", "svhn", "stl10")  # torchvision's
 
 
@@ -84,14 +85,16 @@ def batches(n, batch_size, epoch, seed, rank=None, world_size=None, order=None, 
 
     position: place in the epoch's order, 0 .. n-1, which together with the epoch seeds the augmentation.
     rank, world_size: default, this process's. Rank r takes the r-th contiguous slice of each global batch.
-    order: (n,) indices in place of the permutation that (seed, epoch) give; one may come more than once.
-    drop_last: leave out the last, partial batch.
+    order: n indices, an array or a range, in place of the permutation that (seed, epoch) give; one may come
+    more than once. drop_last: leave out the last, partial batch.
     """
-    if order is None:
+    if order is None and n > TABLE:
+        order = Permutation(n, (seed, epoch))
+    elif order is None:
         order = np.random.default_rng((seed, epoch)).permutation(n)
     if rank is None:
         rank, world_size = distributed.rank(), distributed.world_size()
-    return _Batches(np.asarray(order), batch_size, rank, world_size, drop_last)
+    return _Batches(order, batch_size, rank, world_size, drop_last)
 
 
 class _Batches:
@@ -108,7 +111,40 @@ class _Batches:
         start = step * self.batch_size
         size = min(self.batch_size, len(self.order) - start)
         first, last = (start + edge for edge in distributed.rows_of(size, self.rank, self.world_size))
-        return list(zip(range(first, last), self.order[first:last].tolist()))
+        return list(zip(range(first, last), np.asarray(self.order[first:last]).tolist()))
+
+
+class Permutation:
+    """A random order of 0 .. n-1 without a table, which slices compute: order[first:last] -> int64.
+
+    A Feistel network permutes the numbers below the next power of 4. What it sends to n or beyond goes
+    through it again until it falls below n (cycle walking; Black and Rogaway 2002). key: whole numbers.
+    """
+
+    def __init__(self, n, key, rounds=6):
+        self.n, self.half = n, np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))  # bits of half a number
+        self.keys = np.random.default_rng(key).integers(1 << 64, size=(rounds, 1), dtype=np.uint64)
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, places):
+        x = np.arange(*places.indices(self.n), dtype=np.uint64)
+        outside = slice(None)
+        while len(x[outside]):
+            x[outside] = self._permute(x[outside])
+            outside = np.flatnonzero(x >= self.n)
+        return x.astype(np.int64)
+
+    def _permute(self, x):
+        mask = (np.uint64(1) << self.half) - np.uint64(1)
+        left, right = x >> self.half, x & mask
+        for key in self.keys:
+            mixed = right + key  # then as SplitMix64 ends
+            for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+                mixed = (mixed ^ mixed >> np.uint64(shift)) * np.uint64(factor)
+            left, right = right, left ^ mixed & mask
+        return left << self.half | right
 
 
 class Loader:
