@@ -93,6 +93,8 @@ class Config(RunOptions):
     queue_length: int = option(3840, "past embeddings that join the balancing; 0: none", least=0)
     queue_start_epoch: int = option(15, "epoch in which the queue begins to fill; used once full", least=0)
     freeze_prototypes_iters: int = option(5005, "steps before the prototypes learn: one epoch of ImageNet")
+    assignments: str = option("auto", "keep each image's cluster, 8 bytes an image; auto: up to 20 million",
+                              choices=("auto", "on", "off"))
 
     final_lr: float = option(0.0, "learning rate that the cosine ends at", group="optimisation", least=0)
     warmup_epochs: int = option(0, "epochs of linear warm-up", group="optimisation", least=0)
@@ -269,7 +271,7 @@ def main(config):
     crops = MultiCrop(images, config.crops, config.sizes, scales, augmentation, config.seed)
     loader = data.Loader(crops, config.workers, device.type == "cuda")
 
-    run = Run(config, "swav", images, model, optimizer, memory, remedy=REMEDY)
+    run = Run(config, "swav", images, model, optimizer, memory, REMEDY, assignments=config.assignments)
     report(run, recipe(Config, RECIPES, config.recipe), assigned=config.batch_size + length)
     for epoch in run.epochs():
         train_one_epoch(net, optimizer, memory, loader, run, config, epoch)

@@ -104,7 +104,8 @@ def report(run, published, assigned, temporary=0):
     say(f"  steps    {run.steps_per_epoch} an epoch, {c.epochs} epochs, {run.total} in all; "
         f"batch {c.batch_size}, lr {c.lr:g}{base}")
     say(f"  balance  K {k}: {n / k:.3g} images and {assigned / k:.3g} assigned rows a cluster")
-    say(f"  memory   {held / n:.0f} bytes an image, {held / 2**20:.3g} MiB on each rank beside the model")
+    say(f"  memory   {held / n:.0f} bytes an image, {held / 2**20:.3g} MiB on each rank beside the model"
+        + "; no image's cluster is kept: --assignments on keeps them" * (not run.kept))
     if k > assigned:
         say(f"warning: --prototypes {k} are more than the {assigned} rows (batch + queue) that share them: "
             f"take at most {assigned}")

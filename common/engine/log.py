@@ -23,11 +23,12 @@ class Meter:
     """Health figures since the last log step, and the cluster that every image was last seen in.
 
     Counts on the device; reads, summed over ranks, on log steps alone. So a step never waits for it.
-    clusters: K; heads: H; n: images in the data set. assignments (H, n) int32: -1 for an image not seen yet.
+    clusters: K; heads: H; n: images in the data set, 0 to keep no clusters. assignments (H, n) int32: -1 for
+    an image not seen yet.
     """
 
     def __init__(self, clusters, n, heads=1, device=None):
-        self.clusters = clusters
+        self.clusters, self.n = clusters, n
         self.assignments = torch.full((heads, n), -1, dtype=torch.int32)  # up to the last epoch, all ranks
         self.current = torch.full((heads, n), -1, dtype=torch.int32, device=device)  # this epoch, this rank
         self.histogram = torch.zeros(heads, clusters, dtype=torch.float64, device=device)
@@ -39,7 +40,8 @@ class Meter:
         """Counts one step. loss: scalar on the device; index (B,) of the images; assignments (B,) or (H, B)
         of one crop of each image, below 0 for none."""
         assignments = assignments.view(-1, len(index))  # (H, B)
-        self.current[:, index.to(self.current.device, non_blocking=True)] = assignments.int()
+        if self.n:
+            self.current[:, index.to(self.current.device, non_blocking=True)] = assignments.int()
         self.histogram.scatter_add_(1, assignments.clamp(min=0), (assignments >= 0).to(self.histogram.dtype))
         finite = loss.isfinite()
         self.sums += torch.stack([torch.where(finite, loss, 0), finite, ~finite]).double()
@@ -79,7 +81,10 @@ class Meter:
 
     def end_epoch(self, assignments=None):
         """Takes the epoch's assignments over; returns how many clusters the first head uses and how much it
-        changed. assignments (H, n), below 0 for none: in place of those that the steps have counted."""
+        changed, or None for what is not kept. assignments (H, n), below 0 for none: in place of those that
+        the steps have counted."""
+        if not self.n:
+            return {"epoch_clusters_used": None, "nmi_to_previous": None}
         if assignments is not None:
             self.current.copy_(assignments.clamp(min=-1))
         seen = distributed.all_max(self.current).cpu()

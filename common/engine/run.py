@@ -21,6 +21,7 @@ from .stops import Stops
 from .unreadable import Unreadable
 
 NOT_OURS = "is not what a run has written"
+MANY = 20_000_000  # of more images "auto" keeps no clusters
 
 
 class Run:
@@ -35,17 +36,19 @@ class Run:
     memory: all else that the next step depends on, or None. All ranks call its state_dict(), which may
         gather, and load_state_dict(). The state holds tensors and plain values, in data-set order, so that
         another number of ranks can load it.
-    remedy: what to advise when the log warns. about: more that backbone.pt says of the trunk: sobel=True.
+    remedy: what to advise when the log warns. assignments: "on", "off", or "auto", whether the cluster of
+    each image is kept. about: more that backbone.pt says of the trunk: sobel=True.
     All epochs have len(images) // batch_size steps.
     """
 
     def __init__(self, config, method, images, model, optimizer, memory=None, remedy="", heads=1,
-                 clusters=None, **about):
+                 clusters=None, assignments="on", **about):
         c = self.config = config
         self.method, self.images, self.model, self.memory, self.remedy = method, images, model, memory, remedy
         self.device = next(model.parameters()).device
         self.dtype = autocast_dtype(c.precision, self.device)
-        self.meter = Meter(clusters or c.prototypes, len(images), heads, self.device)
+        self.kept = assignments == "on" or (assignments == "auto" and len(images) <= MANY)
+        self.meter = Meter(clusters or c.prototypes, len(images) * self.kept, heads, self.device)
         self.objects = {"meter": self.meter, "model": model, "optimizer": optimizer}
         self.objects |= {} if memory is None else {"memory": memory}
         size = c.eval_size or c.sizes[0]
@@ -105,8 +108,8 @@ class Run:
         seconds = round(time.monotonic() - self.started)
         done = {"steps": self.step, "epochs": self.config.epochs, "seconds_since_last_start": seconds}
         self._write(write_json, self.out / "done.json", done)
-        say(f"done: {self.step} steps; trunk in {self.out / 'backbone.pt'}, "
-            f"clusters in {self.out / 'assignments.csv'}")
+        clusters = f", clusters in {self.out / 'assignments.csv'}" * self.kept
+        say(f"done: {self.step} steps; trunk in {self.out / 'backbone.pt'}{clusters}")
 
     def steps(self, loader, batches, epoch, extra=False):
         """Yields (step, batch) for the rest of the epoch; step counts from the start of training, from 0.
@@ -245,10 +248,12 @@ class Run:
         self.unreadable.add(self.loader.bad)
         figures = self.meter.end_epoch(assignments)
         used, change = figures["epoch_clusters_used"], figures["nmi_to_previous"]
-        line = f"epoch {epoch + 1} done: {used} of {self.meter.clusters} clusters in use"
+        line = f"epoch {epoch + 1} done"
+        line += f": {used} of {self.meter.clusters} clusters in use" if used is not None else ""
         line += f", NMI to the epoch before {change:.3f}" if change is not None else ""
         self._record({"step": self.step, "epoch": epoch + 1, **figures}, line)
-        self._write(write_assignments, self.out, self.meter.assignments, self.images)
+        if self.kept:
+            self._write(write_assignments, self.out, self.meter.assignments, self.images)
         c = self.config
         if c.keep_every and (epoch + 1) % c.keep_every == 0:
             self._write(self._export, self.out / f"backbone_{epoch + 1}.pt")

@@ -94,7 +94,8 @@ def read_assignments(path, images):
     Raises DataError if path is no such file, or if it lacks an image of the set.
     """
     if not path.exists():
-        raise DataError(f"{path} does not exist: a run writes it at the end of its first epoch")
+        raise DataError(f"{path} does not exist: a run writes it at the end of its first epoch, and writes "
+                        f"none with --assignments off or above 20 million images")
     with _arrays(path, f"{path} is not an assignments.npz that a run wrote") as file:
         table, paths = file["assignments"], bytes(file["paths"]).decode(errors="surrogateescape")
         columns = {name: column for column, name in enumerate(paths.split("\0"))}
