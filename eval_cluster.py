@@ -164,10 +164,11 @@ def check(args):
 
 def open_subject(args):
     """(training images or None, images to judge, what these are)."""
+    index = evaluation.index_of(args)
     if args.images:
         folder = Path(args.images).is_dir()  # all of it, also where it holds a train/
-        images = data.open_images(args.images, "" if folder else "train", args.root)
-        training = data.open_images(args.data, "train", args.root) if args.data else None
+        images = data.open_images(args.images, "" if folder else "train", args.root, index)
+        training = data.open_images(args.data, "train", args.root, index) if args.data else None
         return training, images, f"images of {args.images}"
     if args.training and not args.kmeans and not Path(args.trunk).is_dir():
         raise CheckpointError(f"{args.trunk} is no run: --training needs the directory of one, or --kmeans")
@@ -176,8 +177,8 @@ def open_subject(args):
         if not weights.local(args.trunk).exists():  # with a run that is there, there would be data
             raise CheckpointError(f"{args.trunk} does not exist")
         raise ArgumentError("--data is needed: labelled images, or --images DIR")
-    training = data.open_images(spec, "train", root) if args.training or args.kmeans else None
-    images = training if args.training else open_queries(spec, val, root)
+    training = data.open_images(spec, "train", root, index) if args.training or args.kmeans else None
+    images = training if args.training else open_queries(spec, val, root, index)
     name = "--data" if args.training else "--val"
     if images.labels is None:
         needed = "class folders are needed, or --images DIR to look alone"
@@ -217,7 +218,7 @@ def main(args):
     check(args)
     out = Path(args.out or (args.trunk if Path(args.trunk).is_dir() else "."))
     distributed.from_main(evaluation.writable, out)
-    training, images, subject = distributed.from_main(open_subject, args)
+    training, images, subject = distributed.from_first(open_subject, args)
     if args.sort_into and not hasattr(images, "root"):
         raise ArgumentError(f"--sort-into {args.sort_into} needs images that are files")
     if args.sort_into and Path(images.root).resolve() in Path(args.sort_into).resolve().parents:

@@ -23,24 +23,28 @@ from .engine.errors import DataError, WorkerError, border
 from .multicrop import TRIES, collate
 
 TABLE = 2**24  # of more images the order is computed batch by batch, not kept
+PACKED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar")
 NAMED = ("cifar10", "cifar100", "svhn", "stl10")  # torchvision's
 
 
-def open_images(spec, split="train", root=""):
+def open_images(spec, split="train", root="", index=""):
     """The images that `spec` names, as a map-style set.
 
     spec: a folder (class folders, flat or nested; its train/ or val/ is used when present), an image, a list,
-    "shapes", "shapes:N", or one of torchvision's "cifar10", "cifar100", "svhn", "stl10", each with ":/folder"
-    to say where. A list is a text file with one path a line: `path`, `path label`, `path,label` (numbers from
-    0, or names; -1: none), or SimCLR's bare file names, whose class is what stands before "_"; or a .json
-    file of iNaturalist's annotations. Its paths start at root (default: the list's folder), or at train/ or
-    val/ in it.
+    tars, "shapes", "shapes:N", or one of torchvision's "cifar10", "cifar100", "svhn", "stl10", each with
+    ":/folder" to say where. Tars are one .tar, numbered ones as "shards-{000000..000146}.tar", or a folder of
+    them; they hold class folders, a tar of each class, or samples as WebDataset has them, and are read in
+    place. A list is a text file with one path a line: `path`, `path label`, `path,label` (numbers from 0, or
+    names; -1: none), or SimCLR's bare file names, whose class is what stands before "_"; or a .json file of
+    iNaturalist's annotations. Its paths start at root (default: the list's folder), or at train/ or val/ in
+    it.
     split: "train" or "val"; "": all of a folder. Only named sets and folders with a val/ have a "val" split.
+    index: a folder to keep in where the images lie in tars.
     Returns a set with len(), labels (N,) int64 (-1: none) or None, classes, paths, fingerprint, read(i) ->
     PIL RGB image.
     Raises DataError if there is nothing to read.
     """
-    kinds = f"a folder, a list file, shapes, {', '.join(NAMED)}"
+    kinds = f"a folder, a list file, a tar, shapes, {', '.join(NAMED)}"
     name, colon, argument = str(spec).partition(":")
     if not str(spec) or (colon and not argument and name in ("shapes", *NAMED)):
         raise DataError(f"{str(spec)!r} is not a name, is a variable of the shell empty? ({kinds})")
@@ -53,19 +57,32 @@ def open_images(spec, split="train", root=""):
 
         return Torchvision(name, split, argument or os.path.join("data", name))
     path = Path(spec)
+    if path.suffix == ".tar" and not path.is_dir():
+        from .sources.tars import open_tars, shards_of
+
+        if split == "val":
+            raise DataError(f"{spec} is a tar of images: name the one to evaluate on with --val")
+        return open_tars(shards_of(spec), index)
     with border(DataError, f"{spec} cannot be read"):
         folder, file = path.is_dir(), path.is_file()
         missing = "is neither a folder nor a regular file" if path.exists() else "does not exist"
     if folder:
         if split == "val" and not (path / "val").is_dir():
             raise DataError(f"{path} has no val/ folder to evaluate on")
+        inner = path / split if (path / split).is_dir() else path
+        if next(inner.glob("*.tar"), None):
+            from .sources.tars import open_tars, shards_of
+
+            if shards := shards_of(inner):
+                return open_tars(shards, index)
         from .sources.files import scan
 
-        inner = path / split
-        return scan(inner if inner.is_dir() else path)
+        return scan(inner)
     if file:
         from .sources.files import EXTENSIONS, Files
 
+        if path.suffix.lower() in PACKED:
+            raise DataError(f"{spec} is packed: unpack it, a tar alone can be read in place")
         if path.suffix.lower() in EXTENSIONS:
             return Files(path.parent, [path.name])
         if split == "val":

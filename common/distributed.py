@@ -6,6 +6,7 @@ the CPU travel over gloo and tensors on a GPU over NCCL, so small control messag
 
 import datetime
 import os
+import pickle
 
 import torch
 import torch.distributed as dist
@@ -161,6 +162,28 @@ def from_main(function, *arguments):
     if error is not None:
         raise error
     return result
+
+
+def from_first(function, *arguments):
+    """Runs function(*arguments) on the first process of each node; the others of the node get its result. If
+    it raises anywhere, every process raises the error of the first node that has one.
+
+    For what lies on a node's own disks or in its memory: a data set.
+    """
+    if world_size() == 1:
+        return function(*arguments)
+    local, box, boxes = int(os.environ.get("LOCAL_RANK", 0)), (None, None), [None] * world_size()
+    if local == 0:
+        try:
+            result = function(*arguments)
+            box = pickle.dumps(result), None
+        except Exception as error:
+            box = None, error
+    dist.all_gather_object(boxes, box)
+    for _, error in boxes:
+        if error is not None:
+            raise error
+    return result if local == 0 else pickle.loads(boxes[rank() - local][0])
 
 
 def rows_of(n, rank, world_size):

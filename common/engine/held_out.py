@@ -16,19 +16,19 @@ def held_out(config, images):
     if not config.val and not has_split(spec, "val"):
         needed = f"--eval-every needs held-out images, and {spec} has no val split"
         raise ArgumentError(f"{needed}: name some with --val")
-    queries = open_queries(config.data or "shapes", config.val, config.root)
+    queries = open_queries(config.data or "shapes", config.val, config.root, config.index or config.out)
     if queries.labels is None or images.labels is None:
         raise ArgumentError("--eval-every needs labels: class folders, or lists with labels")
     match_classes(queries, images)
     return queries
 
 
-def open_queries(spec, val="", root=""):
+def open_queries(spec, val="", root="", index=""):
     """The images to judge by: those that `val` names (its "val" split, if it has one), else the "val" split
     of spec."""
-    if val and os.path.isfile(val):
+    if val and os.path.isfile(val) and not str(val).endswith(".tar"):
         return open_list(Path(val), root, "val")
-    return open_images(val or spec, "val" if not val or has_split(val, "val") else "train", root)
+    return open_images(val or spec, "val" if not val or has_split(val, "val") else "train", root, index)
 
 
 def has_split(spec, split):

@@ -56,7 +56,10 @@ def setup(config):
     options.check(config, distributed.world_size())
     repeatable(config.deterministic)
     torch.manual_seed(config.seed)
-    images = distributed.from_main(data.open_images, config.data or "shapes", "train", config.root)
+    images = distributed.from_first(data.open_images, config.data or "shapes", "train", config.root,
+                                    config.index or config.out)
+    if any(distributed.any_rank(images.fingerprint != distributed.from_main(getattr, images, "fingerprint"))):
+        raise DataError(f"{config.data} holds other images on this node than on the first one")
     if len(images) < config.batch_size:
         few = f"--data has {len(images)} images, fewer than one batch"
         raise DataError(f"{few}: --batch-size {config.batch_size}")

@@ -14,6 +14,7 @@ import argparse
 import re
 import sys
 from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import get_args, get_origin
 
 import torch
@@ -40,10 +41,11 @@ def option(default, help, group=None, choices=None, free=False, **bounds):
 class RunOptions:
     """The options that all methods share. The first row of a method's RECIPES sets what its paper says."""
 
-    data: str = option("", "images: a folder, a list, cifar10, cifar100, svhn or stl10 (default: shapes)",
+    data: str = option("", "images: a folder, list, tars, cifar10, cifar100, svhn or stl10 (default: shapes)",
                        group="data", free=True)
     val: str = option("", "held-out images for --eval-every (default: the val split of --data)", free=True)
     root: str = option("", "folder that relative paths of a list file start from", free=True)
+    index: str = option("", "folder for the index of tars (default: the run directory)", free=True)
     workers: int = option(-1, "loader processes per rank; -1: its cores, up to 8", free=True, least=-1,
                           most=1024)
     max_bad: int = option(-1, "unreadable images allowed; -1: one in a thousand, or 10", free=True, least=-1)
@@ -140,6 +142,7 @@ def parse(cls, recipes, description, argv=None):
                                                       or not torch.cuda.is_available()):
         parser.error(f"the default recipe {default} needs GPUs: on a CPU take --recipe small, "
                      f"or name --recipe {default} to run it all the same")
+    given.setdefault("out", f"runs/{Path(parser.prog).stem}_{name}")
     return override(recipe(cls, recipes, name), given)
 
 

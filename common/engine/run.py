@@ -66,7 +66,7 @@ class Run:
         if c.eval_every:
             from .held_out import held_out
 
-            self.queries = distributed.from_main(held_out, c, images)
+            self.queries = distributed.from_first(held_out, c, images)
         self.fresh, self.trunk = distributed.from_main(self._beginning)
         self.log_file = Log(self.out, self.total, c.tensorboard)
         distributed.from_main(self._claim)  # last: with --fresh it deletes

@@ -32,6 +32,8 @@ def parser(description, data_help, val_help, batch_size=None, precisions=PRECISI
     if val_help:
         add("--val", default="", help=val_help)
         add("--root", default="", help="folder that relative paths of list files start from")
+        add("--index", default="", metavar="DIR",
+            help="folder for the index of tars (default: the run's directory; none for a file)")
     add("--resize", type=int, default=0,
         help="short side before the centre crop (default: as trained, 256 for another project's)")
     add("--size", type=int, default=0,
@@ -108,7 +110,7 @@ def is_features(args):
     """Whether the trunk's place is taken by a file of kept features; they need no images."""
     if not args.trunk.endswith(".npz"):
         return False
-    for name in ("data", "val", "root", "resize", "size", "random_init"):
+    for name in ("data", "val", "root", "index", "resize", "size", "random_init"):
         if getattr(args, name):
             raise ArgumentError(f"--{name.replace('_', '-')} needs a trunk: {args.trunk} holds features")
     return True
@@ -150,15 +152,15 @@ def open_labelled(args):
 
     Without --data they are those of the run that the trunk belongs to.
     """
-    return distributed.from_main(_open_labelled, args)
+    return distributed.from_first(_open_labelled, args)
 
 
 def _open_labelled(args):
     spec, root, val = sources(args)
     if not spec:
         raise ArgumentError("--data is needed: labelled images")
-    images = data.open_images(spec, "train", root)
-    queries = open_queries(spec, val, root)
+    images = data.open_images(spec, "train", root, index_of(args))
+    queries = open_queries(spec, val, root, index_of(args))
     if queries.fingerprint == images.fingerprint and _folder(queries) == _folder(images):
         raise DataError("--data and --val are the same images: each would find itself")
     for part, option in ((images, "--data"), (queries, "--val")):
@@ -174,7 +176,7 @@ def open_known(args, classes, count, numbered=False):
     spec, root, val = sources(args)
     if not spec and not val:
         raise ArgumentError("--val is needed: labelled images to judge by")
-    queries = open_queries(spec, val, root)
+    queries = open_queries(spec, val, root, index_of(args))
     if queries.labels is None:
         raise DataError("--val has no labels: class folders, or a list with labels, are needed")
     if classes is not None:
@@ -203,6 +205,11 @@ def sources(args):
         return args.data, args.root, args.val
     spec = run.get("data") or ("shapes" if run else "")
     return spec, args.root or run.get("root", ""), args.val or run.get("val", "")
+
+
+def index_of(args):
+    """The folder for the index of tars."""
+    return args.index or (args.trunk if os.path.isdir(args.trunk) else "")
 
 
 def config(folder):
@@ -263,7 +270,8 @@ def writable(path):
 def decisive(args, trunk, **others):
     """{name: value} of what decides the result: the options but those of machine and files, the trunk's
     checksum, and others."""
-    free = {"trunk", "data", "val", "root", "out", "save_every", "fresh", "workers", "device", "head"}
+    free = {"trunk", "data", "val", "root", "index", "out", "save_every", "fresh", "workers", "device",
+            "head"}
     options = {name: value for name, value in vars(args).items() if name not in free}
     return {**options, "trunk": weights.checksum(trunk) if trunk is not None else "features", **others}
 

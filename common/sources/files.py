@@ -1,9 +1,11 @@
 """Image files: those below a folder, and what is in them."""
 
+import atexit
 import errno
 import hashlib
 import os
 import stat
+import tempfile
 import time
 import warnings
 from collections import Counter
@@ -13,6 +15,7 @@ import torch
 from PIL import Image, PngImagePlugin
 
 from ..engine.errors import DataError, border, reason, say
+from . import packed
 
 EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".ppm", ".pgm", ".bmp", ".webp", ".tif", ".tiff",
               ".gif", ".avif", ".jp2"}
@@ -27,28 +30,61 @@ RETRIED = {errno.EIO, errno.EAGAIN, errno.ETIMEDOUT, errno.ESTALE, 121}
 
 
 class Files:
-    """Image files. Paths are packed into one array, so a million of them cost a worker nothing."""
+    """Image files. Paths are packed into arrays, so a million of them cost a worker nothing. Pickled is the
+    name of a file of these arrays, which ranks and workers map."""
 
     def __init__(self, root, paths, labels=None, classes=(), numbered=False):
         encoded = [os.fsencode(path) for path in paths]
-        # Tensors live in shared memory when a worker is spawned, and hold no Python objects that a fork would
-        # copy.
-        self._bytes = torch.frombuffer(bytearray(b"".join(encoded)), dtype=torch.uint8)
-        self._ends = torch.from_numpy(np.cumsum([len(e) for e in encoded], dtype=np.int64))
-        # numbered: the classes have no names
-        self.root, self.classes, self.numbered = str(root), list(classes), numbered
-        self.labels = None if labels is None else torch.tensor(labels, dtype=torch.int64)
+        arrays = {"names": np.frombuffer(b"".join(encoded), np.uint8),
+                  "ends": np.cumsum([len(e) for e in encoded], dtype=np.int64)}
+        if labels is not None:
+            arrays["labels"] = np.array(labels, np.int64)
         digest = hashlib.sha256(b"\0".join(encoded)).hexdigest()
-        self.fingerprint = f"{len(encoded)} files {digest[:16]}"
+        # numbered: the classes have no names
+        self._hold(arrays, dict(root=str(root), classes=list(classes), numbered=numbered,
+                                fingerprint=f"{len(encoded)} files {digest[:16]}"))
+
+    def _hold(self, arrays, about, file=None):
+        self.__dict__.update(about)
+        self._about, self._arrays, self._file = list(about), arrays, file
+        self._labels = torch.from_numpy(arrays["labels"]) if "labels" in arrays else None
         self.paths = _Paths(self)
         self.refused = {}  # why, by index: in the process that found out
 
+    @classmethod
+    def mapped(cls, file):
+        """The set whose arrays a file holds."""
+        images = cls.__new__(cls)
+        images._hold(*packed.mapped(file), file)
+        return images
+
+    def save(self, file):
+        about = {name: getattr(self, name) for name in self._about}
+        packed.save(file, self._arrays, about)
+
+    def __reduce__(self):
+        if self._file is None:
+            handle, self._file = tempfile.mkstemp(prefix="images_")
+            os.close(handle)
+            atexit.register(os.unlink, self._file)
+            self.save(self._file)
+        return type(self).mapped, (self._file,)
+
+    @property
+    def labels(self):
+        return self._labels
+
+    @labels.setter
+    def labels(self, labels):
+        self._labels, self._file = labels, None
+        self._arrays["labels"] = labels.numpy()
+
     def __len__(self):
-        return len(self._ends)
+        return len(self._arrays["ends"])
 
     def path(self, i):
-        start = int(self._ends[i - 1]) if i else 0
-        return os.fsdecode(self._bytes[start : int(self._ends[i])].numpy().tobytes())
+        ends = self._arrays["ends"]
+        return os.fsdecode(self._arrays["names"][ends[i - 1] if i else 0 : ends[i]].tobytes())
 
     def read(self, i):
         """The image as RGB. One that could not be read is not touched again: a bad disk takes seconds each
@@ -56,10 +92,14 @@ class Files:
         if i in self.refused:
             raise OSError(0, self.refused[i])
         try:
-            return decode(os.path.join(self.root, self.path(i)))
+            return decode(self.source(i))
         except Exception as error:
             self.refused[i] = reason(error)
             raise
+
+    def source(self, i):
+        """What `decode` reads an image from."""
+        return os.path.join(self.root, self.path(i))
 
 
 class _Paths:
@@ -77,8 +117,9 @@ class _Paths:
         return self.files.path(i)
 
 
-def decode(path):
-    """The first frame of an image file as an 8-bit RGB PIL image.
+def decode(source):
+    """The first frame of an image file as an 8-bit RGB PIL image. source: its path, or a function that
+    returns an open file.
 
     16-bit and floating-point grey are scaled to 8 bits; CMYK, palette, grey and alpha are converted, and
     transparency is dropped; the EXIF orientation is ignored, as in the papers. Files over Pillow's limit of
@@ -90,9 +131,9 @@ def decode(path):
             with warnings.catch_warnings():
                 # damaged EXIF, large images: thousands of lines in a real data set
                 warnings.simplefilter("ignore")
-                if not stat.S_ISREG(os.stat(path).st_mode):
+                if not callable(source) and not stat.S_ISREG(os.stat(source).st_mode):
                     raise OSError(0, "not a regular file")
-                with Image.open(path, formats=FORMATS) as image:
+                with Image.open(source() if callable(source) else source, formats=FORMATS) as image:
                     return _to_rgb(image)
         except OSError as error:
             if error.errno not in RETRIED or attempt == 3:

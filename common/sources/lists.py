@@ -79,12 +79,12 @@ def _read_list(path, root, split):
     _check_some(path, root, names, place)
     if labels[0] is None or all(map(NO_LABEL.fullmatch, labels)):
         return Files(root, names)
-    number, classes, numbered = _number(labels, lambda label: f"{path} {place(labels.index(label))}")
+    number, classes, numbered = number_labels(labels, lambda label: f"{path} {place(labels.index(label))}")
     labels = [number[label] for label in labels]
     return Files(root, names, labels, classes, numbered)
 
 
-def _number(labels, where):
+def number_labels(labels, where):
     """{label: its number}, the names of the classes, whether these are numbers. -1 stands for no label."""
     number = dict.fromkeys(labels, -1)
     kinds = sorted((label for label in number if not NO_LABEL.fullmatch(label)), key=os.fsencode)

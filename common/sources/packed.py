@@ -1,0 +1,41 @@
+"""Arrays in one file, which every process of a node maps: it is in the node's memory once."""
+
+import json
+
+import numpy as np
+
+from ..engine.errors import DataError, border
+from ..engine.files import writing
+
+MAGIC, ALIGNED = b"packed-1", 64
+
+
+def save(path, arrays, about):
+    """Writes arrays, {name: (n,)}, and about, a dict for JSON. The file takes its name once it is whole."""
+    places, end = {}, 0
+    for name, array in arrays.items():
+        places[name] = [array.dtype.str, len(array), end]
+        end += -(-array.nbytes // ALIGNED) * ALIGNED
+    header = json.dumps({"arrays": places, "bytes": end, "about": about}).encode()
+    header += b" " * (-(len(header) + 16) % ALIGNED)
+    with writing(path) as file:
+        file.write(MAGIC + len(header).to_bytes(8, "little") + header)
+        for array in arrays.values():
+            file.write(np.ascontiguousarray(array).data)
+            file.write(bytes(-array.nbytes % ALIGNED))
+
+
+def mapped(path):
+    """(arrays, about) that `save` wrote. What is read stays in the page cache, which processes share; what is
+    written into an array stays in this process. Raises DataError if it is no such file, or not whole."""
+    with border(DataError, f"{path} is not an index of images, or damaged: delete it"):
+        with open(path, "rb") as file:
+            if file.read(8) != MAGIC:
+                raise ValueError("it begins with other bytes")
+            length = int.from_bytes(file.read(8), "little")
+            content = json.loads(file.read(length))
+            start = 16 + length
+            if file.seek(0, 2) != start + content["bytes"]:
+                raise ValueError("it is not whole")
+        return {name: np.memmap(path, dtype, "c", start + place, (n,)) if n else np.empty(0, dtype)
+                for name, (dtype, n, place) in content["arrays"].items()}, content["about"]

@@ -1,0 +1,211 @@
+"""Images in tar files, read in place: an index says where each lies."""
+
+import functools
+import hashlib
+import io
+import json
+import os
+import re
+import tarfile
+import time
+import zlib
+from array import array
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from ..engine.errors import DataError, border, reason, say
+from .files import EXTENSIONS, FOREIGN, Files
+from .lists import number_labels
+
+SECONDS = 10  # between lines that say how far an index has come
+LARGEST_RANGE = 1_000_000
+LARGEST_LABEL = 2**20  # bytes of a .json or .cls member
+
+
+class Tars(Files):
+    """Images of tar files: their names, labels and places are packed into arrays, as those of Files are."""
+
+    def source(self, i):
+        shard, offset, size = (int(self._arrays[name][i]) for name in ("shard", "offset", "size"))
+        return lambda: io.BytesIO(os.pread(_opened(self.shards[shard][0]).fileno(), size, offset))
+
+
+@functools.lru_cache(64)
+def _opened(path):
+    return open(path, "rb", buffering=0)
+
+
+def shards_of(spec):
+    """The tars that "a.tar" or "shards-{000000..000146}.tar" names, or that lie in a folder; none if it holds
+    images or folders, too."""
+    if Path(spec).is_dir():
+        tars = sorted(Path(spec).glob("*.tar"), key=os.fsencode)
+        others = (entry for entry in os.scandir(spec) if not entry.name.startswith("."))
+        mixed = any(entry.is_dir() or entry.name.lower().endswith(tuple(EXTENSIONS)) for entry in others)
+        return [] if mixed else [str(tar) for tar in tars]
+    shards = [str(spec)]
+    while found := re.search(r"\{(\d+)\.\.(\d+)\}", shards[0]):
+        first, last = found.groups()
+        if int(last) - int(first) not in range(LARGEST_RANGE):
+            raise DataError(f"{spec}: {found[0]} is no range of shards")
+        numbers = [f"{i:0{len(first)}}" for i in range(int(first), int(last) + 1)]
+        shards = [shard.replace(found[0], number, 1) for shard in shards for number in numbers]
+    return shards
+
+
+def open_tars(shards, index=""):
+    """The images of tar files as a set, in the order that they lie in.
+
+    Images whose members share a stem with a .cls member, or with a .json one that has a "label", are labelled
+    by it, as WebDataset writes them. Otherwise the class is the first folder in the names that not all of
+    them share, or the name of the inner tar, where tars lie in a tar; no labels if images lie in no such
+    folder.
+    index: a folder that keeps the index; it is made anew if a shard has another size or time.
+    Raises DataError for what is no whole, uncompressed tar, or holds no images.
+    """
+    state = []
+    for shard in shards:
+        with border(DataError, f"{shard} cannot be read"):
+            found = os.stat(shard)
+        state.append([os.path.abspath(shard), found.st_size, found.st_mtime_ns])
+    name = f"index-{zlib.crc32(json.dumps([path for path, *_ in state]).encode()):08x}"
+    path = Path(index, name) if index else None
+    if path and path.exists():
+        images = Tars.mapped(path)
+        if images.shards == state:
+            return images
+        say(f"{path} is of other shards than there are now: made anew")
+    images = _Scan(state).images()
+    if path:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            images.save(path)
+            return Tars.mapped(path)
+        except OSError as error:
+            say(f"warning: {path} cannot be written, so the next start makes the index again: "
+                f"{reason(error)}")
+    return images
+
+
+class _Scan:
+    """Reads the headers of tars, one after another. Rows hold an image each; a sample is what shares folder
+    and stem, one after another."""
+
+    def __init__(self, shards):
+        self.shards, self.names, self.left = shards, bytearray(), Counter()
+        self.rows = {"ends": array("q"), "shard": array("i"), "offset": array("q"), "size": array("q")}
+        self.folder, self.folders = array("i"), {}  # of each image, and the number of each
+        self.kind, self.kinds = array("i"), {}  # of each image what its label says, and the number of each
+        self.nested, self.said = False, time.monotonic()
+        for number, (path, size, _) in enumerate(shards):
+            self.sample = None
+            with border(DataError, f"{path} cannot be read"), open(path, "rb") as file:
+                self.walk(file, number, path, 0, size)
+
+    def walk(self, file, number, where, start, end, inner=()):
+        """The tar between start and end of a file. inner: its name, if it lies in another."""
+        file.seek(start)
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                while member := tar.next():
+                    tar.members = []  # or it would keep a million
+                    if member.isreg() and not member.issparse() and member.offset_data + member.size > end:
+                        raise DataError(f"{where} is cut off: {member.name!r:.200} goes on behind its end")
+                    self.member(file, number, where, member, inner)
+                file.seek(tar.offset)
+                if tar.offset + 512 > end or file.read(512).strip(b"\0"):
+                    raise DataError(f"{where} is cut off or damaged at byte {tar.offset}")
+        except tarfile.TarError as error:
+            raise DataError(f"{where} is no tar, or a packed or damaged one, and only a tar as it is can be "
+                            f"read in place: {reason(error)}") from None
+
+    def member(self, file, number, where, member, inner):
+        parts = [part for part in member.name.split("/") if part not in ("", ".")]
+        if member.name.startswith("/") or ".." in parts:
+            self.left["of names that lead elsewhere"] += 1
+            return
+        if member.isdir() or not parts or any(part.startswith(".") or part in FOREIGN for part in parts):
+            return
+        if not member.isreg() or member.issparse():
+            self.left["links, devices and files with holes"] += 1
+            return
+        ending = os.path.splitext(parts[-1])[1].lower()
+        if ending == ".tar" and not inner:
+            self.nested = True
+            start = member.offset_data
+            return self.walk(file, number, f"{where}: {member.name!r:.200}", start, start + member.size,
+                             (parts[-1][:-4],))
+        folder, (stem, _, endings) = (*inner, *parts[:-1]), parts[-1].partition(".")
+        if (folder, stem) != self.sample:
+            self.sample, self.label, self.whole, self.first = (folder, stem), -1, False, len(self.kind)
+        whole = "." not in endings
+        if whole and not self.whole:  # STEM.mask.png before STEM.jpg is another part of this sample
+            self.whole = True
+            del self.names[self.rows["ends"][self.first - 1] if self.first else 0 :]
+            for row in (*self.rows.values(), self.folder, self.kind):
+                del row[self.first :]
+        if f".{endings}" in (".cls", ".json"):
+            self.read_label(file, where, member)
+        elif ending not in EXTENSIONS:
+            self.left[ending if ending[1:].isalnum() and ending.isascii() else "of other names"] += 1
+        elif whole or not self.whole:
+            self.names += os.fsencode("/".join((*inner, *parts)))
+            for row, value in zip(self.rows.values(),
+                                  (len(self.names), number, member.offset_data, member.size)):
+                row.append(value)
+            self.folder.append(self.folders.setdefault(folder, len(self.folders)))
+            self.kind.append(self.label)
+        if time.monotonic() > self.said + SECONDS:
+            self.said = time.monotonic()
+            say(f"index of {where}: {len(self.kind):,} images so far")
+
+    def read_label(self, file, where, member):
+        """The label of a sample from its .cls or .json member. A .json may hold other things alone."""
+        with border(DataError, f"{where}: the label in {member.name!r:.200} cannot be read"):
+            if member.size > LARGEST_LABEL:
+                raise ValueError(f"it has {member.size} bytes")
+            text = os.pread(file.fileno(), member.size, member.offset_data).decode()
+            if member.name.endswith(".json"):
+                content = json.loads(text)
+                text = content.get("label") if isinstance(content, dict) else None
+                if text is None:
+                    return
+                if not isinstance(text, (int, str)) or isinstance(text, bool):
+                    raise ValueError(f'"label" is {text!r:.60}, neither a whole number nor text')
+            self.label = self.kinds.setdefault(str(text).strip(), len(self.kinds))
+        for row in range(self.first, len(self.kind)):
+            self.kind[row] = self.label
+
+    def images(self):
+        """The set of what was found."""
+        first, many = self.shards[0][0], len(self.shards) - 1
+        what = first + f" and {many} more" * (many > 0)
+        left = ", ".join(f"{count} {kind}" for kind, count in self.left.most_common(5))
+        if not self.kind:
+            others = f": {left}" * bool(left)
+            raise DataError(f"{what} holds no images ({' '.join(sorted(EXTENSIONS))}){others}")
+        if left:
+            say(f"warning: {what}: {self.left.total()} members are left out: {left}")
+        arrays = {name: np.frombuffer(row, row.typecode) for name, row in self.rows.items()}
+        arrays["names"] = np.frombuffer(self.names, np.uint8)
+        classes, numbered, folders = [], False, list(self.folders)  # each a tuple of names
+        shared = 0 if self.nested else len(os.path.commonprefix(folders))  # noqa: RUF071
+        if self.kinds:
+            row, kinds = np.frombuffer(self.kind, np.int32), list(self.kinds)
+            if (bare := int((row < 0).sum())):
+                raise DataError(f"{what}: {bare} images have no label, but others have one")
+            table, classes, numbered = number_labels(kinds, lambda label: what)
+        elif all(len(folder) > shared for folder in folders):
+            row, kinds = np.frombuffer(self.folder, np.int32), [folder[shared] for folder in folders]
+            classes = sorted(set(kinds), key=os.fsencode)
+            table = {name: i for i, name in enumerate(classes)}
+        if classes:
+            arrays["labels"] = np.array([table[kind] for kind in kinds], np.int64)[row]
+        digest = hashlib.sha256(arrays["names"])
+        digest.update(arrays["size"])
+        images = Tars.__new__(Tars)
+        images._hold(arrays, dict(shards=self.shards, classes=classes, numbered=numbered,
+                                  fingerprint=f"{len(self.kind)} members {digest.hexdigest()[:16]}"))
+        return images
