@@ -28,7 +28,7 @@ test-all: .venv/dev lint  ## the sweeps too
 	$(BIN)/python -m pytest -n 2 -m "not gpu"
 
 .venv/bench: .venv/run
-	$(BIN)/pip install --quiet --disable-pip-version-check lightly==1.6.0 faiss-cpu scikit-learn pot
+	$(BIN)/pip install --quiet --disable-pip-version-check lightly==1.6.0 faiss-cpu scikit-learn pot webdataset
 	@touch $@
 
 bench: .venv/bench  ## against lightly, faiss, scikit-learn, POT: PHOTOS=folder for the input pipeline (results in benchmarks/results)
@@ -37,6 +37,7 @@ bench: .venv/bench  ## against lightly, faiss, scikit-learn, POT: PHOTOS=folder 
 	$(BIN)/python -m benchmarks.pca
 	$(BIN)/python -m benchmarks.sinkhorn
 	$(BIN)/python -m benchmarks.odc_memory
+	$(BIN)/python -m benchmarks.scale
 	$(if $(PHOTOS),$(BIN)/python -m benchmarks.pipeline --data $(PHOTOS),@echo "make bench PHOTOS=folder also measures the input pipeline")
 
 results: .venv/bench  ## all methods side by side, hours: DATA=folder or list, ROOT=, VAL= (default: cifar10); writes the table of docs/results.md

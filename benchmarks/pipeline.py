@@ -4,24 +4,30 @@
 
 2x224 + 6x96 crops, against lightly's `SwaVTransform`, the usual pipeline on Pillow images: random resized
 crop, flip, colour jitter, grey, blur, to tensor, normalise, for each crop. CPU time of one process, files in
-the page cache.
+the page cache. Then our crops from files, from tars, and from these tars through webdataset.
 """
 
 import argparse
+import functools
+import io
 import json
+import random
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from pathlib import Path
 
 import torch
+import webdataset as wds
 from lightly.transforms.swav_transform import SwaVTransform
 from torch.utils.data import DataLoader
 
 from benchmarks.record import medians, write
 from common import data, distributed
-from common.multicrop import Augmentation, MultiCrop, to_device
+from common.multicrop import Augmentation, MultiCrop, collate, to_device
+from common.sources.files import decode
 
 CROPS, SIZES, SCALES = (2, 6), (224, 96), ((0.14, 1.0), (0.05, 0.14))
 
@@ -78,11 +84,6 @@ def main():
     loader = data.Loader(ours, workers)
     steps = data.batches(n, batch_size, 0, 0, 0, 1)
 
-    def loaded(epoch):
-        start = time.perf_counter()
-        count = sum(len(index) for index, *_ in epoch())
-        return count / (time.perf_counter() - start)
-
     usual_loader = DataLoader(usual, batch_size, num_workers=workers, drop_last=True, persistent_workers=True,
                               prefetch_factor=4)
     speed = medians(args.rounds, ours=lambda: loaded(lambda: loader.epoch(0, steps)),
@@ -105,8 +106,48 @@ def main():
     step = medians(args.rounds, device=on_device)["device"]
     figures["photometric part on the device, ms an image"] = step / len(index)
     loader.close()
+    figures |= from_tars(images, ours, n, args.rounds)
     figures["share of a training step spent waiting"] = waiting(args.data)
     write("pipeline", device, {"images": n, "batch_size": batch_size, "workers": workers}, figures)
+
+
+def from_tars(images, ours, n, rounds, shards=4):
+    """Images/s of the same crops from files, from tars read in place, and from these tars by webdataset."""
+    figures = {}
+    with tempfile.TemporaryDirectory() as folder:
+        names = [f"{folder}/{shard}.tar" for shard in range(shards)]
+        for shard, name in enumerate(names):
+            with tarfile.open(name, "w") as tar:
+                for i in range(shard * n // shards, (shard + 1) * n // shards):
+                    tar.add(images.source(i), f"{i:06d}{Path(images.path(i)).suffix.lower()}")
+        tars = MultiCrop(data.open_images(folder), CROPS, SIZES, SCALES, Augmentation(), seed=0)
+
+        def cut(sample):
+            content = next(sample[key] for key in sample if not key.startswith("__"))
+            return int(sample["__key__"]), *ours.cut(decode(lambda: io.BytesIO(content)), random.Random(0))
+
+        steps = data.batches(n, 32, 0, 0, 0, 1, drop_last=False)
+        for workers in (1, 2):
+            loaders = {"files": data.Loader(ours, workers), "tars": data.Loader(tars, workers)}
+            peer = DataLoader(wds.WebDataset(names, shardshuffle=False, empty_check=False).map(cut), 32,
+                              num_workers=workers, collate_fn=collate, persistent_workers=True)
+            epochs = {name: functools.partial(loader.epoch, 0, steps) for name, loader in loaders.items()}
+            epochs["webdataset"] = functools.partial(iter, peer)
+            speed = medians(rounds, **{name: functools.partial(loaded, epoch)
+                                       for name, epoch in epochs.items()})
+            figures |= {f"{name}, images/s from {workers} workers": rate for name, rate in speed.items()}
+            figures |= {f"tars / {name}, {workers} workers": speed["tars"] / speed[name]
+                        for name in ("files", "webdataset")}
+            for loader in loaders.values():
+                loader.close()
+    return figures
+
+
+def loaded(epoch):
+    """Images a second of an epoch."""
+    start = time.perf_counter()
+    count = sum(len(index) for index, *_ in epoch())
+    return count / (time.perf_counter() - start)
 
 
 def waiting(folder):
