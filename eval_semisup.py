@@ -24,7 +24,6 @@ import math
 import time
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -35,6 +34,7 @@ from common import data, distributed
 from common.batchnorm import parallel
 from common.engine.checkpoint import cpu_state
 from common.engine.errors import ArgumentError, DataError, Diverged, say
+from common.engine.held_out import is_list
 from common.engine.launch import launch, repeatable
 from common.evaluation import classifier
 from common.evaluation import protocol as evaluation
@@ -308,7 +308,7 @@ def main(args):
     how = {**evaluation.extraction(args, info, device), "bad": set()}
     everything, queries = evaluation.open_labelled(args)
     # a list says itself which
-    whole = args.fraction is None and distributed.from_main(Path(args.data).is_file)
+    whole = args.fraction is None and distributed.from_main(is_list, args.data)
     images = evaluation.Subset(everything, draw(everything.labels, 1 if whole else p.fraction, args.seed))
     if len(images) < p.batch_size:
         drawn = f"{len(images)} images are drawn of --data"

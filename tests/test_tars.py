@@ -16,6 +16,7 @@ from helpers import TINY, killed_and_resumed, losses, ranks, same, swav_here, sw
 from PIL import Image
 
 import eval_knn
+import eval_semisup
 from common import data, distributed
 from common.data import open_images
 from common.engine.errors import DataError
@@ -103,8 +104,9 @@ def test_crops_and_labels_are_those_of_the_folder(packed, form, capsys):
         index, crops, params = ours[3, i, i]
         assert index == i and same(dict(enumerate(crops)), dict(enumerate(others[3, i, i][1])))
         assert torch.equal(params, others[3, i, i][2])
-    if "tar" in form:
-        assert [path.removeprefix("train/") for path in images.paths] == list(folder.paths)
+    numbered = [f"{i:06d}.{('jpeg', 'png')[i % 2]}" for i in range(36)]
+    assert [path.removeprefix("train/") for path in images.paths] \
+        == (list(folder.paths) if form in ("plain.tar", "nested.tar", "list") else numbered)
 
 
 def test_a_run_and_its_knn_figures_are_those_of_the_folder(packed, tmp_path, capsys):
@@ -118,6 +120,17 @@ def test_a_run_and_its_knn_figures_are_those_of_the_folder(packed, tmp_path, cap
         record = json.loads(capsys.readouterr().out.splitlines()[-1])
         figures[form] = losses(out), {**record, "trunk": ""}
     assert figures["folder"] == figures["nested.tar"] == figures["braces"]
+
+
+def test_a_fraction_of_a_tar_is_drawn_as_of_a_folder(packed, tmp_path, capsys):
+    out, records = tmp_path / "run", []
+    small = ["--data", packed["folder"], "--recipe", "shapes", *TINY, "--epochs", 1, "--out", out]
+    assert swav_here(*small) == 0
+    for form in ("folder", "nested.tar"):
+        assert evaluate(eval_semisup, out, "--data", packed[form], "--val", packed["cls"],
+                        "--epochs", 1, "--batch-size", 2, "--workers", 0, "--out", tmp_path / form) == 0
+        records.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
+    assert records[0] == records[1] and records[0]["images"] < 36
 
 
 def test_two_ranks_are_one_and_all_map_one_index(packed, tmp_path):
@@ -144,6 +157,8 @@ def test_an_index_is_kept_until_a_shard_changes(tmp_path, capsys, monkeypatch):
         second = open_images(tar, index=tmp_path / "kept")
     assert list(second.paths) == ["x/1.png", "y/2.png"] and second.fingerprint == first.fingerprint
     assert second.read(1).tobytes() == first.read(1).tobytes()
+    other = tar_of(tmp_path / "b.tar", ("x/1.png", jpeg(5)), ("y/2.png", jpeg(3)))
+    assert open_images(other).fingerprint != first.fingerprint  # the same names are other images
     tar_of(tar, ("x/1.png", jpeg(1)), ("y/2.png", jpeg(3)), ("y/3.png", jpeg(5)))
     assert len(open_images(tar, index=tmp_path / "kept")) == 3 and "made anew" in capsys.readouterr().out
     file.write_bytes(file.read_bytes()[:-1])
@@ -275,12 +290,13 @@ def test_packed_tars_and_what_is_no_tar(tmp_path):
 
 
 def test_sparse_members_and_links_are_left_out_and_said(tmp_path, capsys):
-    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
         add(tar, "x/1.png", jpeg(1))
         add(tar, "x/2.png", kind=tarfile.SYMTYPE, linkname="1.png")
+        add(tar, "x/3.png", jpeg(3), pax_headers={"GNU.sparse.size": "5000", "GNU.sparse.map": "0,3"})
     images = open_images(tmp_path / "a.tar")
     assert list(images.paths) == ["x/1.png"]
-    assert "1 members are left out: 1 links, devices and files with holes\n" in capsys.readouterr().out
+    assert "2 members are left out: 2 links, devices and files with holes\n" in capsys.readouterr().out
 
 
 def test_odd_names(tmp_path):

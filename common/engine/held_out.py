@@ -26,9 +26,13 @@ def held_out(config, images):
 def open_queries(spec, val="", root="", index=""):
     """The images to judge by: those that `val` names (its "val" split, if it has one), else the "val" split
     of spec."""
-    if val and os.path.isfile(val) and not str(val).endswith(".tar"):
+    if val and is_list(val):
         return open_list(Path(val), root, "val")
     return open_images(val or spec, "val" if not val or has_split(val, "val") else "train", root, index)
+
+
+def is_list(spec):
+    return os.path.isfile(spec) and not str(spec).endswith(".tar")
 
 
 def has_split(spec, split):
