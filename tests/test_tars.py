@@ -17,9 +17,12 @@ from PIL import Image
 
 import eval_knn
 import eval_semisup
+import swav
 from common import data, distributed
 from common.data import open_images
 from common.engine.errors import DataError
+from common.engine.launch import setup
+from common.engine.options import parse
 from common.multicrop import Augmentation, MultiCrop
 
 
@@ -197,6 +200,8 @@ def test_what_is_pickled_is_the_name_of_a_file(packed):
         assert list(again.paths) == list(images.paths) and again.fingerprint == images.fingerprint
         assert again.read(7).tobytes() == images.read(7).tobytes()
         assert pickle.dumps(again) == pickled  # nothing is written again
+        again.labels = 2 - again.labels
+        assert torch.equal(pickle.loads(pickle.dumps(again)).labels, again.labels)
 
 
 def _node(spec):
@@ -225,6 +230,20 @@ def _fails(place):
 def test_what_the_second_node_cannot_open_every_process_says():
     found = ranks(4, _fails, 2)
     assert found[0].startswith("/nowhere does not exist") and found == [found[0]] * 4
+
+
+def _differs(folder):
+    os.environ["LOCAL_RANK"] = "0"  # two nodes
+    config = parse(swav.Config, swav.RECIPES, "", [
+        "--recipe", "small", *TINY, "--data", f"shapes:{32 + distributed.rank()}", "--out", folder])
+    try:
+        setup(config)
+    except DataError as error:
+        return str(error)
+
+
+def test_nodes_with_other_images_are_told_apart(tmp_path):
+    assert all("holds other images on this node" in found for found in ranks(2, _differs, str(tmp_path)))
 
 
 @pytest.mark.parametrize("members,message", [
