@@ -25,7 +25,7 @@ from .multicrop import TRIES, collate
 NAMED = ("cifar10", "cifar100", "svhn", "stl10")  # torchvision's
 
 
-def open_images(spec, split="train", root=""):
+def open_images(spec, split="train", root="", range=(), exif=False):
     """The images that `spec` names, as a map-style set.
 
     spec: a folder (class folders, flat or nested; its train/ or val/ is used when present), an image, a list,
@@ -35,10 +35,24 @@ def open_images(spec, split="train", root=""):
     file of iNaturalist's annotations. Its paths start at root (default: the list's folder), or at train/ or
     val/ in it.
     split: "train" or "val"; "": all of a folder. Only named sets and folders with a val/ have a "val" split.
-    Returns a set with len(), labels (N,) int64 (-1: none) or None, classes, paths, fingerprint, read(i) ->
-    PIL RGB image.
+    range: (low, high), what becomes black and white of grey of more than 8 bits, for the whole set; default,
+    from a sample of the files. exif: images are turned upright, and transparency falls on white.
+    Returns a set with len(), labels (N,) int64 (-1: none) or None, classes, paths, fingerprint, range and
+    exif as used (no such grey: ()), read(i) -> PIL RGB image.
     Raises DataError if there is nothing to read.
     """
+    return look(_open(spec, split, root), range, exif)
+
+
+def look(images, range, exif):
+    """The set, whose images look from now on as open_images says."""
+    images.range, images.exif = tuple(range), exif
+    if hasattr(images, "measure"):
+        images.measure()
+    return images
+
+
+def _open(spec, split, root):
     kinds = f"a folder, a list file, shapes, {', '.join(NAMED)}"
     name, colon, argument = str(spec).partition(":")
     if not str(spec) or (colon and not argument and name in ("shapes", *NAMED)):

@@ -56,7 +56,8 @@ def setup(config):
     options.check(config, distributed.world_size())
     repeatable(config.deterministic)
     torch.manual_seed(config.seed)
-    images = distributed.from_main(data.open_images, config.data or "shapes", "train", config.root)
+    images = distributed.from_main(data.open_images, config.data or "shapes", "train", config.root,
+                                   config.range, config.exif)
     if len(images) < config.batch_size:
         few = f"--data has {len(images)} images, fewer than one batch"
         raise DataError(f"{few}: --batch-size {config.batch_size}")

@@ -51,7 +51,8 @@ class Run:
         size = c.eval_size or c.sizes[0]
         resize = size if c.stem == "small" else round(size * 8 / 7)
         self.info = dict(arch=c.arch, width=c.width, stem=c.stem, channels=3, mean=MEAN, std=STD,
-                         method=method, recipe=c.recipe, resize=resize, size=size) | about
+                         method=method, recipe=c.recipe, resize=resize, size=size, range=images.range,
+                         exif=images.exif) | about
         self.out = Path(c.out or f"runs/{method}_{c.recipe}")
         self.steps_per_epoch = len(images) // c.batch_size
         self.step, self.total = 0, self.steps_per_epoch * c.epochs
@@ -280,7 +281,10 @@ class Run:
     def save(self, final=False):
         """Writes checkpoint.pt and backbone.pt. A full disk is a warning, at the end an error."""
         self._stop_unless_finite(list(self.model.parameters()))
-        state = {"format": 1, "method": self.method, "config": asdict(self.config), "step": self.step,
+        config = asdict(self.config)
+        if self.images.exif != self.config.exif:  # a run older than --exif stays one
+            del config["exif"]
+        state = {"format": 1, "method": self.method, "config": config, "step": self.step,
                  "data": self.images.fingerprint, "torch": str(torch.__version__),
                  "bad": sorted(self.unreadable.found),
                  **{name: thing.state_dict() for name, thing in self.objects.items()}}
@@ -328,6 +332,9 @@ class Run:
                 thing.load_state_dict(state[name])
             self.step = state["step"]
             self.unreadable.found = {range(len(self.images)).index(i) for i in state["bad"]}
+            if "exif" not in state["config"]:  # older than the option: goes on without
+                for images in filter(None, (self.images, self.queries)):
+                    images.exif = self.info["exif"] = False
         say(f"resumed at step {self.step} of {self.total}")
         return evaluated
 
@@ -338,7 +345,8 @@ class Run:
             state = checkpoint.newest(path, expect)
             if state:
                 with border(CheckpointError, f"{path} {NOT_OURS}"):
-                    if changed := options.differences(self.config, state["config"]):
+                    if changed := options.differences(self.config,
+                                                      {"exif": self.config.exif, **state["config"]}):
                         raise CheckpointError(
                             f"{path} was made with other options: {', '.join(changed)}; --fresh starts over, "
                             f"--init-from {self.out} with a new --out goes on from its trunk")
