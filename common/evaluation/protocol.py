@@ -145,20 +145,26 @@ def sized(args, info):
     return {**info, "resize": args.resize or info["resize"], "size": args.size or info["size"]}
 
 
-def open_labelled(args):
-    """(training images, images to judge by), both with labels numbered alike; read by rank 0.
+def look(info):
+    """(range, exif) of the images that a trunk was trained on; see open_images."""
+    return tuple(info.get("range", ())), info.get("exif", False)
+
+
+def open_labelled(args, info):
+    """(training images, images to judge by), both with labels numbered alike, and looked at as the trunk was
+    trained; read by rank 0.
 
     Without --data they are those of the run that the trunk belongs to.
     """
-    return distributed.from_main(_open_labelled, args)
+    return distributed.from_main(_open_labelled, args, info)
 
 
-def _open_labelled(args):
+def _open_labelled(args, info):
     spec, root, val = sources(args)
     if not spec:
         raise ArgumentError("--data is needed: labelled images")
-    images = data.open_images(spec, "train", root)
-    queries = open_queries(spec, val, root)
+    images = data.open_images(spec, "train", root, *look(info))
+    queries = open_queries(spec, val, root, images.range, images.exif)
     if queries.fingerprint == images.fingerprint and _folder(queries) == _folder(images):
         raise DataError("--data and --val are the same images: each would find itself")
     for part, option in ((images, "--data"), (queries, "--val")):
@@ -168,13 +174,13 @@ def _open_labelled(args):
     return images, queries
 
 
-def open_known(args, classes, count, numbered=False):
+def open_known(args, info, classes, count, numbered=False):
     """The images to judge by, with labels numbered as those of a classifier. classes: its `count` names
-    (numbered: numbers of a list), or None, where it has them in the order of the names."""
+    (numbered: numbers of a list), or None, where it has them in the order of the names. info: the trunk's."""
     spec, root, val = sources(args)
     if not spec and not val:
         raise ArgumentError("--val is needed: labelled images to judge by")
-    queries = open_queries(spec, val, root)
+    queries = open_queries(spec, val, root, *look(info))
     if queries.labels is None:
         raise DataError("--val has no labels: class folders, or a list with labels, are needed")
     if classes is not None:
