@@ -63,7 +63,7 @@ RECIPES = {  # name: (result, ImageNet linear top-1 where not said, what differs
     "shapes": ("20-NN 81.8 on held-out images, untrained 26.4: measured here", SHAPES),
     "cifar": ("20-NN 47.6 from 10,000 images of CIFAR-10, untrained 35.0: measured here",
               dict(TINY, epochs=20)),
-    "small": ("settings of cifar for longer: not measured", dict(TINY, epochs=50)),
+    "small": ("settings of cifar for longer: not measured", dict(TINY, epochs=50, exif=True)),
 }
 REMEDY = """  try in this order: fewer --prototypes (ten per class you expect, a tenth of the images at most);
   a smaller --pca-dim; a lower --lr; milder --jitter and --scales. A new classifier every epoch keeps the loss

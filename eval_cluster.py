@@ -156,29 +156,29 @@ def check(args):
         raise ArgumentError("--random-init needs --kmeans: heads of random weights say nothing")
     if args.sort_into and args.training:
         raise ArgumentError("--sort-into needs a score of each image, --training has a few of each cluster")
+    if args.training and not args.kmeans and not Path(args.trunk).is_dir():
+        raise CheckpointError(f"{args.trunk} is no run: --training needs the directory of one, or --kmeans")
     if args.copy and not args.sort_into:
         raise ArgumentError("--copy needs --sort-into DIR")
     if args.sort_into and Path(args.sort_into).exists():
         raise ArgumentError(f"--sort-into {args.sort_into} exists: name a new folder")
 
 
-def open_subject(args):
+def open_subject(args, info):
     """(training images or None, images to judge, what these are)."""
-    index = evaluation.index_of(args)
+    how = evaluation.how(args, info)
     if args.images:
         folder = Path(args.images).is_dir()  # all of it, also where it holds a train/
-        images = data.open_images(args.images, "" if folder else "train", args.root, index)
-        training = data.open_images(args.data, "train", args.root, index) if args.data else None
+        training = data.open_images(args.data, "train", args.root, *how) if args.data else None
+        how = evaluation.how(args, vars(training)) if training else how
+        images = data.open_images(args.images, "" if folder else "train", args.root, *how)
         return training, images, f"images of {args.images}"
-    if args.training and not args.kmeans and not Path(args.trunk).is_dir():
-        raise CheckpointError(f"{args.trunk} is no run: --training needs the directory of one, or --kmeans")
     spec, root, val = evaluation.sources(args)
     if not spec and not (val and not args.training and not args.kmeans):
-        if not weights.local(args.trunk).exists():  # with a run that is there, there would be data
-            raise CheckpointError(f"{args.trunk} does not exist")
         raise ArgumentError("--data is needed: labelled images, or --images DIR")
-    training = data.open_images(spec, "train", root, index) if args.training or args.kmeans else None
-    images = training if args.training else open_queries(spec, val, root, index)
+    training = data.open_images(spec, "train", root, *how) if args.training or args.kmeans else None
+    how = evaluation.how(args, vars(training)) if training else how
+    images = training if args.training else open_queries(spec, val, root, *how)
     name = "--data" if args.training else "--val"
     if images.labels is None:
         needed = "class folders are needed, or --images DIR to look alone"
@@ -204,13 +204,11 @@ def check_head(args, heads):
 
 
 def open_heads(args, device):
-    """The model that assigns, on the device, its info, and how to look at images with it."""
+    """The model that assigns, on the device, and its info."""
     model, info = distributed.from_main(weights.load_model, args.trunk)
     if not len(model.heads):
         raise CheckpointError(f"{args.trunk} has no heads to cluster with: --kmeans K clusters its features")
-    info = evaluation.sized(args, info)
-    how = evaluation.extraction(args, info, device, args.batch_size)
-    return Assign(model).to(device, memory_format=torch.channels_last), info, how
+    return Assign(model).to(device, memory_format=torch.channels_last), evaluation.sized(args, info)
 
 
 def main(args):
@@ -218,28 +216,29 @@ def main(args):
     check(args)
     out = Path(args.out or (args.trunk if Path(args.trunk).is_dir() else "."))
     distributed.from_main(evaluation.writable, out)
-    training, images, subject = distributed.from_first(open_subject, args)
+    if args.kmeans:
+        check_head(args, 1)
+        trunk, info = evaluation.open_trunk(args, device)
+    else:
+        assign, info = open_heads(args, device)
+    how = evaluation.extraction(args, info, device, args.batch_size)
+    training, images, subject = distributed.from_first(open_subject, args, info)
     if args.sort_into and not hasattr(images, "root"):
         raise ArgumentError(f"--sort-into {args.sort_into} needs images that are files")
     if args.sort_into and Path(images.root).resolve() in Path(args.sort_into).resolve().parents:
         raise ArgumentError(f"--sort-into {args.sort_into} is among the images: name a folder elsewhere")
     if args.kmeans:
-        check_head(args, 1)
-        trunk, info = evaluation.open_trunk(args, device)
-        how = evaluation.extraction(args, info, device, args.batch_size)
         clusters, scores = by_kmeans(trunk, training or images, images, how, args.kmeans, args.seed)
         source = f"k-means on {'the same' if training in (None, images) else 'training'} features"
         sizes = [args.kmeans]
     elif args.training:
         clusters, sizes = distributed.from_main(by_run, args.trunk, images)
         check_head(args, len(clusters))
-        assign, info, how = open_heads(args, device)
         scores, source = np.full(clusters.shape, np.nan), "assignments.npz"
         if args.samples:
             most = 8 * args.samples
             scores[args.head] = typical(assign, images, clusters[args.head], args.head, how, most)
     else:
-        assign, info, how = open_heads(args, device)
         check_head(args, len(assign.model.heads))
         clusters, scores = by_heads(assign, images, how)
         sizes, source = assign.sizes, "the heads"

@@ -45,7 +45,7 @@ def main(args):
     else:
         trunk, info = evaluation.open_trunk(args, device)
         how = evaluation.extraction(args, info, device, args.batch_size)
-        images = evaluation.open_labelled(args)
+        images = evaluation.open_labelled(args, info)
         (bank, labels), (queries, truth) = (extract(trunk, part, **how) for part in images)
         for part, found, option in zip(images, (labels, truth), ("--data", "--val")):
             evaluation.warn_of_unreadable(part, found, option)

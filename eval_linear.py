@@ -413,7 +413,7 @@ def judge_head(args, device):
             raise ArgumentError(f"--{name.replace('_', '-')} trains, or is another trunk: not beside --head")
     network = distributed.from_main(classifier.load_classifier, args.head, args.trunk, *args.layers[:1])
     info = evaluation.sized(args, network.info)
-    queries = distributed.from_first(evaluation.open_known, args, network.classes, len(network.bias),
+    queries = distributed.from_first(evaluation.open_known, args, info, network.classes, len(network.bias),
                                     network.about["numbered"])
     view = TenCrop if (args.crops or network.about["views"]) == 10 else CenterCrop
     how = {**evaluation.extraction(args, info, device), "batch_size": max(1, 256 // view.views), "view": view}
@@ -453,7 +453,7 @@ def main(args):
         maps = {"avgpool": (rows[0][0].shape[1], 1, 1)}
     else:
         trunk, info = evaluation.open_trunk(args, device)
-        images, queries = evaluation.open_labelled(args)
+        images, queries = evaluation.open_labelled(args, info)
         info = {**info, "resize": preset.resize or info["resize"], "size": preset.size or info["size"]}
         how = evaluation.extraction(args, info, device)
         try:

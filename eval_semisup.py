@@ -306,7 +306,7 @@ def main(args):
     repeatable(args.deterministic)
     trunk, info = evaluation.open_trunk(args, device)
     how = {**evaluation.extraction(args, info, device), "bad": set()}
-    everything, queries = evaluation.open_labelled(args)
+    everything, queries = evaluation.open_labelled(args, info)
     # a list says itself which
     whole = args.fraction is None and distributed.from_main(is_list, args.data)
     images = evaluation.Subset(everything, draw(everything.labels, 1 if whole else p.fraction, args.seed))

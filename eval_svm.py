@@ -102,9 +102,10 @@ def average_precision(scores, targets, mode="all_points"):
 
 class Voc:
     """Images of trainval, `trainval` of them, then of test, each in the order of their names. targets (N, C):
-    1 present, 0 absent, -1 only difficult ones."""
+    1 present, 0 absent, -1 only difficult ones. look: (range, exif) of open_images."""
 
-    def __init__(self, spec):
+    def __init__(self, spec, look=()):
+        self.look = look
         inside = [Path(spec, *parts) for parts in ((), ("VOC2007",), ("VOCdevkit", "VOC2007"))]
         self.folder = next((folder for folder in inside if (folder / "ImageSets" / "Main").is_dir()), None)
         if self.folder is None:
@@ -134,7 +135,7 @@ class Voc:
         return self.folder / "JPEGImages" / f"{name}.jpg"
 
     def read(self, i):
-        return decode(self.path(self.names[i]))
+        return decode(self.path(self.names[i]), *self.look)
 
 
 def _read(parse, path):
@@ -309,7 +310,8 @@ def main(args):
         shapes = pooling.shapes(trunk, info["size"], args.layers)
     except ValueError as error:
         raise ArgumentError(f"--layers {' '.join(args.layers)}: {error}") from None
-    voc = distributed.from_main(Voc, args.data)
+    look = tuple(info.get("range", ())), info.get("exif", False)
+    voc = distributed.from_main(Voc, args.data, look)
     n = voc.trainval
     jobs = args.jobs or distributed.cores()
     say(f"{args.trunk}: {evaluation.name(info)}, VOC 2007 at {info['size']} px ({args.crop})")

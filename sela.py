@@ -76,7 +76,8 @@ RECIPES = {  # name: (result, ImageNet linear top-1 where not said, what differs
     "shapes": ("20-NN 87.5 on held-out images, untrained 26.0: measured here", SHAPES),
     "cifar": ("20-NN 49.9 from 10,000 images of CIFAR-10, untrained 35.0: measured here",
               dict(TINY, epochs=20)),
-    "small": ("settings of cifar for longer: not measured", dict(TINY, epochs=50, relabellings=25)),
+    "small": ("settings of cifar for longer: not measured",
+              dict(TINY, epochs=50, relabellings=25, exif=True)),
 }
 REMEDY = """  try in this order: fewer --prototypes (ten per class you expect, a tenth of the images at most);
   fewer --heads; more --relabellings; a lower --lr; milder --jitter and --scales. See docs/log.md."""

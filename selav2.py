@@ -59,7 +59,7 @@ RECIPES = {  # name: (result, ImageNet linear top-1 where not said, what differs
     "shapes": ("20-NN 85.2 on held-out images, untrained 26.0: measured here", SHAPES),
     "cifar": ("20-NN 50.4 from 10,000 images of CIFAR-10, untrained 35.0: measured here",
               dict(TINY, epochs=20)),
-    "small": ("settings of cifar for longer: not measured", dict(TINY, epochs=50)),
+    "small": ("settings of cifar for longer: not measured", dict(TINY, epochs=50, exif=True)),
 }
 REMEDY = """  try in this order: fewer --prototypes (ten per class you expect, a tenth of the images at most);
   fewer --heads; a lower --lr or a longer --warmup-epochs; milder --jitter and --scales. See docs/log.md."""

@@ -75,7 +75,7 @@ RECIPES = {  # name: (result, ImageNet linear top-1 where not said, what differs
     "cifar": ("20-NN 55.6 from 10,000 images of CIFAR-10, untrained 35.0: measured here",
               dict(TINY, epochs=20)),
     "small": ("20-NN 54.0 from 5,000 images of CIFAR-10, untrained 33.7: measured here",
-              dict(TINY, epochs=50)),
+              dict(TINY, epochs=50, exif=True)),
 }
 REMEDY = """  try in this order: fewer --prototypes (ten per class you expect, a tenth of the images,
   batch + queue at most); --epsilon 0.03; more --freeze-prototypes-iters; no or a later queue (--queue-length,

@@ -27,7 +27,7 @@ PACKED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar")
 NAMED = ("cifar10", "cifar100", "svhn", "stl10")  # torchvision's
 
 
-def open_images(spec, split="train", root="", index=""):
+def open_images(spec, split="train", root="", index="", range=(), exif=False):
     """The images that `spec` names, as a map-style set.
 
     spec: a folder (class folders, flat or nested; its train/ or val/ is used when present), an image, a list,
@@ -39,11 +39,25 @@ def open_images(spec, split="train", root="", index=""):
     iNaturalist's annotations. Its paths start at root (default: the list's folder), or at train/ or val/ in
     it.
     split: "train" or "val"; "": all of a folder. Only named sets and folders with a val/ have a "val" split.
-    index: a folder to keep in where the images lie in tars.
-    Returns a set with len(), labels (N,) int64 (-1: none) or None, classes, paths, fingerprint, read(i) ->
-    PIL RGB image.
+    index: a folder to keep in where the images lie in tars. range: (low, high), what becomes black and white
+    of grey of more than 8 bits, for the whole set; default, from a sample of the files. exif: images are
+    turned upright, and transparency falls on white.
+    Returns a set with len(), labels (N,) int64 (-1: none) or None, classes, paths, fingerprint, range and
+    exif as used (no such grey: ()), read(i) -> PIL RGB image.
     Raises DataError if there is nothing to read.
     """
+    return look(_open(spec, split, root, index), range, exif)
+
+
+def look(images, range, exif):
+    """The set, whose images look from now on as open_images says."""
+    images.range, images.exif = tuple(range), exif
+    if hasattr(images, "measure"):
+        images.measure()
+    return images
+
+
+def _open(spec, split, root, index):
     kinds = f"a folder, a list file, a tar, shapes, {', '.join(NAMED)}"
     name, colon, argument = str(spec).partition(":")
     if not str(spec) or (colon and not argument and name in ("shapes", *NAMED)):

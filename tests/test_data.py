@@ -481,7 +481,6 @@ KINDS = {  # name: (file name, writer, what it shows)
     "1 bit": ("a.png", Image.fromarray(BLACK_WHITE).convert("1").save, BLACK_WHITE),
     "16-bit grey png": ("a.png", Image.fromarray(GREY.astype(np.uint16) * 257).save, GREY),
     "16-bit grey tiff": ("a.tif", Image.fromarray(GREY.astype(np.uint16) * 257).save, GREY),
-    "dark 16-bit grey": ("a.png", Image.fromarray(GREY.astype(np.uint16)).save, GREY / 257),
     "16-bit rgb": ("a.png", png_16_bit_rgb, RGB),
     "float 0..1": ("a.tif", Image.fromarray((GREY / 255).astype(np.float32)).save, GREY),
     "float 0..255": ("a.tif", Image.fromarray(GREY.astype(np.float32)).save, GREY),
@@ -559,12 +558,6 @@ def test_a_picture_of_400_million_pixels_costs_no_memory(tmp_path):
         decode(tmp_path / "a.png")
     # of the 1.2 million KB that it has as RGB
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 10_000
-
-
-def test_pixels_that_are_not_finite_are_refused(tmp_path):
-    Image.fromarray(np.array([[0.5, np.nan]], dtype=np.float32)).save(tmp_path / "a.tif")
-    with pytest.raises(ValueError, match="not finite"):
-        decode(tmp_path / "a.tif")
 
 
 def test_file_that_goes_away_is_replaced_by_the_next(tmp_path):

@@ -351,11 +351,11 @@ def test_one_image(photos, tmp_path, capsys):
 def test_errors(run, photos, tmp_path, capsys):
     image_tree(tmp_path / "one", classes=1)
     image_tree(tmp_path / "others", classes=2, images=50, size=(8, 8))
-    empty, foreign, torn = tmp_path / "empty", tmp_path / "foreign", tmp_path / "torn"
+    empty, foreign, torn, bare = (tmp_path / name for name in ("empty", "foreign", "torn", "bare"))
     odd = {f"odd{i}": content for i, content in enumerate((
         '{"data": 5}', '{"data": ["a"], "prototypes": 5}', '{"root": {}}', '{"prototypes": "x"}', "[1]", "5",
         "null", "{", "[" * 9999, "\udcff"))}
-    for copy in (empty, foreign, torn, *(tmp_path / name for name in odd)):
+    for copy in (empty, foreign, torn, bare, *(tmp_path / name for name in odd)):
         shutil.copytree(run, copy)
     for name, content in odd.items():
         (tmp_path / name / "config.json").write_bytes(content.encode(errors="surrogateescape"))
@@ -363,11 +363,12 @@ def test_errors(run, photos, tmp_path, capsys):
     with np.load(run / "assignments.npz") as file:
         np.savez(empty / "assignments.npz", assignments=np.full((1, 100), -1), paths=file["paths"])
     (torn / "assignments.npz").write_bytes(b"PK")
+    (bare / "assignments.npz").unlink()
     (tmp_path / "file").touch()
     trunk = photos / "backbone.pt"
     cases = (
         ((trunk, "--data", photos), 4, "has no heads to cluster with: --kmeans K"),
-        ((trunk,), 2, "--data is needed"),
+        ((trunk, "--kmeans", 3), 2, "--data is needed"),
         (("runs/nowhere",), 4, "runs/nowhere does not exist"),
         ((trunk, "--data", photos, "--training"), 4, "--training needs the directory of one"),
         ((trunk, "--data", photos, "--random-init"), 2, "--random-init needs --kmeans"),
@@ -395,7 +396,7 @@ def test_errors(run, photos, tmp_path, capsys):
           for name in odd for more in ((), ("--training",))),
         ((run, "--size", 99), 2, "is smaller than --size 99"),
         ((trunk, "--data", photos, "--kmeans", 3, "--size", 30), 2, "--resize 20 is smaller than --size 30"),
-        ((photos, "--data", photos, "--training"), 3, "assignments.npz does not exist: a run writes it"),
+        ((bare, "--training"), 3, "assignments.npz does not exist: a run writes it"),
         ((run, "--images", tmp_path / "nothing"), 3, "nothing does not exist"),
         ((run, "--out", tmp_path / "file" / "below"), 2, "cannot be written"),
     )

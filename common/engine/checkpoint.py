@@ -110,7 +110,8 @@ def export_backbone(path, backbone, info, clusters=None, labels=None):
     """Writes a trunk as {"state_dict", "info"}: torchvision's parameter names, and what is needed to rebuild
     it.
 
-    info: dict with arch, width, stem, channels, sobel, mean, std, resize, size, method, recipe, epoch.
+    info: dict with arch, width, stem, channels, sobel, mean, std, resize, size, range, exif (how images
+    looked: see open_images), method, recipe, epoch.
     clusters: the Model that the trunk is of; its projection and heads are written too, for `load_model`.
     labels: see `export_model`.
     """

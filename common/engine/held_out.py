@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from ..data import NAMED, open_images
+from ..data import NAMED, look, open_images
 from ..sources.lists import open_list
 from .errors import ArgumentError, DataError
 
@@ -16,19 +16,21 @@ def held_out(config, images):
     if not config.val and not has_split(spec, "val"):
         needed = f"--eval-every needs held-out images, and {spec} has no val split"
         raise ArgumentError(f"{needed}: name some with --val")
-    queries = open_queries(config.data or "shapes", config.val, config.root, config.index or config.out)
+    queries = open_queries(config.data or "shapes", config.val, config.root, config.index or config.out,
+                           images.range, images.exif)
     if queries.labels is None or images.labels is None:
         raise ArgumentError("--eval-every needs labels: class folders, or lists with labels")
     match_classes(queries, images)
     return queries
 
 
-def open_queries(spec, val="", root="", index=""):
+def open_queries(spec, val="", root="", index="", range=(), exif=False):
     """The images to judge by: those that `val` names (its "val" split, if it has one), else the "val" split
-    of spec."""
+    of spec. index, range, exif: see open_images."""
     if val and is_list(val):
-        return open_list(Path(val), root, "val")
-    return open_images(val or spec, "val" if not val or has_split(val, "val") else "train", root, index)
+        return look(open_list(Path(val), root, "val"), range, exif)
+    split = "val" if not val or has_split(val, "val") else "train"
+    return open_images(val or spec, split, root, index, range, exif)
 
 
 def is_list(spec):

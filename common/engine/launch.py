@@ -57,7 +57,7 @@ def setup(config):
     repeatable(config.deterministic)
     torch.manual_seed(config.seed)
     images = distributed.from_first(data.open_images, config.data or "shapes", "train", config.root,
-                                    config.index or config.out)
+                                    config.index or config.out, config.range, config.exif)
     if any(distributed.any_rank(images.fingerprint != distributed.from_main(getattr, images, "fingerprint"))):
         raise DataError(f"{config.data} holds other images on this node than on the first one")
     if len(images) < config.batch_size:

@@ -46,6 +46,9 @@ class RunOptions:
     val: str = option("", "held-out images for --eval-every (default: the val split of --data)", free=True)
     root: str = option("", "folder that relative paths of a list file start from", free=True)
     index: str = option("", "folder for the index of tars (default: the run directory)", free=True)
+    range: tuple[float, ...] = option((), "LOW HIGH: what of grey of more than 8 bits is black and white "
+                                      "(default: all but a thousandth at each end)")
+    exif: bool = option(False, "as viewers show them: upright by their EXIF, and transparency on white")
     workers: int = option(-1, "loader processes per rank; -1: its cores, up to 8", free=True, least=-1,
                           most=1024)
     max_bad: int = option(-1, "unreadable images allowed; -1: one in a thousand, or 10", free=True, least=-1)
@@ -175,6 +178,8 @@ def check(config, world_size):
         raise ArgumentError(f"{groups}: one number, one size and two scales a resolution are needed")
     if c.sizes[0] != max(c.sizes) or any(low > high for low, high in zip(c.scales[::2], c.scales[1::2])):
         raise ArgumentError(f"{groups}: the largest size first, and pairs smallest <= largest, are needed")
+    if c.range and not (len(c.range) == 2 and c.range[0] < c.range[1]):
+        raise ArgumentError(f"--range {_words(c.range)}: two numbers are needed, the lower one first")
     if 64 * c.width % 1:
         raise ArgumentError(f"--width {c.width}: 64 times the width must be a whole number")
     if len(c.jitter) != 4 or c.jitter[3] > 0.5:

@@ -54,7 +54,8 @@ class Run:
         size = c.eval_size or c.sizes[0]
         resize = size if c.stem == "small" else round(size * 8 / 7)
         self.info = dict(arch=c.arch, width=c.width, stem=c.stem, channels=3, mean=MEAN, std=STD,
-                         method=method, recipe=c.recipe, resize=resize, size=size) | about
+                         method=method, recipe=c.recipe, resize=resize, size=size, range=images.range,
+                         exif=images.exif) | about
         self.out = Path(c.out or f"runs/{method}_{c.recipe}")
         self.steps_per_epoch = len(images) // c.batch_size
         self.step, self.total = 0, self.steps_per_epoch * c.epochs

@@ -147,20 +147,21 @@ def sized(args, info):
     return {**info, "resize": args.resize or info["resize"], "size": args.size or info["size"]}
 
 
-def open_labelled(args):
-    """(training images, images to judge by), both with labels numbered alike; read by rank 0.
+def open_labelled(args, info):
+    """(training images, images to judge by), both with labels numbered alike, and looked at as the trunk was
+    trained; read by rank 0.
 
     Without --data they are those of the run that the trunk belongs to.
     """
-    return distributed.from_first(_open_labelled, args)
+    return distributed.from_first(_open_labelled, args, info)
 
 
-def _open_labelled(args):
+def _open_labelled(args, info):
     spec, root, val = sources(args)
     if not spec:
         raise ArgumentError("--data is needed: labelled images")
-    images = data.open_images(spec, "train", root, index_of(args))
-    queries = open_queries(spec, val, root, index_of(args))
+    images = data.open_images(spec, "train", root, *how(args, info))
+    queries = open_queries(spec, val, root, *how(args, vars(images)))
     if queries.fingerprint == images.fingerprint and _folder(queries) == _folder(images):
         raise DataError("--data and --val are the same images: each would find itself")
     for part, option in ((images, "--data"), (queries, "--val")):
@@ -170,13 +171,13 @@ def _open_labelled(args):
     return images, queries
 
 
-def open_known(args, classes, count, numbered=False):
+def open_known(args, info, classes, count, numbered=False):
     """The images to judge by, with labels numbered as those of a classifier. classes: its `count` names
-    (numbered: numbers of a list), or None, where it has them in the order of the names."""
+    (numbered: numbers of a list), or None, where it has them in the order of the names. info: the trunk's."""
     spec, root, val = sources(args)
     if not spec and not val:
         raise ArgumentError("--val is needed: labelled images to judge by")
-    queries = open_queries(spec, val, root, index_of(args))
+    queries = open_queries(spec, val, root, *how(args, info))
     if queries.labels is None:
         raise DataError("--val has no labels: class folders, or a list with labels, are needed")
     if classes is not None:
@@ -207,9 +208,11 @@ def sources(args):
     return spec, args.root or run.get("root", ""), args.val or run.get("val", "")
 
 
-def index_of(args):
-    """The folder for the index of tars."""
-    return args.index or (args.trunk if os.path.isdir(args.trunk) else "")
+def how(args, info):
+    """(index, range, exif) for open_images: the folder for the index of tars, and how a trunk's info, or what
+    is known of a set, says that images look."""
+    index = args.index or (args.trunk if os.path.isdir(args.trunk) else "")
+    return index, tuple(info.get("range", ())), info.get("exif", False)
 
 
 def config(folder):

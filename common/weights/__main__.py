@@ -100,7 +100,8 @@ def write_features(args):
     """Features of a set of images, by the trunk, from the ranks' shares into one file."""
     device, all_of_it = distributed.start(), Path(args.features).is_dir()  # also where it holds a train/
     trunk, info = distributed.from_main(load_backbone, args.file, args.trust_pickle)
-    images = distributed.from_first(data.open_images, args.features, "" if all_of_it else "train")
+    images = distributed.from_first(data.open_images, args.features, "" if all_of_it else "train", "", "",
+                                    info.get("range", ()), info.get("exif", False))
     say(f"{args.file}: {describe(info)}; {len(images)} images of {args.features} at {info['size']} px")
     bad = set()
     rows, _ = features.extract(trunk.to(device, memory_format=torch.channels_last), images, info["resize"],

@@ -97,6 +97,9 @@ INFO = {  # what a backbone.pt may say of its trunk, beside arch and stem
     "resize": ("1 to 10,000 pixels", _within(int, 1, 10_000)),
     "size": ("1 to 10,000 pixels", _within(int, 1, 10_000)),
     "epoch": ("a number", _within((int, float), 0, 1e9)),
+    "range": ("nothing or two numbers", lambda x: isinstance(x, (list, tuple)) and len(x) in (0, 2)
+              and all(map(_within((int, float), -1e39, 1e39), x))),
+    "exif": ("True or False", lambda x: isinstance(x, bool)),
 }
 
 
