@@ -11,6 +11,7 @@ import atexit
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import re
 import signal
 import threading
 from pathlib import Path
@@ -23,9 +24,10 @@ from .engine.errors import DataError, WorkerError, border
 from .multicrop import TRIES, collate
 
 NAMED = ("cifar10", "cifar100", "svhn", "stl10")  # torchvision's
+OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # package.module:function of the user's own
 
 
-def open_images(spec, split="train", root=""):
+def open_images(spec, split="train", root="", option="--data"):
     """The images that `spec` names, as a map-style set.
 
     spec: a folder (class folders, flat or nested; its train/ or val/ is used when present), an image, a list,
@@ -33,13 +35,14 @@ def open_images(spec, split="train", root=""):
     to say where. A list is a text file with one path a line: `path`, `path label`, `path,label` (numbers from
     0, or names; -1: none), or SimCLR's bare file names, whose class is what stands before "_"; or a .json
     file of iNaturalist's annotations. Its paths start at root (default: the list's folder), or at train/ or
-    val/ in it.
+    val/ in it. Or "package.module:function" of the user's own (docs/own.md): only give what was typed.
     split: "train" or "val"; "": all of a folder. Only named sets and folders with a val/ have a "val" split.
+    option: behind which the spec was typed.
     Returns a set with len(), labels (N,) int64 (-1: none) or None, classes, paths, fingerprint, read(i) ->
     PIL RGB image.
     Raises DataError if there is nothing to read.
     """
-    kinds = f"a folder, a list file, shapes, {', '.join(NAMED)}"
+    kinds = f"a folder, a list file, shapes, {', '.join(NAMED)}, package.module:function"
     name, colon, argument = str(spec).partition(":")
     if not str(spec) or (colon and not argument and name in ("shapes", *NAMED)):
         raise DataError(f"{str(spec)!r} is not a name, is a variable of the shell empty? ({kinds})")
@@ -51,6 +54,12 @@ def open_images(spec, split="train", root=""):
         from .sources.named import Torchvision
 
         return Torchvision(name, split, argument or os.path.join("data", name))
+    if is_own(spec):
+        if split == "val":
+            raise DataError(f"{option} {spec} has no val split: name the images to evaluate on with --val")
+        from .sources.own import Own
+
+        return Own(spec, option)
     path = Path(spec)
     with border(DataError, f"{spec} cannot be read"):
         folder, file = path.is_dir(), path.is_file()
@@ -71,6 +80,12 @@ def open_images(spec, split="train", root=""):
             raise DataError(f"{path} is a list of images: name the list or folder to evaluate on with --val")
         return _open_list(path, root, split)
     raise DataError(f"{spec} {missing} ({kinds})")
+
+
+def is_own(spec):
+    """Whether spec names a function of the user's own. Sets and existing files of that name come first."""
+    name = str(spec).partition(":")[0]
+    return bool(OWN.fullmatch(str(spec))) and name not in ("shapes", *NAMED) and not os.path.lexists(spec)
 
 
 def _open_list(path, root, split):

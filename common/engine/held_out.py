@@ -28,7 +28,8 @@ def open_queries(spec, val="", root=""):
     of spec."""
     if val and os.path.isfile(val):
         return open_list(Path(val), root, "val")
-    return open_images(val or spec, "val" if not val or has_split(val, "val") else "train", root)
+    split = "val" if not val or has_split(val, "val") else "train"
+    return open_images(val or spec, split, root, "--val" if val else "--data")
 
 
 def has_split(spec, split):
