@@ -166,7 +166,7 @@ def open_subject(args):
     """(training images or None, images to judge, what these are)."""
     if args.images:
         folder = Path(args.images).is_dir()  # all of it, also where it holds a train/
-        images = data.open_images(args.images, "" if folder else "train", args.root)
+        images = data.open_images(args.images, "" if folder else "train", args.root, "--images")
         training = data.open_images(args.data, "train", args.root) if args.data else None
         return training, images, f"images of {args.images}"
     if args.training and not args.kmeans and not Path(args.trunk).is_dir():
@@ -204,7 +204,7 @@ def check_head(args, heads):
 
 def open_heads(args, device):
     """The model that assigns, on the device, its info, and how to look at images with it."""
-    model, info = distributed.from_main(weights.load_model, args.trunk)
+    model, info = evaluation.loaded(weights.load_model, args.trunk, arch=args.arch)
     if not len(model.heads):
         raise CheckpointError(f"{args.trunk} has no heads to cluster with: --kmeans K clusters its features")
     info = evaluation.sized(args, info)
