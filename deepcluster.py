@@ -31,7 +31,7 @@ from torch import nn
 from common import data, distributed
 from common.alexnet import alexnet
 from common.engine.errors import ArgumentError, DataError, say
-from common.engine.launch import autocast_dtype, launch, prepare, report, setup
+from common.engine.launch import autocast_dtype, launch, own_trunk, prepare, report, setup
 from common.engine.log import nmi
 from common.engine.options import RunOptions, option, parse, recipe
 from common.engine.run import Run
@@ -72,7 +72,8 @@ REMEDY = """  try in this order: fewer --prototypes (ten per class you expect, a
 
 @dataclass
 class Config(RunOptions):
-    arch: str = option("resnet50", "architecture of the trunk", choices=(*ARCHITECTURES, "alexnet"))
+    arch: str = option("resnet50", "architecture of the trunk, or MODULE:FUNCTION of your own",
+                       choices=(*ARCHITECTURES, "alexnet"))
     sobel: bool = option(False, "the trunk sees the image's gradients in place of its colours", group="model")
 
     # Unlike the shared one it must stay on a resume: images are clustered at this size.
@@ -96,9 +97,11 @@ class Config(RunOptions):
 class Model(nn.Module):
     """Trunk and linear classifier: crops to features and scores of the clusters."""
 
-    def __init__(self, config):
+    def __init__(self, config, backbone=None):
         super().__init__()
-        if "alexnet" in config.arch:
+        if backbone:
+            self.backbone = backbone
+        elif config.arch == "alexnet":
             self.backbone = alexnet("deepcluster", sobel=config.sobel)
         else:
             trunk = ARCHITECTURES[config.arch]
@@ -254,11 +257,11 @@ def main(config):
     if len(images) < config.prototypes:
         raise ArgumentError(f"--prototypes {config.prototypes}: more than the {len(images)} images")
     alexnet_input = {*config.sizes, config.eval_size or 224}, config.width, config.stem
-    if "alexnet" in config.arch and alexnet_input != ({224}, 1, "imagenet"):
+    if config.arch == "alexnet" and alexnet_input != ({224}, 1, "imagenet"):
         raise ArgumentError(f"--arch {config.arch} takes images of 224 pixels and has no other width or "
                             "stem: --sizes 224 --eval-size 0")
 
-    model = Model(config)
+    model = Model(config, own_trunk(config, device))
     if config.pca_dim > model.backbone.feature_dim:
         has = f"the trunk has only {model.backbone.feature_dim} features"
         raise ArgumentError(f"--pca-dim {config.pca_dim}: {has}")

@@ -205,7 +205,7 @@ def check_head(args, heads):
 
 def open_heads(args, device):
     """The model that assigns, on the device, and its info."""
-    model, info = distributed.from_main(weights.load_model, args.trunk)
+    model, info = evaluation.loaded(weights.load_model, args.trunk, arch=args.arch)
     if not len(model.heads):
         raise CheckpointError(f"{args.trunk} has no heads to cluster with: --kmeans K clusters its features")
     return Assign(model).to(device, memory_format=torch.channels_last), evaluation.sized(args, info)

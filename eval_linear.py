@@ -411,7 +411,8 @@ def judge_head(args, device):
     for name in ("random_init", "lr", "weight_decay", "epochs", "batch_size", "cache", "save_features"):
         if getattr(args, name):
             raise ArgumentError(f"--{name.replace('_', '-')} trains, or is another trunk: not beside --head")
-    network = distributed.from_main(classifier.load_classifier, args.head, args.trunk, *args.layers[:1])
+    network = evaluation.loaded(classifier.load_classifier, args.head, args.trunk, *args.layers[:1],
+                                arch=args.arch)
     info = evaluation.sized(args, network.info)
     queries = distributed.from_first(evaluation.open_known, args, info, network.classes, len(network.bias),
                                     network.about["numbered"])

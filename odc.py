@@ -29,7 +29,7 @@ from torch import nn
 
 from common import data, distributed
 from common.engine.errors import ArgumentError, DataError, say
-from common.engine.launch import autocast_dtype, launch, prepare, report, setup
+from common.engine.launch import autocast_dtype, launch, own_trunk, prepare, report, setup
 from common.engine.options import RunOptions, option, parse, recipe
 from common.engine.run import Run
 from common.kmeans import fit_whitening, kmeans
@@ -91,9 +91,10 @@ class Config(RunOptions):
 class Model(nn.Module):
     """Trunk, two-layer head, linear classifier: crops to embeddings and scores of the clusters."""
 
-    def __init__(self, config):
+    def __init__(self, config, backbone=None):
         super().__init__()
-        self.backbone = ARCHITECTURES[config.arch](width=config.width, stem=config.stem, fan_in=True)
+        trunk = ARCHITECTURES.get(config.arch)
+        self.backbone = backbone or trunk(width=config.width, stem=config.stem, fan_in=True)
         self.projection_head = nn.Sequential(
             nn.Linear(self.backbone.feature_dim, config.hidden),
             nn.BatchNorm1d(config.hidden, momentum=0.001, affine=False),
@@ -342,7 +343,7 @@ def main(config):
         say(f"warning: --min-cluster {config.min_cluster} is more than a sixth of the images a cluster: "
             f"{smallest} is used")
 
-    model = Model(config)
+    model = Model(config, own_trunk(config, device))
     net = prepare(model, config, device)
     # The classifier has no momentum, as in the authors' code.
     groups = [{"params": [*model.backbone.parameters(), *model.projection_head.parameters()]},

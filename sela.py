@@ -30,7 +30,7 @@ from torch import nn
 from common import data, distributed
 from common.alexnet import alexnet
 from common.engine.errors import ArgumentError, DataError, Diverged, say
-from common.engine.launch import autocast_dtype, launch, prepare, report, setup
+from common.engine.launch import autocast_dtype, launch, own_trunk, prepare, report, setup
 from common.engine.options import RunOptions, option, parse, recipe
 from common.engine.run import Run
 from common.multicrop import Augmentation, CenterCrop, MultiCrop, to_device
@@ -44,6 +44,7 @@ from common.sinkhorn import balanced_assignments
 
 # ---------------------------------------------------------------------------------------------------- recipes
 
+ALEXNETS = ("alexnet", "alexnet_small")
 ALEXNET = dict(arch="alexnet", heads=1)
 STRONG = dict(arch="resnet50", scales=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, grey_first=False,
               blur_p=0.5, epochs=280, drop_epochs=(160, 220, 260))
@@ -85,8 +86,8 @@ REMEDY = """  try in this order: fewer --prototypes (ten per class you expect, a
 
 @dataclass
 class Config(RunOptions):
-    arch: str = option("resnet50", "architecture of the trunk",
-                       choices=(*ARCHITECTURES, "preact50", "alexnet", "alexnet_small"))
+    arch: str = option("resnet50", "architecture of the trunk, or MODULE:FUNCTION of your own",
+                       choices=(*ARCHITECTURES, "preact50", *ALEXNETS))
 
     # Unlike the shared one it must stay on a resume: images are clustered at this size.
     eval_size: int = option(0, "side of clustered and evaluated images; 0: that of the large crops", least=0)
@@ -116,9 +117,11 @@ class Config(RunOptions):
 class Model(nn.Module):
     """Trunk and H linear classifiers: crops to features and H scores of the clusters."""
 
-    def __init__(self, config):
+    def __init__(self, config, backbone=None):
         super().__init__()
-        if "alexnet" in config.arch:
+        if backbone:
+            self.backbone = backbone
+        elif config.arch in ALEXNETS:
             self.backbone = alexnet("sela_small" if config.arch == "alexnet_small" else "sela")
         elif config.arch == "preact50":
             from common.weights.preact import PreactResNet50
@@ -128,7 +131,7 @@ class Model(nn.Module):
             self.backbone = ARCHITECTURES[config.arch](width=config.width, stem=config.stem)
         heads = (nn.Linear(self.backbone.feature_dim, config.prototypes) for _ in range(config.heads))
         self.prototypes = nn.ModuleList(heads)  # (K, F) each
-        if "alexnet" in config.arch:  # as its own linear layers; those of a ResNet start as torch has them
+        if config.arch in ALEXNETS:  # as its own linear layers; those of a ResNet start as torch has them
             for head in self.prototypes:
                 nn.init.normal_(head.weight, std=0.01)
                 nn.init.zeros_(head.bias)
@@ -321,7 +324,7 @@ def main(config):
     if len(images) < config.prototypes:
         raise ArgumentError(f"--prototypes {config.prototypes}: more than the {len(images)} images")
     alexnet_input = {*config.sizes, config.eval_size or 224}, config.width, config.stem
-    if "alexnet" in config.arch and alexnet_input != ({224}, 1, "imagenet"):
+    if config.arch in ALEXNETS and alexnet_input != ({224}, 1, "imagenet"):
         raise ArgumentError(f"--arch {config.arch} takes images of 224 pixels and has no other width or "
                             "stem: --sizes 224 --eval-size 0")
     if config.arch == "preact50" and (config.width, config.stem) != (1, "imagenet"):
@@ -329,7 +332,7 @@ def main(config):
     if config.augs < 2 and config.crops != (1,):
         raise ArgumentError(f"--augs {config.augs} is one crop an image: --crops 1")
 
-    model = Model(config)
+    model = Model(config, own_trunk(config, device))
     net = prepare(model, config, device)
     optimizer = torch.optim.SGD(model.parameters(), config.lr, config.momentum,
                                 weight_decay=config.weight_decay)
@@ -347,7 +350,7 @@ def main(config):
         crops = CenterCrop(images, resize, side, config.seed, flip=config.augs == 1)
     loader = data.Loader(crops, config.workers, device.type == "cuda")
 
-    arch = config.arch.replace("alexnet", "alexnet_sela")
+    arch = config.arch.replace("alexnet", "alexnet_sela") if config.arch in ALEXNETS else config.arch
     run = Run(config, "sela", images, model, optimizer, memory, remedy=REMEDY, heads=config.heads,
               arch=arch)
     temporary = stored_dtype(config, device).itemsize * model.backbone.feature_dim + 4 * config.prototypes

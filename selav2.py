@@ -28,7 +28,7 @@ from torch import nn
 
 from common import data, distributed
 from common.engine.errors import ArgumentError, DataError, Diverged
-from common.engine.launch import launch, prepare, report, setup
+from common.engine.launch import launch, own_trunk, prepare, report, setup
 from common.engine.options import RunOptions, option, parse, recipe
 from common.engine.run import Run
 from common.multicrop import Augmentation, MultiCrop, to_device
@@ -86,9 +86,9 @@ class Config(RunOptions):
 class Model(nn.Module):
     """Trunk, two-layer head, H sets of prototypes: crops to unit embeddings and their cosines to each set."""
 
-    def __init__(self, config):
+    def __init__(self, config, backbone=None):
         super().__init__()
-        self.backbone = ARCHITECTURES[config.arch](width=config.width, stem=config.stem)
+        self.backbone = backbone or ARCHITECTURES[config.arch](width=config.width, stem=config.stem)
         self.projection_head = nn.Sequential(
             nn.Linear(self.backbone.feature_dim, config.hidden),
             nn.BatchNorm1d(config.hidden),
@@ -265,7 +265,7 @@ def main(config):
         raise ArgumentError(f"--prototypes {config.prototypes}: more than the {clustered} images that an "
                             "epoch clusters")
 
-    model = Model(config)
+    model = Model(config, own_trunk(config, device))
     net = prepare(model, config, device)
     optimizer = LARC(model.parameters(), config.lr, config.momentum, config.weight_decay)
     dtype = model.prototypes[0].weight.dtype

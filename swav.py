@@ -28,7 +28,7 @@ from torch import nn
 
 from common import data, distributed
 from common.engine.errors import ArgumentError, say
-from common.engine.launch import launch, prepare, report, setup
+from common.engine.launch import launch, own_trunk, prepare, report, setup
 from common.engine.options import RunOptions, option, parse, recipe
 from common.engine.run import Run
 from common.multicrop import Augmentation, MultiCrop, to_device
@@ -107,9 +107,9 @@ class Config(RunOptions):
 class Model(nn.Module):
     """Trunk, two-layer head, prototypes: crops to unit embeddings and their cosines to the prototypes."""
 
-    def __init__(self, config):
+    def __init__(self, config, backbone=None):
         super().__init__()
-        self.backbone = ARCHITECTURES[config.arch](width=config.width, stem=config.stem)
+        self.backbone = backbone or ARCHITECTURES[config.arch](width=config.width, stem=config.stem)
         self.projection_head = nn.Sequential(
             nn.Linear(self.backbone.feature_dim, config.hidden),
             *([nn.BatchNorm1d(config.hidden)] if config.head_norm else []),
@@ -261,7 +261,7 @@ def main(config):
         say(f"warning: --queue-length {config.queue_length} is no multiple of --batch-size "
             f"{config.batch_size}: {length} is used")
 
-    model = Model(config)
+    model = Model(config, own_trunk(config, device))
     net = prepare(model, config, device)
     optimizer = LARC(model.parameters(), config.lr, config.momentum, config.weight_decay)
     memory = Queue(length, config.crops[0], config.dim, device, next(model.parameters()).dtype)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .distributed import all_sum, gather_rows, rank, world_size
+from .engine.errors import ArgumentError
 
 
 class _PlainBatchNorm(torch.autograd.Function):
@@ -115,13 +116,20 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     @classmethod
     def convert(cls, module):
-        """Replaces every BatchNorm1d/2d inside module, keeping parameters and buffers; returns module."""
-        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+        """Replaces every BatchNorm1d/2d inside module, keeping parameters and buffers; returns module.
+
+        Raises ArgumentError for others, like those with an activation inside, which would be lost.
+        """
+        if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d):
             synced = cls(module.num_features, module.eps, module.momentum, module.affine)
             synced.weight, synced.bias = module.weight, module.bias
             synced.running_mean, synced.running_var = module.running_mean, module.running_var
             synced.num_batches_tracked = module.num_batches_tracked
             return synced
+        batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        if batch_norm and not isinstance(module, (cls, nn.SyncBatchNorm)):
+            known = "of batch norms nn.BatchNorm1d and nn.BatchNorm2d alone can be shared by processes"
+            raise ArgumentError(f"--arch holds {type(module).__name__}: {known}")
         for name, child in module.named_children():
             setattr(module, name, cls.convert(child))
         return module

@@ -11,6 +11,7 @@ import atexit
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import re
 import signal
 import threading
 from pathlib import Path
@@ -25,19 +26,20 @@ from .multicrop import TRIES, collate
 TABLE = 2**24  # of more images the order is computed batch by batch, not kept
 PACKED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar")
 NAMED = ("cifar10", "cifar100", "svhn", "stl10")  # torchvision's
+OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # package.module:function of the user's own
 
 
 def open_images(spec, split="train", root="", index="", range=(), exif=False):
     """The images that `spec` names, as a map-style set.
 
     spec: a folder (class folders, flat or nested; its train/ or val/ is used when present), an image, a list,
-    tars, "shapes", "shapes:N", or one of torchvision's "cifar10", "cifar100", "svhn", "stl10", each with
-    ":/folder" to say where. Tars are one .tar, numbered ones as "shards-{000000..000146}.tar", or a folder of
-    them; they hold class folders, a tar of each class, or samples as WebDataset has them, and are read in
-    place. A list is a text file with one path a line: `path`, `path label`, `path,label` (numbers from 0, or
-    names; -1: none), or SimCLR's bare file names, whose class is what stands before "_"; or a .json file of
-    iNaturalist's annotations. Its paths start at root (default: the list's folder), or at train/ or val/ in
-    it.
+    tars, "shapes", "shapes:N", one of torchvision's "cifar10", "cifar100", "svhn", "stl10", each with
+    ":/folder" to say where, or "package.module:function" of the user's own (docs/own.md): only give what was
+    typed. Tars are one .tar, numbered ones as "shards-{000000..000146}.tar", or a folder of them; they hold
+    class folders, a tar of each class, or samples as WebDataset has them, and are read in place. A list is a
+    text file with one path a line: `path`, `path label`, `path,label` (numbers from 0, or names; -1: none),
+    or SimCLR's bare file names, whose class is what stands before "_"; or a .json file of iNaturalist's
+    annotations. Its paths start at root (default: the list's folder), or at train/ or val/ in it.
     split: "train" or "val"; "": all of a folder. Only named sets and folders with a val/ have a "val" split.
     index: a folder to keep in where the images lie in tars. range: (low, high), what becomes black and white
     of grey of more than 8 bits, for the whole set; default, from a sample of the files. exif: images are
@@ -58,7 +60,7 @@ def look(images, range, exif):
 
 
 def _open(spec, split, root, index):
-    kinds = f"a folder, a list file, a tar, shapes, {', '.join(NAMED)}"
+    kinds = f"a folder, a list file, a tar, shapes, {', '.join(NAMED)}, package.module:function"
     name, colon, argument = str(spec).partition(":")
     if not str(spec) or (colon and not argument and name in ("shapes", *NAMED)):
         raise DataError(f"{str(spec)!r} is not a name, is a variable of the shell empty? ({kinds})")
@@ -70,6 +72,12 @@ def _open(spec, split, root, index):
         from .sources.named import Torchvision
 
         return Torchvision(name, split, argument or os.path.join("data", name))
+    if is_own(spec):
+        if split == "val":
+            raise DataError(f"{spec} has no val split: name the images to evaluate on with --val")
+        from .sources.own import Own
+
+        return Own(spec)
     path = Path(spec)
     if path.suffix == ".tar" and not path.is_dir():
         from .sources.tars import open_tars, shards_of
@@ -103,6 +111,12 @@ def _open(spec, split, root, index):
             raise DataError(f"{path} is a list of images: name the list or folder to evaluate on with --val")
         return _open_list(path, root, split)
     raise DataError(f"{spec} {missing} ({kinds})")
+
+
+def is_own(spec):
+    """Whether spec names a function of the user's own. Sets and existing files of that name come first."""
+    name = str(spec).partition(":")[0]
+    return bool(OWN.fullmatch(str(spec))) and name not in ("shapes", *NAMED) and not os.path.lexists(spec)
 
 
 def _open_list(path, root, split):

@@ -66,6 +66,23 @@ def setup(config):
     return device, images
 
 
+def own_trunk(config, device):
+    """The trunk that --arch package.module:function makes, on the device; None where --arch is a name.
+
+    Raises ArgumentError unless it makes (B, feature_dim) of images of all sizes of the run.
+    """
+    if not data.OWN.fullmatch(config.arch):
+        return None
+    from ..sources import own
+
+    trunk = own.trunk(config.arch, config.width, config.stem).to(device).train()
+    own.check(trunk, config.arch, sorted({*config.sizes, config.eval_size or config.sizes[0]}), device)
+    if getattr(config, "sobel", False):
+        config.sobel = False
+        say(f"--arch {config.arch} sees the images' colours: --sobel is of the trunks that are here")
+    return trunk
+
+
 def prepare(model, config, device):
     """Moves the model to the device, channels last; compiles or checkpoints its trunk where options say so.
     Returns the network to train: the model, or on several ranks DistributedDataParallel around it.

@@ -19,6 +19,7 @@ from typing import get_args, get_origin
 
 import torch
 
+from ..data import OWN
 from ..resnet import ARCHITECTURES
 from .errors import ArgumentError, fail, open_streams
 
@@ -41,7 +42,8 @@ def option(default, help, group=None, choices=None, free=False, **bounds):
 class RunOptions:
     """The options that all methods share. The first row of a method's RECIPES sets what its paper says."""
 
-    data: str = option("", "images: a folder, list, tars, cifar10, cifar100, svhn or stl10 (default: shapes)",
+    data: str = option("", "images: a folder, list, tars, cifar10, cifar100, svhn, stl10, or MODULE:FUNCTION "
+                       "of your own (default: shapes)",
                        group="data", free=True)
     val: str = option("", "held-out images for --eval-every (default: the val split of --data)", free=True)
     root: str = option("", "folder that relative paths of a list file start from", free=True)
@@ -53,7 +55,8 @@ class RunOptions:
                           most=1024)
     max_bad: int = option(-1, "unreadable images allowed; -1: one in a thousand, or 10", free=True, least=-1)
 
-    arch: str = option("resnet50", "architecture of the trunk", group="model", choices=tuple(ARCHITECTURES))
+    arch: str = option("resnet50", "architecture of the trunk, or MODULE:FUNCTION of your own", group="model",
+                       choices=tuple(ARCHITECTURES))
     width: float = option(1.0, "factor of the trunk's channels", above=0)
     stem: str = option("imagenet", "first layers of the trunk; small: for images of 32 to 64 pixels",
                        choices=("imagenet", "small"))
@@ -246,9 +249,18 @@ def _add(group, f, default):
     many = get_origin(f.type) is tuple
     kind = get_args(f.type)[0] if many else f.type
     text += f" (default: {_words(default)})" if default not in ("", ()) else ""
+    choices = f.metadata["choices"]
     group.add_argument(_flag(f.name), type=kind, nargs="*" if many else None, action=_Tuple if many
-                       else "store", default=argparse.SUPPRESS, choices=f.metadata["choices"], help=text,
-                       metavar=None if f.metadata["choices"] else {int: "N", float: "X", str: "NAME"}[kind])
+                       else "store", default=argparse.SUPPRESS, help=text,
+                       choices=_OrOwn(choices) if f.name == "arch" else choices,
+                       metavar=None if choices else {int: "N", float: "X", str: "NAME"}[kind])
+
+
+class _OrOwn(tuple):
+    """Names to choose from; package.module:function too."""
+
+    def __contains__(self, name):
+        return super().__contains__(name) or OWN.fullmatch(name) is not None
 
 
 class _Tuple(argparse.Action):

@@ -74,11 +74,11 @@ def save(path, heads, classes, about, trunk=None, info=None):
     checkpoint.write(path, content)
 
 
-def load_classifier(path, trunk=None, layer=None):
+def load_classifier(path, trunk=None, layer=None, arch=""):
     """The Classifier in a file that eval_linear.py or eval_semisup.py kept, or that the authors released.
 
     trunk: the run or file that it was trained on, where the file itself does not have it. layer: which one,
-    of several (default: the best).
+    of several (default: the best). arch: as in load.load_backbone.
     Raises CheckpointError if the file holds none, or if it was trained on another trunk.
     """
     path = released.local(path)
@@ -87,7 +87,7 @@ def load_classifier(path, trunk=None, layer=None):
         whole, known = "info" in saved, "classifiers" in saved  # raises for what is no dict
         if trunk is None and not whole:
             raise CheckpointError(f"{path} is a classifier alone: the trunk that it belongs to is needed")
-        backbone, info = load.load_backbone(path if trunk is None else trunk)
+        backbone, info = load.load_backbone(path if trunk is None else trunk, arch=arch)
         about = {"views": 1, "probabilities": False, "numbered": False, **saved.get("about", {})}
         if not known:
             state = {name.removeprefix("module."): tensor for name, tensor in saved["state_dict"].items()}
@@ -101,7 +101,7 @@ def load_classifier(path, trunk=None, layer=None):
         if not found:
             layers = ", ".join(head["layer"] for head in saved["classifiers"])
             raise CheckpointError(f"{path} has no classifier of {layer}: it has {layers}")
-        backbone = load.load_backbone(path)[0] if whole else backbone
+        backbone = load.load_backbone(path, arch=arch)[0] if whole else backbone
         info = {**info, "resize": about["resize"], "size": about["size"]}
         best = max(found, key=lambda head: head["top1"])
         return fitting(path, backbone, best, saved["classes"], info, about)

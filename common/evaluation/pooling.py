@@ -34,6 +34,11 @@ def pooled(trunk, x, layers):
 
     Raises ValueError for a layer that the trunk lacks, or whose map has another side than its windows need.
     """
+    if not hasattr(trunk, "stages"):  # of the user's own
+        if set(layers) != {"avgpool"}:
+            raise ValueError(f"{layers[0]} needs a trunk with stages(x), this one has avgpool alone")
+        y = trunk(x)[:, :, None, None]
+        return {"avgpool": y.to(torch.promote_types(y.dtype, torch.float32))}
     maps, result = trunk.stages(x), {}
     for layer in layers:
         if layer not in LAYERS:

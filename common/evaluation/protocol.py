@@ -14,6 +14,7 @@ from ..engine.held_out import match_classes, open_queries
 from ..engine.launch import autocast_dtype
 from ..engine.options import Parser
 from ..multicrop import MEAN, STD, TRIES
+from ..sources import own
 
 PRECISIONS = ("auto", "bfloat16", "float32")
 
@@ -38,6 +39,8 @@ def parser(description, data_help, val_help, batch_size=None, precisions=PRECISI
         help="short side before the centre crop (default: as trained, 256 for another project's)")
     add("--size", type=int, default=0,
         help="side of the images in pixels (default: as trained, 224 for another project's)")
+    add("--arch", default="", metavar="MODULE:FUNCTION",
+        help="the function of your own that makes the trunk, if it is of one: no file may name it")
     add("--random-init", action="store_true", help="replace the trunk's weights by random ones: the floor")
     if batch_size:
         add("--batch-size", type=int, default=batch_size,
@@ -110,7 +113,7 @@ def is_features(args):
     """Whether the trunk's place is taken by a file of kept features; they need no images."""
     if not args.trunk.endswith(".npz"):
         return False
-    for name in ("data", "val", "root", "index", "resize", "size", "random_init"):
+    for name in ("data", "val", "root", "index", "resize", "size", "arch", "random_init"):
         if getattr(args, name):
             raise ArgumentError(f"--{name.replace('_', '-')} needs a trunk: {args.trunk} holds features")
     return True
@@ -121,17 +124,25 @@ def name(info):
     return f"{info['arch']} x{info.get('width') or 1:g}, {info['method']}" if info.get("arch") else "features"
 
 
+def loaded(load, *arguments, arch):
+    """load(*arguments, arch=arch): what rank 0 has loaded, or, of a trunk of one's own, which cannot be sent,
+    what each rank has."""
+    return load(*arguments, arch=arch) if arch else distributed.from_main(load, *arguments)
+
+
 def open_trunk(args, device):
     """(trunk, info) that the arguments name, on the device; with --random-init its weights are random.
 
     Raises CheckpointError if it gives features that are not finite, ArgumentError if it does not take images
     of this size.
     """
-    trunk, info = distributed.from_main(weights.load_backbone, args.trunk)
+    trunk, info = loaded(weights.load_backbone, args.trunk, arch=args.arch)
     if args.random_init:
         torch.manual_seed(0)
-        trunk, info = weights.build_backbone(info), {**info, "method": "random weights"}
+        trunk, info = weights.build_backbone(info, args.arch), {**info, "method": "random weights"}
     trunk, info = trunk.to(device, memory_format=torch.channels_last).eval(), sized(args, info)
+    if args.arch:
+        own.check(trunk, args.arch, [info["size"]], device)
     try:
         with torch.inference_mode():
             features = trunk(torch.ones(1, 3, info["size"], info["size"], device=device))
@@ -204,8 +215,12 @@ def sources(args):
     run = config(args.trunk)
     if args.data:  # comes without the root and the held-out images of what the run was trained on
         return args.data, args.root, args.val
-    spec = run.get("data") or ("shapes" if run else "")
-    return spec, args.root or run.get("root", ""), args.val or run.get("val", "")
+    spec, val = run.get("data") or ("shapes" if run else ""), args.val or run.get("val", "")
+    for option, named, typed in (("--data", spec, ""), ("--val", val, args.val)):
+        if data.is_own(named) and not typed:  # a file must not say what is run
+            typed = f"{option} {named:.200}"
+            raise ArgumentError(f"{args.trunk} names {typed}, which is code of its own: type {typed}")
+    return spec, args.root or run.get("root", ""), val
 
 
 def how(args, info):
@@ -273,8 +288,8 @@ def writable(path):
 def decisive(args, trunk, **others):
     """{name: value} of what decides the result: the options but those of machine and files, the trunk's
     checksum, and others."""
-    free = {"trunk", "data", "val", "root", "index", "out", "save_every", "fresh", "workers", "device",
-            "head"}
+    free = {"trunk", "arch", "data", "val", "root", "index", "out", "save_every", "fresh", "workers",
+            "device", "head"}
     options = {name: value for name, value in vars(args).items() if name not in free}
     return {**options, "trunk": weights.checksum(trunk) if trunk is not None else "features", **others}
 

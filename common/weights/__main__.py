@@ -53,6 +53,8 @@ def arguments(argv=None):
                              "torchrun shares the images out")
     parser.add_argument("--out", default="", metavar="FILE", help="where to")
     parser.add_argument("--head", type=int, default=0, help="the head that --to model takes (default: 0)")
+    parser.add_argument("--arch", default="", metavar="MODULE:FUNCTION",
+                        help="the function of your own that makes the trunk, if it is of one")
     parser.add_argument("--trust-pickle", action="store_true",
                         help="run the code that an old file may hold: only if you trust its origin")
     return parser.parse_args(argv)
@@ -68,12 +70,12 @@ def main(args):
         return write_features(args)
     path = distributed.from_main(released.local, args.file)
     try:
-        model, info, contents = open_model(args.file, args.trust_pickle)
+        model, info, contents = open_model(args.file, args.trust_pickle, args.arch)
     except HeadsDoNotFit as error:
         if args.to == "model":
             raise
         print(f"warning: {error}: they are left out")
-        backbone, info, contents = open_trunk(args.file, args.trust_pickle)
+        backbone, info, contents = open_trunk(args.file, args.trust_pickle, args.arch)
         model, contents = Model(backbone, None, []), contents._replace(labels=None)
     report(path, model, info, contents)
     if not args.to:
@@ -99,7 +101,8 @@ def main(args):
 def write_features(args):
     """Features of a set of images, by the trunk, from the ranks' shares into one file."""
     device, all_of_it = distributed.start(), Path(args.features).is_dir()  # also where it holds a train/
-    trunk, info = distributed.from_main(load_backbone, args.file, args.trust_pickle)
+    what = args.file, args.trust_pickle, args.arch
+    trunk, info = load_backbone(*what) if args.arch else distributed.from_main(load_backbone, *what)
     images = distributed.from_first(data.open_images, args.features, "" if all_of_it else "train", "", "",
                                     info.get("range", ()), info.get("exif", False))
     say(f"{args.file}: {describe(info)}; {len(images)} images of {args.features} at {info['size']} px")

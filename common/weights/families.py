@@ -130,8 +130,9 @@ def _written_here(saved, labels):
     for name, (needed, fine) in INFO.items():
         if name in info and not fine(info[name]):
             raise Refused(f"is no checkpoint that is known: its {name} is {_short(info[name])}, not {needed}")
-    trunk = {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}
-    fc = {f"top_layer{name[2:]}": tensor for name, tensor in state.items() if name.startswith("fc.")}
+    head = () if ":" in str(info["arch"]) else "fc."  # a trunk of the user's own may have layers of this name
+    trunk = {name: tensor for name, tensor in state.items() if not name.startswith(head)}
+    fc = {f"top_layer{name[2:]}": tensor for name, tensor in state.items() if name.startswith(head)}
     projection, heads, _ = find_heads({**saved.get("clusters", {}), **fc})
     return Contents(dict(info), trunk, projection, heads, labels)
 

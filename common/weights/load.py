@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from .. import alexnet, resnet
+from ..data import OWN
 from ..engine import checkpoint
-from ..engine.errors import CheckpointError, border, reason
+from ..engine.errors import ArgumentError, CheckpointError, border, reason
 from ..multicrop import MEAN, STD
+from ..sources import own
 from . import families, preact, released
 from .model import Model, build_heads, find_heads
 
@@ -20,30 +22,31 @@ class HeadsDoNotFit(CheckpointError):
     """A file whose trunk can be used, but not its heads."""
 
 
-def load_backbone(path, trust_pickle=False):
+def load_backbone(path, trust_pickle=False, arch=""):
     """(trunk in eval mode, info) of a run directory, a backbone.pt, or the checkpoint of another project:
     families.py lists them, and released.py those that have a name, "released:swav_800ep".
 
     Every weight of the trunk must be in the file, of its shape, finite, and the other way round; else
     CheckpointError names some. Counters of batch norm may be missing. trust_pickle: run the code that an old
-    file may hold; without it none ever is.
+    file may hold; without it none ever is. arch: "package.module:function" makes the trunk, which no file may
+    say.
     """
-    return open_trunk(path, trust_pickle)[:2]
+    return open_trunk(path, trust_pickle, arch)[:2]
 
 
-def load_model(path, trust_pickle=False):
+def load_model(path, trust_pickle=False, arch=""):
     """(Model in eval mode, info) of a run directory, whose weights are those of its checkpoint.pt, or of any
     file that `load_backbone` reads.
 
     Where the method or the file has none, projection_head is None and heads are empty.
     """
-    return open_model(path, trust_pickle)[:2]
+    return open_model(path, trust_pickle, arch)[:2]
 
 
 def load_trunk(path, run):
     """State dict of the trunk at path (see load_backbone), which must be of the arch, width, stem and input
     in a run's info."""
-    trunk, info = load_backbone(path)
+    trunk, info = load_backbone(path, arch=run["arch"] if OWN.fullmatch(run["arch"]) else "")
     for name in ("arch", "width", "stem", "sobel"):
         there, here = info.get(name, False), run.get(name, False)
         if there != here:
@@ -51,8 +54,10 @@ def load_trunk(path, run):
     return trunk.state_dict()
 
 
-def build_backbone(info):
-    """A trunk with random weights, of the architecture that info names."""
+def build_backbone(info, arch=""):
+    """A trunk with random weights, of the architecture that info names, or of the user's own `arch`."""
+    if arch:
+        return own.trunk(arch, info.get("width", 1.0), info.get("stem", "imagenet"))
     arch, sobel = info["arch"], info.get("sobel", False)
     if arch == "preact50":
         return preact.PreactResNet50()
@@ -79,8 +84,10 @@ def checksum(trunk):
     return digest.hexdigest()
 
 
-def open_trunk(path, trust_pickle=False):
-    """(trunk, info, families.Contents) of a run directory or a file."""
+def open_trunk(path, trust_pickle=False, arch=""):
+    """(trunk, info, families.Contents) of a run directory or a file. arch: as in `load_backbone`."""
+    if arch and not OWN.fullmatch(arch):
+        raise ArgumentError(f"--arch {arch}: package.module:function of your own is needed, or no --arch")
     name, path = path, released.local(path)
     path = path / "backbone.pt" if path.is_dir() else path
     saved = read(path, trust_pickle)
@@ -91,16 +98,22 @@ def open_trunk(path, trust_pickle=False):
             raise CheckpointError(f"{path} {error}") from None
         info = {"method": "unknown", "resize": 256, "size": 224, "mean": MEAN, "std": STD, **contents.info}
         released.check(name, path, info["method"])
-        with torch.device("meta"):  # costs nothing, whatever size a file says
-            _compare(build_backbone(info), contents.trunk, path, info)
-        trunk = build_backbone(info)
+        if arch:
+            info["arch"] = arch
+        elif OWN.fullmatch(str(info["arch"])):
+            typed = f"--arch {info['arch']:.200}"
+            raise CheckpointError(f"{path} is of {typed}, which is code of its own: type {typed}")
+        else:
+            with torch.device("meta"):  # costs nothing, whatever size a file says
+                _compare(build_backbone(info), contents.trunk, path, info)
+        trunk = build_backbone(info, arch)
         _fill(trunk, contents.trunk, path, info)
     return trunk.eval(), info, contents
 
 
-def open_model(path, trust_pickle=False):
+def open_model(path, trust_pickle=False, arch=""):
     """(Model, info, families.Contents) of a run directory or a file. Raises HeadsDoNotFit."""
-    backbone, info, contents = open_trunk(path, trust_pickle)
+    backbone, info, contents = open_trunk(path, trust_pickle, arch)
     path = released.local(path)
     if path.is_dir():
         path = path / "checkpoint.pt"
@@ -115,7 +128,8 @@ def open_model(path, trust_pickle=False):
     with border(HeadsDoNotFit, f"{path}: its heads do not fit its {info['arch']}"):
         _check_bytes([*contents.projection.values(), *contents.heads], path)
         projection, heads = build_heads(contents.projection, contents.heads)
-        model = Model(backbone, projection, heads, relu=info["arch"] == "alexnet").eval()
+        relu = info["arch"] == "alexnet" or info["method"] == "deepcluster"  # of a ResNet they are above 0
+        model = Model(backbone, projection, heads, relu=relu).eval()
         model.scores(torch.zeros(1, backbone.feature_dim))  # raises if they do not fit
         _check_finite(model, path, HeadsDoNotFit)
     return model, info, contents
