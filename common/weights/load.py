@@ -100,13 +100,14 @@ def open_trunk(path, trust_pickle=False, arch=""):
         released.check(name, path, info["method"])
         if arch:
             info["arch"] = arch
+            trunk = build_backbone(info, arch)
         elif OWN.fullmatch(str(info["arch"])):
             typed = f"--arch {info['arch']:.200}"
             raise CheckpointError(f"{path} is of {typed}, which is code of its own: type {typed}")
         else:
             with torch.device("meta"):  # costs nothing, whatever size a file says
                 _compare(build_backbone(info), contents.trunk, path, info)
-        trunk = build_backbone(info, arch)
+            trunk = build_backbone(info)
         _fill(trunk, contents.trunk, path, info)
     return trunk.eval(), info, contents
 
