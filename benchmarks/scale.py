@@ -97,7 +97,7 @@ def resident(pid):
 
 
 def run(folder, images, steps):
-    """Start-up in s, steps/s, and resident bytes (private, of files) at the last step, of SwAV."""
+    """Seconds until the report before the first step, steps/s, and resident bytes (private, of files) at the last step, of SwAV."""
     out = folder / "run"
     shutil.rmtree(out, ignore_errors=True)
     command = [sys.executable, "-u", "swav.py", "--data", folder / "few.tar", "--index", folder / f"{images}",
@@ -106,8 +106,9 @@ def run(folder, images, steps):
     began, startup, held = time.perf_counter(), None, None
     process = subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
+        if line.startswith("  memory"):
+            startup = time.perf_counter() - began
         if line.startswith("epoch"):
-            startup = startup or time.perf_counter() - began
             held = resident(process.pid) if process.poll() is None else held
     assert process.wait() == 0
     speed = statistics.median(record["images_per_s"] for record in metrics(out)[1:])

@@ -457,3 +457,24 @@ def test_the_ceiling_is_taken_for_the_recipe_that_it_is(tmp_path):
     assert run_here(supervised, *tiny, "--out", tmp_path) == 0
     config = parse(supervised.Config, supervised.RECIPES, "", [*tiny, "--out", str(tmp_path)])
     assert finished(config, tmp_path) and metrics(tmp_path)[-1]["epoch_clusters_used"] <= 10
+
+
+def test_the_page_of_data_says_what_was_measured():
+    page = (report.ROOT / "docs/data.md").read_text()
+    speed, scale = (json.loads((report.RESULTS.parent / f"{name}_cpu.json").read_text())["figures"]
+                    for name in ("pipeline", "scale"))
+    for workers in (1, 2):
+        row = [f"{speed[f'{what}, images/s from {workers} workers']:.0f}"
+               for what in ("files", "tars", "webdataset")]
+        assert f"| {workers} | {' | '.join(row)} |" in page
+    for rows in ("10 k", "100 M"):
+        row = [f"{scale[f'{rows}: {what}']:{form}}" for what, form in (
+            ("start-up, s", ".1f"), ("steps/s", ".2f"), ("private MB of all processes", ".0f"),
+            ("MB of files they have mapped", ".0f"))]
+        assert f"| {rows} | {' | '.join(row)} |" in page
+    seconds = [scale[f"1.28 M members: index {what}, s"] for what in ("made", "found")]
+    assert f"| {seconds[0]:.0f}, {seconds[1]:.3f} | " in page
+    assert f"| {scale['1.28 M files: scanned, s']:.1f} | " in page
+    assert 0.9 < scale["large / small, steps/s"] < 1.1
+    private = [scale[f"{rows}: private MB of all processes"] for rows in ("10 k", "100 M")]
+    assert private[1] - private[0] < 50
