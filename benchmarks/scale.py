@@ -97,7 +97,8 @@ def resident(pid):
 
 
 def run(folder, images, steps):
-    """Seconds until the report before the first step, steps/s, and resident bytes (private, of files) at the last step, of SwAV."""
+    """Of SwAV: seconds until the report before the first step, steps/s, resident bytes at the last log line:
+    private, and of files."""
     out = folder / "run"
     shutil.rmtree(out, ignore_errors=True)
     command = [sys.executable, "-u", "swav.py", "--data", folder / "few.tar", "--index", folder / f"{images}",
