@@ -13,7 +13,7 @@ from collections import Counter
 
 import numpy as np
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from ..engine.errors import DataError, border, reason, say
 from . import packed
@@ -158,6 +158,8 @@ def decode(source, range=(), exif=False, make=None):
                     raise OSError(0, "not a regular file")
                 with Image.open(source() if callable(source) else source, formats=FORMATS) as image:
                     return make(image) if make else _to_rgb(image, range, exif)
+        except UnidentifiedImageError:  # its own words show where the bytes lie in memory
+            raise UnidentifiedImageError("cannot identify the image file") from None
         except OSError as error:
             if error.errno not in RETRIED or attempt == 3:
                 raise

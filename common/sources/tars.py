@@ -150,6 +150,8 @@ class _Scan:
             self.read_label(file, where, member)
         elif ending not in EXTENSIONS:
             self.left[ending if ending[1:].isalnum() and ending.isascii() else "of other names"] += 1
+        elif not member.size:
+            self.left["empty"] += 1
         elif whole or not self.whole:
             self.names += os.fsencode("/".join((*inner, *parts)))
             for row, value in zip(self.rows.values(),
