@@ -662,8 +662,8 @@ def test_bad_images_are_named_with_the_reason(tmp_path, monkeypatch):
     found.add({1})
     found.add({1, 2, 4})
     lines = (tmp_path / "bad_images.txt").read_text().splitlines()
-    assert lines == ["b\tUnidentifiedImageError: cannot identify the image file", "c\tNo such file or directory",
-                     "e\tit can be read now"]
+    assert lines == ["b\tUnidentifiedImageError: cannot identify the image file",
+                     "c\tNo such file or directory", "e\tit can be read now"]
     resumed = Unreadable(images, 3, tmp_path / "bad_images.txt", lambda write: write())
     resumed.found = {1, 2, 4}
     monkeypatch.setattr("common.engine.unreadable.SECONDS", 0.1)
