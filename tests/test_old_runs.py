@@ -8,7 +8,7 @@ import pytest
 from helpers import GOLDEN, losses, run_here
 
 SMALL = "--data shapes:64 --recipe small --width 0.03125 --sizes 16 --prototypes 4 --batch-size 16"
-SMALL += " --epochs 3 --workers 0 --log-every 1 --precision float64 --max-steps 9"
+SMALL += " --epochs 3 --workers 0 --log-every 1 --precision float64 --max-steps 9 --no-exif"
 HEAD = "--hidden 8 --dim 4"
 RUNS = {  # its own options, and the losses of steps 7 to 9
     "swav": (f"{HEAD} --queue-length 32 --queue-start-epoch 0",
