@@ -10,7 +10,7 @@
     data.py                 open_images, the order of an epoch, the loader                multicrop, sources/
     features.py             features of a data set, each rank its rows; k-NN              data, distributed
 
-    sources/     where images come from: files, lists, torchvision's sets, the drawn shapes, the user's own
+    sources/     where images come from: files, lists, tars, torchvision's sets, drawn shapes, your own
     engine/      around a training: options, launch, the run directory, log, checkpoints
     weights/     other projects' checkpoints in, ours out: python -m common.weights FILE
     evaluation/  what the evaluations share
