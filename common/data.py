@@ -45,17 +45,19 @@ def open_images(spec, split="train", root="", index="", range=(), exif=False):
     of grey of more than 8 bits, for the whole set; default, from a sample of the files. exif: images are
     turned upright, and transparency falls on white.
     Returns a set with len(), labels (N,) int64 (-1: none) or None, classes, paths, fingerprint, range and
-    exif as used (no such grey: ()), read(i) -> PIL RGB image.
+    exif as used, read(i) -> PIL RGB image.
     Raises DataError if there is nothing to read.
     """
-    return look(_open(spec, split, root, index), range, exif)
+    return look(_open(spec, split, root, index), spec, range, exif)
 
 
-def look(images, range, exif):
+def look(images, spec, range, exif):
     """The set, whose images look from now on as open_images says."""
     images.range, images.exif = tuple(range), exif
-    if hasattr(images, "measure"):
-        images.measure()
+    if hasattr(images, "sample"):
+        from .sources.files import measure
+
+        measure(images, spec)
     return images
 
 
@@ -79,7 +81,7 @@ def _open(spec, split, root, index):
 
         return Own(spec)
     path = Path(spec)
-    if path.suffix == ".tar" and not path.is_dir():
+    if path.suffix.lower() == ".tar" and not path.is_dir():
         from .sources.tars import open_tars, shards_of
 
         if split == "val":

@@ -5,8 +5,8 @@ the CPU travel over gloo and tensors on a GPU over NCCL, so small control messag
 """
 
 import datetime
+import itertools
 import os
-import pickle
 
 import torch
 import torch.distributed as dist
@@ -172,18 +172,25 @@ def from_first(function, *arguments):
     """
     if world_size() == 1:
         return function(*arguments)
-    local, box, boxes = int(os.environ.get("LOCAL_RANK", 0)), (None, None), [None] * world_size()
+    local, result, error = int(os.environ.get("LOCAL_RANK", 0)), None, None
     if local == 0:
         try:
             result = function(*arguments)
-            box = pickle.dumps(result), None
-        except Exception as error:
-            box = None, error
-    dist.all_gather_object(boxes, box)
-    for _, error in boxes:
+        except Exception as raised:
+            error = raised
+    places = [None] * world_size()
+    patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))  # reading a billion headers
+    dist.all_gather_object(places, (local, error), group=patient)
+    for _, error in places:
         if error is not None:
             raise error
-    return result if local == 0 else pickle.loads(boxes[rank() - local][0])
+    firsts = [number for number, (local, _) in enumerate(places) if local == 0]
+    for first, end in itertools.pairwise([*firsts, world_size()]):
+        node, box = dist.new_group(range(first, end), backend="gloo"), [result]
+        if first <= rank() < end:
+            dist.broadcast_object_list(box, src=first, group=node)
+            result = box[0]
+    return result
 
 
 def rows_of(n, rank, world_size):

@@ -239,19 +239,6 @@ def test_folders_that_systems_make_are_no_classes(tmp_path, capsys):
     assert list(images.paths) == ["cat/1.png"] and images.classes == ["cat"] and not capsys.readouterr().out
 
 
-@pytest.fixture
-def in_time():
-    """Ends a test that waits for ever."""
-    def late(*_):
-        raise TimeoutError
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(10)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
-
-
 def special_files(root):
     """A pipe, a socket, links to a device and to the pipe."""
     os.mkfifo(root / "pipe.jpg")

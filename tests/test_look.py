@@ -115,7 +115,7 @@ def test_the_sample_is_of_such_grey_alone(tmp_path, monkeypatch, capsys):
 
 
 def test_a_set_of_8_bits_is_as_it_was(tmp_path, capsys):
-    """Bit for bit, with a range or without; and nothing is said of a range."""
+    """Bit for bit, with a range or without; a range that is given is said to be of no use."""
     rng = np.random.default_rng(0)
     rgba = Image.fromarray(rng.integers(0, 256, (9, 7, 4), dtype=np.uint8))
     exif = Image.Exif()
@@ -128,6 +128,8 @@ def test_a_set_of_8_bits_is_as_it_was(tmp_path, capsys):
     for images in (data.open_images(tmp_path), data.open_images(tmp_path, range=(0, 1))):
         for i, name in enumerate(images.paths):
             assert images.read(i).tobytes() == Image.open(tmp_path / name).convert("RGB").tobytes(), name
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "--range is for grey of more than 8 bits alone" in said
     assert data.open_images(tmp_path).range == () and capsys.readouterr().out == ""
 
 

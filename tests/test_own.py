@@ -305,6 +305,44 @@ def test_files_and_sets_of_that_name_come_first(here):
     assert not data.is_own("cifar10:photos") and not data.is_own("C:/photos") and not data.is_own("a-b:c")
 
 
+DEEP = """
+import numpy as np
+from PIL import Image
+
+class Deep:
+    labels = property(lambda self: 1 / 0)
+
+    def __len__(self):
+        return 2
+
+    def read(self, i):
+        return Image.fromarray(np.linspace(0, (6000, 65535)[i], 4096).reshape(64, 64).astype(np.uint16))
+
+class Fine(Deep):
+    labels = None
+"""
+
+
+def test_deep_grey_of_ones_own_has_one_scale(here, capsys):
+    (here / "deep.py").write_text(DEEP)
+    images = data.open_images("deep:Fine")
+    assert images.range[1] > 60_000
+    assert "deep:Fine: grey of more than 8 bits goes from" in capsys.readouterr().out
+    assert max(images.read(0).getdata())[0] < 30 and max(images.read(1).getdata())[0] == 255
+    assert pickle.loads(pickle.dumps(images)).range == images.range
+    (here / "files").mkdir()
+    for i in range(2):
+        images.images.read(i).save(here / "files" / f"{i}.png")
+    assert [data.open_images(here / "files").read(i).tobytes() for i in range(2)] \
+        == [images.read(i).tobytes() for i in range(2)]
+
+
+def test_an_error_of_the_object_is_shown_as_one_of_the_function(here):
+    (here / "deep.py").write_text(DEEP)
+    with pytest.raises(DataError, match=r"deep:Deep: ZeroDivisionError: division by zero\nTraceback"):
+        data.open_images("deep:Deep")
+
+
 REFUSED = {"nowhere:photos": "no module nowhere is installed",
            "own_images.sub:photos": "no module own_images.sub",
            "own_images:nobody": "own_images has no function nobody",

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from ..data import NAMED, look, open_images
+from ..data import NAMED, PACKED, look, open_images
 from ..sources.lists import open_list
 from .errors import ArgumentError, DataError
 
@@ -28,13 +28,13 @@ def open_queries(spec, val="", root="", index="", range=(), exif=False):
     """The images to judge by: those that `val` names (its "val" split, if it has one), else the "val" split
     of spec. index, range, exif: see open_images."""
     if val and is_list(val):
-        return look(open_list(Path(val), root, "val"), range, exif)
+        return look(open_list(Path(val), root, "val"), val, range, exif)
     split = "val" if not val or has_split(val, "val") else "train"
     return open_images(val or spec, split, root, index, range, exif)
 
 
 def is_list(spec):
-    return os.path.isfile(spec) and not str(spec).endswith(".tar")
+    return os.path.isfile(spec) and Path(spec).suffix.lower() not in (".tar", *PACKED)
 
 
 def has_split(spec, split):

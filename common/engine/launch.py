@@ -59,7 +59,7 @@ def setup(config):
     images = distributed.from_first(data.open_images, config.data or "shapes", "train", config.root,
                                     config.index or config.out, config.range, config.exif)
     if any(distributed.any_rank(images.fingerprint != distributed.from_main(getattr, images, "fingerprint"))):
-        raise DataError(f"{config.data} holds other images on this node than on the first one")
+        raise DataError(f"the nodes do not hold the same images of {config.data or 'shapes'}")
     if len(images) < config.batch_size:
         few = f"--data has {len(images)} images, fewer than one batch"
         raise DataError(f"{few}: --batch-size {config.batch_size}")

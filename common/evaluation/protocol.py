@@ -160,7 +160,7 @@ def sized(args, info):
 
 def open_labelled(args, info):
     """(training images, images to judge by), both with labels numbered alike, and looked at as the trunk was
-    trained; read by rank 0.
+    trained; read by the first process of each node.
 
     Without --data they are those of the run that the trunk belongs to.
     """

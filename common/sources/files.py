@@ -1,6 +1,5 @@
 """Image files: those below a folder, and what is in them."""
 
-import atexit
 import contextlib
 import errno
 import hashlib
@@ -58,22 +57,28 @@ class Files:
         self.refused = {}  # why, by index: in the process that found out
 
     @classmethod
-    def mapped(cls, file):
-        """The set whose arrays a file holds."""
+    def of(cls, arrays, about, file=None):
+        """The set of these arrays, which a file may hold."""
         images = cls.__new__(cls)
-        images._hold(*packed.mapped(file), file)
+        images._hold(arrays, about, file)
         return images
 
+    @classmethod
+    def mapped(cls, file):
+        return cls.of(*packed.mapped(file), file)
+
     def save(self, file):
-        about = {name: getattr(self, name) for name in self._about}
-        packed.save(file, self._arrays, about)
+        """Writes the arrays and what is known of them to an open file."""
+        packed.save(file, self._arrays, {name: getattr(self, name) for name in self._about})
 
     def __reduce__(self):
         if self._file is None:
-            handle, self._file = tempfile.mkstemp(prefix="images_")
-            os.close(handle)
-            atexit.register(os.unlink, self._file)
-            self.save(self._file)
+            with border(DataError, f"{tempfile.gettempdir()} cannot hold what is known of the images"):
+                # Without a name it is gone when this process ends, however it ends.
+                proc = os.path.exists("/proc/self/fd")
+                self._open = (tempfile.TemporaryFile if proc else tempfile.NamedTemporaryFile)()
+                self.save(self._open)
+                self._file = f"/proc/{os.getpid()}/fd/{self._open.fileno()}" if proc else self._open.name
         return type(self).mapped, (self._file,), {"range": self.range, "exif": self.exif}
 
     @property
@@ -107,21 +112,27 @@ class Files:
         """What `decode` reads an image from."""
         return os.path.join(self.root, self.path(i))
 
-    def measure(self):
-        """Sets `range` where none is given: that of the grey images of more than 8 bits among 256 of the set.
-        Says which share of their pixels it cuts. The same files give the same range, so a resumed run has
-        it."""
-        found = []
-        for i in np.unique(np.linspace(0, len(self) - 1, 256).astype(int)).tolist():
-            with contextlib.suppress(Exception):  # said when the image is needed
-                found.append(decode(self.source(i), make=_sample))
-        found = [pixels for pixels in found if pixels is not None]
-        if found:
-            pixels = np.concatenate(found)
-            low, high = self.range = self.range or _limits(pixels)
-            cut = 100 * np.count_nonzero((pixels < low) | (pixels > high)) / max(1, len(pixels))
-            say(f"{self.path(0)} and others: grey of more than 8 bits goes from {low:g} (black) to {high:g} "
-                f"(white); {cut:.2g} % of the pixels of {len(found)} images lie beyond")
+    def sample(self, i):
+        """Some pixels, if it is grey of more than 8 bits; else None."""
+        return decode(self.source(i), make=deep_pixels)
+
+
+def measure(images, name):
+    """Sets the range of a set that has none: that of the grey images of more than 8 bits among 256 of it.
+    Says which share of their pixels it cuts. The same files give the same range, so a resumed run has it."""
+    found = []
+    for i in np.unique(np.linspace(0, len(images) - 1, 256).astype(int)).tolist():
+        with contextlib.suppress(Exception):  # said when the image is needed
+            found.append(images.sample(i))
+    found = [pixels for pixels in found if pixels is not None]
+    if found:
+        pixels = np.concatenate(found)
+        low, high = images.range = images.range or _limits(pixels)
+        cut = 100 * np.count_nonzero((pixels < low) | (pixels > high)) / max(1, len(pixels))
+        say(f"{name}: grey of more than 8 bits goes from {low:g} (black) to {high:g} (white); "
+            f"{cut:.2g} % of the pixels of {len(found)} images lie beyond")
+    elif images.range:
+        say(f"warning: {name}: --range is for grey of more than 8 bits alone, and of 256 images none is")
 
 
 class _Paths:
@@ -173,7 +184,7 @@ def _to_rgb(image, range=(), exif=False):
         with contextlib.suppress(Exception):  # damaged EXIF raises many kinds
             turn = UPRIGHT.get(image.getexif().get(0x0112))
     if _is_deep(image):  # Pillow itself clips these to white or black
-        low, high = range or _limits(_sample(image))
+        low, high = range or _limits(deep_pixels(image))
         width = max(high - low, 1e-45)  # all may be equal; float32 has no smaller number
         pixels = np.asarray(image)
         parts = np.array_split(pixels, pixels.size // 2**20 + 1)  # in float64 the whole takes 25 bytes each
@@ -191,7 +202,7 @@ def _is_deep(image):
     return image.mode.startswith("I") or image.mode == "F"
 
 
-def _sample(image):
+def deep_pixels(image):
     """Up to 16,384 finite pixels of a grey image of more than 8 bits; None of any other, not read."""
     if not _is_deep(image):
         return None

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from ..engine.errors import ArgumentError, DataError, UserError
-from .files import _Paths, _to_rgb
+from .files import _Paths, _to_rgb, deep_pixels
 
 LABELS = 1_000_000  # so many there can be, as in a list
 
@@ -25,21 +25,29 @@ def call(spec, kind, **arguments):
     """What the function of `spec` returns. Of the arguments it is given those that it takes. Raises an error
     of `kind`; what was raised in the user's code has its traceback below the line."""
     module, _, name = spec.partition(":")
-    try:
+    with _users(spec, kind):
         if os.getcwd() not in sys.path:
             sys.path.insert(1, os.getcwd())  # behind the folder of the script
         function = getattr(importlib.import_module(module), name, None)
         if callable(function):
             taken = inspect.signature(function).parameters if arguments else ()
             return function(**{key: value for key, value in arguments.items() if key in taken})
+    raise kind(f"{spec}: {module} has no function {name}")
+
+
+@contextlib.contextmanager
+def _users(spec, kind):
+    """Around code of the user's: what it raises becomes an error of `kind`, with its traceback."""
+    try:
+        yield
     except UserError:
         raise
     except Exception as error:
+        module = spec.partition(":")[0]
         if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
             found = "is installed or in the working directory, and no file has this name"
             raise kind(f"{spec}: no module {error.name} {found}") from None
         raise kind(f"{spec}: {_words(error)}") from None
-    raise kind(f"{spec}: {module} has no function {name}")
 
 
 def _words(error):
@@ -65,7 +73,10 @@ class Own:
     def __init__(self, spec):
         self.spec = where = str(spec)
         self._made, self._said = {}, None  # what the function returned, by process; which has shown an error
-        images = call(spec, DataError)
+        with _users(where, DataError):
+            self._describe(call(where, DataError), where)
+
+    def _describe(self, images, where):
         if not hasattr(images, "__len__") or not (hasattr(images, "read") or hasattr(images, "__getitem__")):
             needed = "len() and read(i), or a map-style Dataset, are needed"
             raise DataError(f"{where} returns {type(images).__name__}: {needed}")
@@ -82,7 +93,7 @@ class Own:
             if most >= len(self.classes):
                 raise DataError(f"{where} has label {most}, but {len(self.classes)} classes")
             self.labels = self.labels if most >= 0 else None
-        self.fingerprint, self.paths = f"{spec} {self.n}", _Paths(self)
+        self.fingerprint, self.paths = f"{where} {self.n}", _Paths(self)
         if paths is not None:
             if len(paths) != self.n:
                 raise DataError(f"{where} has {len(paths)} paths for {self.n} images")
@@ -112,7 +123,15 @@ class Own:
         return f"{self.spec}/{i:06d}" if paths is None else str(paths[i])
 
     def read(self, i):
-        """Image i as RGB. The first error of each process is shown, on stderr."""
+        """Image i as RGB."""
+        return _to_rgb(self._image(i), self.range, self.exif)
+
+    def sample(self, i):
+        """Some pixels, if it is grey of more than 8 bits; else None."""
+        return deep_pixels(self._image(i))
+
+    def _image(self, i):
+        """Image i as the user has it. The first error of each process is shown, on stderr."""
         try:
             images = self.images
             image = images.read(i) if hasattr(images, "read") else images[i]
@@ -120,7 +139,7 @@ class Own:
             if not isinstance(image, Image.Image):
                 needed = "a PIL image is needed"
                 raise DataError(f"{self.spec}: image {i} is {type(image).__name__}, {needed}")
-            return _to_rgb(image, self.range, self.exif)
+            return image
         except Exception as error:
             if self._said != os.getpid():
                 self._said = os.getpid()

@@ -5,24 +5,23 @@ import json
 import numpy as np
 
 from ..engine.errors import DataError, border
-from ..engine.files import writing
 
 MAGIC, ALIGNED = b"packed-1", 64
 
 
-def save(path, arrays, about):
-    """Writes arrays, {name: (n,)}, and about, a dict for JSON. The file takes its name once it is whole."""
+def save(file, arrays, about):
+    """Writes arrays, {name: (n,)}, and about, a dict for JSON, to an open file."""
     places, end = {}, 0
     for name, array in arrays.items():
         places[name] = [array.dtype.str, len(array), end]
         end += -(-array.nbytes // ALIGNED) * ALIGNED
     header = json.dumps({"arrays": places, "bytes": end, "about": about}).encode()
     header += b" " * (-(len(header) + 16) % ALIGNED)
-    with writing(path) as file:
-        file.write(MAGIC + len(header).to_bytes(8, "little") + header)
-        for array in arrays.values():
-            file.write(np.ascontiguousarray(array).data)
-            file.write(bytes(-array.nbytes % ALIGNED))
+    file.write(MAGIC + len(header).to_bytes(8, "little") + header)
+    for array in arrays.values():
+        file.write(np.ascontiguousarray(array).data)
+        file.write(bytes(-array.nbytes % ALIGNED))
+    file.flush()
 
 
 def mapped(path):
@@ -37,5 +36,6 @@ def mapped(path):
             start = 16 + length
             if file.seek(0, 2) != start + content["bytes"]:
                 raise ValueError("it is not whole")
-        return {name: np.memmap(path, dtype, "c", start + place, (n,)) if n else np.empty(0, dtype)
+        whole = np.asarray(np.memmap(path, np.uint8, "c", start, (content["bytes"],)))
+        return {name: whole[place:].view(dtype)[:n] if n else np.empty(0, dtype)
                 for name, (dtype, n, place) in content["arrays"].items()}, content["about"]

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import platform
 import re
 import tarfile
 import time
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from ..engine.errors import DataError, border, reason, say
+from ..engine.files import writing
 from .files import EXTENSIONS, FOREIGN, Files
 from .lists import number_labels
 
@@ -29,10 +31,19 @@ class Tars(Files):
 
     def source(self, i):
         shard, offset, size = (int(self._arrays[name][i]) for name in ("shard", "offset", "size"))
-        return lambda: io.BytesIO(os.pread(_opened(self.shards[shard][0]).fileno(), size, offset))
+        return functools.partial(_member, self.shards[shard][0], offset, size)
 
 
-@functools.lru_cache(64)
+def _member(path, offset, size):
+    file = _opened(path)  # held, or another thread's turn in the cache might close it
+    try:
+        return io.BytesIO(os.pread(file.fileno(), size, offset))
+    except OSError:
+        _opened.cache_clear()  # a network file system may want it opened anew
+        raise
+
+
+@functools.lru_cache(256)
 def _opened(path):
     return open(path, "rb", buffering=0)
 
@@ -41,10 +52,11 @@ def shards_of(spec):
     """The tars that "a.tar" or "shards-{000000..000146}.tar" names, or that lie in a folder; none if it holds
     images or folders, too."""
     if Path(spec).is_dir():
-        tars = sorted(Path(spec).glob("*.tar"), key=os.fsencode)
-        others = (entry for entry in os.scandir(spec) if not entry.name.startswith("."))
-        mixed = any(entry.is_dir() or entry.name.lower().endswith(tuple(EXTENSIONS)) for entry in others)
-        return [] if mixed else [str(tar) for tar in tars]
+        entries = [entry for entry in os.scandir(spec)
+                   if not entry.name.startswith(".") and entry.name not in FOREIGN]
+        mixed = any(entry.is_dir() or entry.name.lower().endswith(tuple(EXTENSIONS)) for entry in entries)
+        tars = [entry.path for entry in entries if entry.name.endswith(".tar")]
+        return [] if mixed else sorted(tars, key=os.fsencode)
     shards = [str(spec)]
     while found := re.search(r"\{(\d+)\.\.(\d+)\}", shards[0]):
         first, last = found.groups()
@@ -62,7 +74,7 @@ def open_tars(shards, index=""):
     by it, as WebDataset writes them. Otherwise the class is the first folder in the names that not all of
     them share, or the name of the inner tar, where tars lie in a tar; no labels if images lie in no such
     folder.
-    index: a folder that keeps the index; it is made anew if a shard has another size or time.
+    index: a folder that keeps the index, under a name that the sizes and times of the shards decide.
     Raises DataError for what is no whole, uncompressed tar, or holds no images.
     """
     state = []
@@ -70,28 +82,31 @@ def open_tars(shards, index=""):
         with border(DataError, f"{shard} cannot be read"):
             found = os.stat(shard)
         state.append([os.path.abspath(shard), found.st_size, found.st_mtime_ns])
-    name = f"index-{zlib.crc32(json.dumps([path for path, *_ in state]).encode()):08x}"
-    path = Path(index, name) if index else None
-    if path and path.exists():
-        images = Tars.mapped(path)
-        if images.shards == state:
-            return images
-        say(f"{path} is of other shards than there are now: made anew")
+    if not index:
+        return _Scan(state).images()
+    path = Path(index, f"index-{zlib.crc32(json.dumps(state).encode()):08x}")
+    if path.exists():
+        with border(DataError, f"{path} is not an index of images, or damaged: delete it"):
+            images = Tars.mapped(path)
+            if images.shards == state:
+                return images
     images = _Scan(state).images()
-    if path:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            images.save(path)
-            return Tars.mapped(path)
-        except OSError as error:
-            say(f"warning: {path} cannot be written, so the next start makes the index again: "
-                f"{reason(error)}")
-    return images
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Other nodes may write the same one: each under a name of its own, until it is whole.
+        partial = path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}")
+        with writing(partial) as file:
+            images.save(file)
+        os.replace(partial, path)
+        return Tars.mapped(path)
+    except OSError as error:
+        say(f"warning: {path} cannot be written, so the next start makes the index again: {reason(error)}")
+        return images
 
 
 class _Scan:
-    """Reads the headers of tars, one after another. Rows hold an image each; a sample is what shares folder
-    and stem, one after another."""
+    """Reads the headers of tars, one after another. A sample is what shares folder and stem, one after
+    another."""
 
     def __init__(self, shards):
         self.shards, self.names, self.left = shards, bytearray(), Counter()
@@ -100,7 +115,7 @@ class _Scan:
         self.kind, self.kinds = array("i"), {}  # of each image what its label says, and the number of each
         self.nested, self.said = False, time.monotonic()
         for number, (path, size, _) in enumerate(shards):
-            self.sample = None
+            self.sample, self.found, self.labels = None, [], []
             with border(DataError, f"{path} cannot be read"), open(path, "rb") as file:
                 self.walk(file, number, path, 0, size)
 
@@ -111,9 +126,12 @@ class _Scan:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 while member := tar.next():
                     tar.members = []  # or it would keep a million
+                    if member.size < 0:
+                        raise DataError(f"{where} is damaged: {member.name!r:.200} has {member.size} bytes")
                     if member.isreg() and not member.issparse() and member.offset_data + member.size > end:
                         raise DataError(f"{where} is cut off: {member.name!r:.200} goes on behind its end")
                     self.member(file, number, where, member, inner)
+                self.end_sample(file, number, where)
                 file.seek(tar.offset)
                 if tar.offset + 512 > end or file.read(512).strip(b"\0"):
                     raise DataError(f"{where} is cut off or damaged at byte {tar.offset}")
@@ -139,32 +157,39 @@ class _Scan:
                              (parts[-1][:-4],))
         folder, (stem, _, endings) = (*inner, *parts[:-1]), parts[-1].partition(".")
         if (folder, stem) != self.sample:
-            self.sample, self.label, self.whole, self.first = (folder, stem), -1, False, len(self.kind)
-        whole = "." not in endings
-        if whole and not self.whole:  # STEM.mask.png before STEM.jpg is another part of this sample
-            self.whole = True
-            del self.names[self.rows["ends"][self.first - 1] if self.first else 0 :]
-            for row in (*self.rows.values(), self.folder, self.kind):
-                del row[self.first :]
-        if f".{endings}" in (".cls", ".json"):
-            self.read_label(file, where, member)
+            self.end_sample(file, number, where)
+            self.sample = folder, stem
+        if endings in ("cls", "json"):
+            self.labels.append(member)
         elif ending not in EXTENSIONS:
             self.left[ending if ending[1:].isalnum() and ending.isascii() else "of other names"] += 1
         elif not member.size:
             self.left["empty"] += 1
-        elif whole or not self.whole:
-            self.names += os.fsencode("/".join((*inner, *parts)))
-            for row, value in zip(self.rows.values(),
-                                  (len(self.names), number, member.offset_data, member.size)):
-                row.append(value)
-            self.folder.append(self.folders.setdefault(folder, len(self.folders)))
-            self.kind.append(self.label)
+        else:
+            self.found.append(("." not in endings, "/".join((*inner, *parts)), member))
         if time.monotonic() > self.said + SECONDS:
             self.said = time.monotonic()
             say(f"index of {where}: {len(self.kind):,} images so far")
 
+    def end_sample(self, file, number, where):
+        """Takes the images of a sample, whose members have all been seen."""
+        labels = [self.read_label(file, where, member) for member in self.labels if self.found]
+        label = next((label for label in labels if label is not None), None)
+        kind = -1 if label is None else self.kinds.setdefault(label, len(self.kinds))
+        # in a labelled sample STEM.mask.png is no image beside STEM.jpg
+        apart = label is not None and any(whole for whole, *_ in self.found)
+        for whole, name, member in self.found:
+            if whole or not apart:
+                self.names += os.fsencode(name)
+                self.folder.append(self.folders.setdefault(self.sample[0], len(self.folders)))
+                self.kind.append(kind)
+                for row, value in zip(self.rows.values(),
+                                      (len(self.names), number, member.offset_data, member.size)):
+                    row.append(value)
+        self.found, self.labels = [], []
+
     def read_label(self, file, where, member):
-        """The label of a sample from its .cls or .json member. A .json may hold other things alone."""
+        """The label of a sample in its .cls or .json member, or None: a .json may hold other things."""
         with border(DataError, f"{where}: the label in {member.name!r:.200} cannot be read"):
             if member.size > LARGEST_LABEL:
                 raise ValueError(f"it has {member.size} bytes")
@@ -172,13 +197,9 @@ class _Scan:
             if member.name.endswith(".json"):
                 content = json.loads(text)
                 text = content.get("label") if isinstance(content, dict) else None
-                if text is None:
-                    return
-                if not isinstance(text, (int, str)) or isinstance(text, bool):
+                if text is not None and (not isinstance(text, (int, str)) or isinstance(text, bool)):
                     raise ValueError(f'"label" is {text!r:.60}, neither a whole number nor text')
-            self.label = self.kinds.setdefault(str(text).strip(), len(self.kinds))
-        for row in range(self.first, len(self.kind)):
-            self.kind[row] = self.label
+        return None if text is None else str(text).strip()
 
     def images(self):
         """The set of what was found."""
@@ -207,7 +228,5 @@ class _Scan:
             arrays["labels"] = np.array([table[kind] for kind in kinds], np.int64)[row]
         digest = hashlib.sha256(arrays["names"])
         digest.update(arrays["size"])
-        images = Tars.__new__(Tars)
-        images._hold(arrays, dict(shards=self.shards, classes=classes, numbered=numbered,
-                                  fingerprint=f"{len(self.kind)} members {digest.hexdigest()[:16]}"))
-        return images
+        return Tars.of(arrays, dict(shards=self.shards, classes=classes, numbered=numbered,
+                                    fingerprint=f"{len(self.kind)} members {digest.hexdigest()[:16]}"))

@@ -103,7 +103,8 @@ def write_features(args):
     device, all_of_it = distributed.start(), Path(args.features).is_dir()  # also where it holds a train/
     what = args.file, args.trust_pickle, args.arch
     trunk, info = load_backbone(*what) if args.arch else distributed.from_main(load_backbone, *what)
-    images = distributed.from_first(data.open_images, args.features, "" if all_of_it else "train", "", "",
+    images = distributed.from_first(data.open_images, args.features, "" if all_of_it else "train", "",
+                                    args.file if Path(args.file).is_dir() else "",
                                     info.get("range", ()), info.get("exif", False))
     say(f"{args.file}: {describe(info)}; {len(images)} images of {args.features} at {info['size']} px")
     bad = set()
