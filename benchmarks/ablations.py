@@ -9,14 +9,18 @@ DeepCluster-v2 with one improvement less, SwAV with other crops and batches, tra
                                                            # the methods as they are, as on an older CPU
 
 Where an option does it, the run has that option; where none does, a function below takes the place of the
-script's. A run is kept in --out and not made twice, so the same command resumes. Written is what
-there is of each experiment, from the first seed on.
+script's. A run is kept in --out and not made twice, so the same command resumes; nor is a run whose figures
+are in the results file, if it had the same options. Written is what there is of each experiment, from the
+first seed on.
 """
 
 import argparse
 import dataclasses
 import fnmatch
 import functools
+import hashlib
+import itertools
+import json
 import statistics
 from pathlib import Path
 
@@ -30,7 +34,7 @@ import odc
 import sela
 import selav2
 import swav
-from benchmarks.record import curve_of, finished, last_loss, metrics, write
+from benchmarks.record import RESULTS, curve_of, finished, last_loss, metrics, write
 from common import data
 from common.engine.errors import ArgumentError
 from common.engine.launch import launch
@@ -135,6 +139,26 @@ def config_of(name, args, seed):
     return dataclasses.replace(config, seed=seed + 100) if "anew" in name else config
 
 
+def options_of(name):
+    """A checksum of an experiment's options, but for those of the machine and the seed."""
+    method = METHODS[name.split(",")[0]]
+    config = dataclasses.replace(recipe(method.Config, method.RECIPES, "shapes"), **EXPERIMENTS[name][0])
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    chosen = {f.name: values[f.name] for f in dataclasses.fields(config) if values[f.name] != f.default}
+    return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def measured(file, name):
+    """{seed: figures} that the results file holds of an experiment with the options it has now."""
+    saved = json.loads(file.read_text()) if file.exists() else {"settings": {"options": {}}}
+    if saved["settings"]["options"].get(name) != options_of(name):
+        return {}
+    columns = {key.removeprefix(f"{name}: "): values for key, values in saved["figures"].items()
+               if key.startswith(f"{name}: ")}
+    rows = [dict(zip(columns, row)) for row in zip(*columns.values())]
+    return dict(zip(saved["settings"]["seeds"], rows))
+
+
 def train(name, args, seed):
     method, functions = METHODS[name.split(",")[0]], dict(EXPERIMENTS[name][1])
     if "anew" in name:
@@ -173,20 +197,21 @@ def main(args):
         raise ArgumentError(f"--only {args.only}: no experiment has such a name; --list names them")
     if args.list:
         return print("\n".join(chosen))
+    file = "ablations" if args.precision == "auto" else f"ablations_{args.precision}"
     figures = {}
     for name in names:
-        rows, outs = [], {seed: folder(args.out, name, seed) for seed in args.seeds}
-        for seed, out in outs.items():
-            if name in chosen and not finished(config_of(name, args, seed), out):
+        rows = measured(RESULTS / f"{file}_cpu.json", name)
+        for seed in args.seeds:
+            done = functools.partial(finished, config_of(name, args, seed), folder(args.out, name, seed))
+            if name in chosen and seed not in rows and not done():
                 train(name, args, seed)
-        for seed, out in outs.items():
-            if not finished(config_of(name, args, seed), out):
-                print(f"{name}: no run with seed {seed}, so it and those behind it are left out")
-                break
-            rows.append(figures_of(out))
+            if seed not in rows and done():
+                rows[seed] = figures_of(folder(args.out, name, seed))
+        rows = list(itertools.takewhile(bool, (rows.get(seed) for seed in args.seeds)))
         figures |= {f"{name}: {what}": [row[what] for row in rows] for what in (rows[0] if rows else ())}
-    write("ablations", torch.device("cpu"), dict(seeds=args.seeds, precision=args.precision), figures,
-          "ablations" if args.precision == "auto" else f"ablations_{args.precision}")
+    options = {name: options_of(name) for name in names}
+    write("ablations", torch.device("cpu"), dict(seeds=args.seeds, precision=args.precision, options=options),
+          figures, file)
 
 
 if __name__ == "__main__":

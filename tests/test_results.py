@@ -478,3 +478,21 @@ def test_the_page_of_data_says_what_was_measured():
     assert 0.9 < scale["large / small, steps/s"] < 1.1
     private = [scale[f"{rows}: private MB of all processes"] for rows in ("10 k", "100 M")]
     assert private[1] - private[0] < 50
+
+
+def test_figures_of_another_recipe_are_not_taken_over(tmp_path, monkeypatch):
+    saved = json.loads((report.RESULTS.parent / "ablations_cpu.json").read_text())
+    file = tmp_path / "ablations_cpu.json"
+    file.write_text(json.dumps(saved))
+    found = ablations.measured(file, "swav")
+    assert [row["20-NN %"] for row in found.values()] == saved["figures"]["swav: 20-NN %"]
+    monkeypatch.setitem(swav.RECIPES, "shapes", ("", {**swav.RECIPES["shapes"][1], "epochs": 9}))
+    assert ablations.measured(file, "swav") == ablations.measured(tmp_path / "none.json", "swav") == {}
+
+
+def test_the_figures_kept_are_of_the_recipes_as_they_are():
+    for name in ("ablations", "ablations_float32"):
+        saved = json.loads((report.RESULTS.parent / f"{name}_cpu.json").read_text())
+        titles = {key.rpartition(": ")[0] for key in saved["figures"]}
+        assert titles and {title: saved["settings"]["options"][title] for title in titles} \
+            == {title: ablations.options_of(title) for title in titles}
