@@ -71,8 +71,8 @@ def million(folder):
         (folder / "files" / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "files" / name).touch()
     scanned = opened(folder / "files")
-    images = open_images(folder / "files")
-    images.save(folder / "packed")
+    with open(folder / "packed", "wb") as file:
+        open_images(folder / "files").save(file)
     shutil.rmtree(folder / "files")
     return figures | {"1.28 M files: scanned, s": scanned[0],
                       "1.28 M files: private bytes an image, one process": scanned[1] / IMAGENET,
@@ -127,7 +127,8 @@ def synthetic(folder, images):
     (folder / f"{images}").mkdir()
     open_images(folder / "few.tar", index=folder / "named")
     (name,) = (path.name for path in (folder / "named").iterdir())
-    packed.save(folder / f"{images}" / name, arrays, about)
+    with open(folder / f"{images}" / name, "wb") as file:
+        packed.save(file, arrays, about)
     shutil.rmtree(folder / "named")
     return (folder / f"{images}" / name).stat().st_size
 
