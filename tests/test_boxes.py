@@ -65,6 +65,8 @@ def test_a_second_hit_is_false_for_voc_and_takes_the_next_object_for_coco():
     plain = np.zeros(2, bool)
     assert match(overlap, plain, plain, (0.5,), True).tolist() == [[1, 0]]
     assert match(overlap, plain, plain, (0.5,), False).tolist() == [[1, 1]]
+    # of equal ones COCO takes the last
+    assert match(np.array([[0.6, 0.6], [0.7, 0.4]]), plain, plain, (0.5,), False).tolist() == [[1, 1]]
 
 
 def test_difficult_objects_are_neither_found_nor_missed():
