@@ -10,9 +10,10 @@ from ..engine.errors import DataError, say
 from ..engine.files import writing
 
 
-def iterations(loader, n, batch_size, seed, first, last):
+def iterations(loader, n, batch_size, seed, first, last, order=lambda epoch: None):
     """Batches of the iterations first .. last - 1 of a data.Loader over n images. Iteration t is a step of a
-    pass over the images, so (seed, t) alone decide which images form it, and what is drawn for them.
+    pass over the images, so (seed, t) alone decide which images form it, and what is drawn for them. order:
+    that of the images in a pass, by its number, in place of data.batches's own.
 
     Raises DataError if there are fewer images than one batch.
     """
@@ -20,7 +21,7 @@ def iterations(loader, n, batch_size, seed, first, last):
         raise DataError(f"--data has {n} images, fewer than one batch: --batch-size {batch_size}")
     while first < last:
         epoch, step = divmod(first, n // batch_size)
-        batches = data.batches(n, batch_size, epoch, seed)
+        batches = data.batches(n, batch_size, epoch, seed, order=order(epoch))
         for batch in loader.epoch(epoch, batches, step):
             yield batch
             first += 1
