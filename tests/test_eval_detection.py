@@ -177,6 +177,15 @@ def test_samples_are_a_function_of_the_seed_alone():
     assert [int(kind[0].sum()) for kind in few([labels[28:40]])] == [2, 10]
 
 
+def test_each_image_has_a_seed_for_its_anchors_and_one_for_its_regions():
+    model = tiny(detector.c4, torch.float32)
+    targets = [{"boxes": torch.tensor([[8.0, 8, 40, 40]]), "labels": torch.tensor([1]), "seed": seed}
+               for seed in (5, 2**60 - 1)]
+    model(torch.zeros(2, 3, 64, 64), [(64, 64)] * 2, targets)
+    assert model.rpn.fg_bg_sampler.seeds == [10, 2**61 - 2]
+    assert model.roi_heads.fg_bg_sampler.seeds == [11, 2**61 - 1]
+
+
 def test_statistics_become_plain_means_of_batches():
     net = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3))
     batches = [(torch.randn(5, 3) * 3 + 1,) for _ in range(4)]
