@@ -130,6 +130,7 @@ def pictures(images, rows, bad):
                 colour = tuple(dense.colours(np.uint8([[label]]))[0, 0].tolist())
                 x1, y1, x2, y2 = box.tolist()
                 draw.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=colour, width=2)
-                draw.text((x1 + 4, y1 + 2), images.classes[label - 1], fill=colour)
+                draw.text((x1 + 4, y1 + 2), images.classes[label - 1], "white", stroke_width=1,
+                          stroke_fill=colour)
         sheet.append([np.asarray(picture) for picture in row])
     return sheet
