@@ -13,7 +13,7 @@ help:  ## list the targets
 	@touch $@
 
 .venv/dev: .venv/run pyproject.toml
-	$(BIN)/pip install --quiet --disable-pip-version-check pytest pytest-xdist hypothesis ruff scikit-learn safetensors
+	$(BIN)/pip install --quiet --disable-pip-version-check pytest pytest-xdist hypothesis ruff scikit-learn safetensors pycocotools
 	@touch $@
 
 demo: .venv/run  ## train SwAV on embedded images, k-NN before and after: two minutes on two CPU cores

@@ -8,6 +8,7 @@ any number of ranks and workers sees the same global batches.
 """
 
 import atexit
+import functools
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -17,6 +18,7 @@ import threading
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader
 
 from . import distributed
@@ -201,10 +203,10 @@ class Loader:
     whole run; -1: this rank's CPU cores but one, at most 8. An image that cannot be read is replaced by the
     next one that can, and comes with that one's index; `bad` collects those that could not be read.
     pin_memory: batches are for a GPU. start_method: of workers; default, forkserver with several GPUs, and
-    the system's.
+    the system's. collate: makes a batch of samples, (index (B,), ...).
     """
 
-    def __init__(self, dataset, workers=0, pin_memory=False, start_method=None):
+    def __init__(self, dataset, workers=0, pin_memory=False, start_method=None, collate=collate):
         if workers < 0:
             workers = max(1, min(8, distributed.cores() - 1))
         if start_method is None and pin_memory and distributed.world_size() > 1:
@@ -216,7 +218,8 @@ class Loader:
         self._keys = _Keys()
         self._n = len(dataset)
         self._loader = DataLoader(dataset, batch_sampler=self._keys, num_workers=workers,
-                                  collate_fn=_collate_shared if workers else collate, pin_memory=pin_memory,
+                                  collate_fn=functools.partial(_collate_shared, collate) if workers
+                                  else collate, pin_memory=pin_memory,
                                   prefetch_factor=2 if workers else None, persistent_workers=workers > 0,
                                   worker_init_fn=_start_worker,
                                   multiprocessing_context=start_method if workers else None)
@@ -241,13 +244,13 @@ class Loader:
 
     def _batches(self, batches, first, source):
         for step in range(first, len(batches)):
-            index, crops, params = self._net(lambda: next(source))
+            index, *batch = self._net(lambda: next(source))
             for (_, wanted), got in zip(batches[step], index.tolist()):
                 if got != wanted:  # every image from the one wanted up to the one that came is unreadable
                     skipped = (got - wanted) % self._n if got >= 0 else min(TRIES, self._n)
                     self.bad.update((wanted + i) % self._n for i in range(skipped))
                     self.lost |= got < 0
-            yield index, crops, params
+            yield index, *batch
 
     def _net(self, function):
         """function(). What is raised in a worker, or where it is started, becomes WorkerError. That a worker
@@ -301,8 +304,12 @@ def _start_worker(worker):
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def _collate_shared(samples):
+def _collate_shared(collate, samples):
     # Moved to shared memory here, where an error reaches the main process. The thread that would do it later
     # drops a batch that finds no room, and the run would wait for it for ever.
-    index, crops, params = collate(samples)
-    return index.share_memory_(), [group.share_memory_() for group in crops], params.share_memory_()
+    batch = collate(samples)
+    for part in batch:
+        for tensor in part if isinstance(part, list) else [part]:
+            if isinstance(tensor, torch.Tensor):
+                tensor.share_memory_()
+    return batch

@@ -1,0 +1,298 @@
+"""Detection: boxes around the objects of six, 20 or 80 classes, by a network on the pre-trained trunk, all of
+it fine-tuned.
+
+Faster R-CNN "C4" is MoCo's: the trunk up to layer3 makes the map, layer4 with one more batch norm is the head
+that classifies regions of it. Mask R-CNN "FPN" is MMSelfSup's: a pyramid of the four stages, with batch norm
+in all parts. Batch norm is in train mode and over all processes; nothing is frozen. The rate warms up
+linearly and is multiplied by 0.1 twice. Judged is the last iteration, by average precision at an IoU of 0.5
+(AP50), at 0.75 and as the mean over 0.50, 0.55 .. 0.95 (AP): VOC's 11 points, COCO's by pycocotools.
+
+A stop signal and every --save-every minutes save where it is; the same command goes on.
+
+    python eval_detection.py runs/swav_shapes                # drawn scenes, minutes on a CPU
+    python eval_detection.py runs/swav_shapes --random-init  # the same from random weights: the floor
+    python eval_detection.py --list-presets                  # the published protocols and their figures
+    torchrun --nproc_per_node=8 eval_detection.py resnet50.pth --preset voc0712_24k_swav --data VOCdevkit
+    torchrun --nproc_per_node=8 eval_detection.py resnet50.pth --preset coco_fpn_1x --data coco
+"""
+
+import argparse
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import timedelta
+
+import numpy as np
+import torch
+
+from common import data, distributed
+from common.batchnorm import parallel
+from common.engine.errors import ArgumentError, DataError, Diverged, say
+from common.engine.launch import autocast_dtype, launch, repeatable
+from common.evaluation import boxes, dense, detector, examples, found
+from common.evaluation import protocol as evaluation
+from common.evaluation.progress import Progress
+from common.multicrop import MEAN, STD
+from common.optim import drops
+from common.resnet import ResNet
+from common.sources.objects import open_coco, open_voc
+from common.sources.scenes import Scenes
+from common.sources.shapes import count
+
+LOG_EVERY = 50  # iterations
+
+
+def open_scenes(spec):
+    name, colon, number = (spec or "scenes").partition(":")
+    if name != "scenes" or (colon and not number):
+        raise ArgumentError(f"--data {spec}: --preset small takes scenes, or scenes:N for N of them")
+    return tuple(Scenes(split, *([count(number, name)] if number else [])) for split in ("train", "val"))
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A protocol. sizes: of the short side, one drawn for each image in training, the last at test."""
+
+    published: str
+    open: Callable  # spec -> (training, held-out) images
+    rule: boxes.Rule | None  # of the average precision; None: COCO's, by pycocotools
+    network: Callable
+    sizes: tuple
+    iterations: int  # passes over the images where epochs says so
+    drops: tuple  # of the iterations: where the rate is multiplied by 0.1
+    lr: float = 0.02
+    warmup: int = 100  # iterations in which the rate rises linearly from warmup_start of it
+    warmup_start: float = 0.001
+    batch_size: int = 16
+    weight_decay: float = 1e-4
+    norm_decay: float = 0.0  # weight decay of batch norm
+    reestimate: int = 0  # batches whose plain mean the running statistics become, before judging
+    longest: int = 1333
+    sides: tuple = (32, 64, 128, 256, 512)  # of the anchors
+    region: int = 14  # cells of a region
+    before: tuple = (12_000, 6_000)  # proposals in training and at test, before suppression
+    after: tuple = (2_000, 1_000)  # and after it
+    rois: int = 512  # regions of an image to train on
+    over_all: bool = True  # the proposals' losses are averaged over what could be sampled
+    epochs: bool = False
+
+
+MOCO = Preset("none for these methods; MoCo v2 of 200 epochs 82.4 / 57.0 / 63.6 (its authors), supervised "
+              "81.58 / 54.19 / 59.80, random 59.02 / 32.83 / 31.60 (OpenSelfSup)", open_voc, boxes.VOC07,
+              detector.c4, tuple(range(480, 801, 32)), 24_000, (18 / 24, 22 / 24), reestimate=200)
+PRESETS = {
+    "voc0712_24k": MOCO,
+    "voc0712_24k_swav": replace(MOCO, published="none that we could check; the rates that VISSL has for SwAV",
+                                lr=0.1, warmup=1_000, warmup_start=0.3333),
+    "coco_fpn_1x": Preset("SwAV of 200 epochs, batch 256: 60.5 / 40.2 / 43.9, masks 57.5 / 36.3 / 38.8 "
+                          "(MMSelfSup)", open_coco, None, detector.fpn, tuple(range(640, 801, 32)), 12,
+                          (8 / 12, 11 / 12), warmup=1_000, norm_decay=1e-4, region=7, before=(2_000, 1_000),
+                          after=(1_000, 1_000), over_all=False, epochs=True),
+    "small": Preset("none: ours, for the drawn scenes on a CPU", open_scenes, boxes.COCO, detector.c4, (64,),
+                    600, (18 / 24, 22 / 24), warmup=50, batch_size=8, longest=64, sides=(12, 20, 32),
+                    region=8, before=(300, 300), after=(100, 100), rois=32),
+}
+
+
+def arguments(argv=None):
+    parser = evaluation.parser(__doc__, "what the preset needs: scenes or scenes:N for N of them (default: "
+                                        "scenes), VOCdevkit, or COCO's folder",
+                               "", precisions=(*evaluation.PRECISIONS, "float64"), crops=False)
+    evaluation.add_presets(parser, PRESETS, table(), ("--iterations", "steps; warm-up and drops of the rate "
+                                                                      "keep their place among them"))
+    add = parser.add_argument
+    add("--lr", type=float, help="learning rate (default: the preset's, times batch / its batch)")
+    add("--reestimate", type=int, metavar="BATCHES",
+        help="training batches whose plain mean batch norm's statistics become before judging; 0: they stay")
+    add("--deterministic", action=argparse.BooleanOptionalAction, default=False,
+        help="the same bits on a GPU too, much slower: regions are pooled by plain operations (default: off)")
+    return parser.parse_args(argv)
+
+
+def table():
+    """The presets as text: name, published figures, settings."""
+    lines = ["preset           published AP50 / AP / AP75"]
+    for name, p in PRESETS.items():
+        length = f"{p.iterations} {'epochs' if p.epochs else 'iterations'}"
+        after = " and ".join(f"{round(drop * p.iterations)}" for drop in p.drops)
+        sizes = f"{p.sizes[0]} to {p.sizes[-1]}" if len(p.sizes) > 1 else f"{p.sizes[0]}"
+        lines += [f"{name:16} {p.published}",
+                  f"    {p.network.__name__}, {length} of {p.batch_size} images of {sizes} px, lr {p.lr:g}, "
+                  f"from {p.warmup_start:g} of it in {p.warmup} iterations, x0.1 after {after}, weight decay "
+                  f"{p.weight_decay:g}, of batch norm {p.norm_decay:g}"
+                  + f", statistics of {p.reestimate} batches" * (p.reestimate > 0)]
+    return "\n".join(lines)
+
+
+def resolve(args):
+    """The preset with the options given; its rate follows --batch-size."""
+    preset = PRESETS[args.preset]
+    p = replace(preset, **evaluation.given(args, ("batch_size", "lr", "reestimate")))
+    if args.lr is None:
+        p = replace(p, lr=preset.lr * p.batch_size / preset.batch_size)
+    evaluation.need(0 < p.lr < math.inf, p, "lr", "more than 0 is needed")
+    fine = p.batch_size >= 2 and p.reestimate >= 0 and (args.iterations is None or args.iterations >= 1)
+    evaluation.need(fine, argparse.Namespace(**vars(p) | given_length(args, p)),
+                    "iterations batch_size reestimate",
+                    "one iteration and two images a step or more are needed, and nothing below 0")
+    evaluation.need(0 <= args.seed < 1 << 32, args, "seed", f"0 to {(1 << 32) - 1} is needed")
+    if p.batch_size % (ranks := distributed.world_size()):
+        raise ArgumentError(f"--batch-size {p.batch_size} is not divisible by the {ranks} processes")
+    if p.open is not open_scenes and not args.data:
+        raise ArgumentError(f"--data is needed: the folder of {args.preset}")
+    return p
+
+
+def given_length(args, p):
+    return {"iterations": p.iterations if args.iterations is None else args.iterations}
+
+
+def scheduled(p, args, n):
+    """The preset with its length in iterations over n images, and its warm-up as long in proportion."""
+    published = p.iterations * (n // PRESETS[args.preset].batch_size) if p.epochs else p.iterations
+    iterations = published if args.iterations is None else args.iterations
+    return replace(p, iterations=iterations, warmup=round(p.warmup * iterations / max(1, published)))
+
+
+def rate(step, p):
+    """Learning rate of an iteration, 0-based."""
+    lr = drops(step, 1, p.lr, [round(drop * p.iterations) for drop in p.drops], 0.1)
+    return lr * min(1.0, p.warmup_start + (1 - p.warmup_start) * step / max(1, p.warmup))
+
+
+def fitting(trunk, args, p):
+    """The preset for this trunk: `small` looks at images four times as large where the stem has stride 4.
+    Raises ArgumentError for a trunk that is not made of the stages that it needs."""
+    if not isinstance(trunk, ResNet):
+        raise ArgumentError(f"{args.trunk} is a {type(trunk).__name__}: the stages of a ResNet of "
+                            "common/resnet.py are needed")
+    small_stem, times = trunk.conv1.stride == (1, 1), 4
+    if args.preset != "small":
+        if small_stem:
+            raise ArgumentError(f"{args.trunk} has a small stem: --preset {args.preset} needs one of stride "
+                                "4, --preset small takes it")
+        return p
+    if small_stem:
+        return p
+    return replace(p, sizes=tuple(times * size for size in p.sizes), longest=times * p.longest,
+                   sides=tuple(times * side for side in p.sides))
+
+
+# --------------------------------------------------------------------------------------------------- training
+
+
+def batches(loader, images, p, args, how, dtype, first, last):
+    """(index, batch) of the iterations first .. last - 1; a batch is what a Detector takes."""
+    wide = getattr(images, "wide", np.ones(len(images), bool))
+    source = dense.iterations(loader, len(images), p.batch_size, args.seed, first, last,
+                              lambda epoch: examples.in_pairs(wide, args.seed, epoch))
+    for index, pixels, targets in source:
+        if index.min() < 0:  # nothing can be read: the loop says it
+            evaluation.check_readable(loader)
+        yield index, examples.batch(pixels, targets, how, dtype)
+
+
+def train(model, p, loader, images, args, how, progress):
+    """Trains the model, on its device; returns the mean loss since the last line. It goes on where
+    progress.state was. Raises Diverged for a loss that is not finite."""
+    net, dtype, device = parallel(model), next(model.parameters()).dtype, how["device"]
+    optimizer = torch.optim.SGD(detector.groups(model, p.weight_decay, p.norm_decay), lr=p.lr, momentum=0.9)
+    total, mean_loss = torch.zeros((), device=device, dtype=torch.float64), None
+    if progress.state:
+        model.load_state_dict(progress.state["model"])
+        optimizer.load_state_dict(progress.state["optimizer"])
+        total += progress.state["total"] if distributed.rank() == 0 else 0.0
+        progress.number, mean_loss = progress.state["step"], progress.state["loss"]
+    progress.keep = lambda: {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                             "step": progress.number, "loss": mean_loss,
+                             "total": float(distributed.all_sum(total))}
+    first, started = progress.number, time.perf_counter()
+    net.train()
+    source = batches(loader, images, p, args, how, dtype, first, p.iterations)
+    for step, (_, (x, sizes, targets)) in progress.steps(source, first):
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step, p)
+        loss = sum(net(x, sizes, targets).values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        total += loss.detach()
+        if (done := step + 1) % LOG_EVERY == 0 or done == p.iterations:
+            since = (done - 1) % LOG_EVERY + 1
+            mean_loss = float(distributed.all_sum(total)) / distributed.world_size() / since
+            total.zero_()
+            evaluation.check_readable(loader)
+            if not math.isfinite(mean_loss):
+                raise Diverged("the loss is not finite: lower --lr")
+            left = (time.perf_counter() - started) / (done - first) * (p.iterations - done)
+            say(f"iteration {done}/{p.iterations} loss {mean_loss:.4f} lr {rate(step, p):.3g} "
+                f"left {timedelta(seconds=int(left))}")
+    if p.reestimate:
+        # of the batches that would come next; a stop among them saves a model that has all its weights
+        source = batches(loader, images, p, args, how, dtype, p.iterations, p.iterations + p.reestimate)
+        fetched = iter(lambda: progress.fetch(source, None), None)
+        detector.reestimate(net, (batch for _, batch in fetched))
+    return mean_loss
+
+
+# ------------------------------------------------------------------------------------------------------- main
+
+
+def main(args):
+    device = evaluation.start(args)
+    p = resolve(args)
+    repeatable(args.deterministic)
+    trunk, info = evaluation.open_trunk(args, device)
+    p = fitting(trunk, args, p)
+    images, queries = distributed.from_first(p.open, args.data)
+    p = scheduled(p, args, len(images))
+    how = dict(device=device, mean=info.get("mean", MEAN), std=info.get("std", STD), workers=args.workers,
+               precision=autocast_dtype(args.precision, device))
+    name = f"eval_detection_{args.preset}"
+    decisive = evaluation.decisive(args, trunk, precision=how["precision"], data=images.fingerprint,
+                                   val=queries.fingerprint)
+    folder, own = evaluation.folder(args, name, decisive), f"{name}{'_random' * args.random_init}"
+    torch.manual_seed(args.seed)
+    model = p.network(trunk, len(images.classes), p.sides, p.region, how["precision"] == torch.bfloat16,
+                      before=p.before, after=p.after, rois=p.rois, over_all=p.over_all)
+    dtype = torch.float64 if args.precision == "float64" else torch.float32
+    model.to(device, dtype, memory_format=torch.channels_last)
+
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    say(f"{args.trunk}: {evaluation.name(info)}, {millions:.2f} M parameters; preset {args.preset}")
+    say(f"{len(images)} images of {len(images.classes)} classes, judged on {len(queries)}; {p.iterations} "
+        f"iterations of {p.batch_size} images, lr {p.lr:g}")
+
+    progress = Progress(folder, own, decisive, args.save_every, args.fresh)
+    training = examples.Examples(images, p.sizes, p.longest, args.seed, model.roi_heads.has_mask())
+    loader = data.Loader(training, args.workers, device.type == "cuda", collate=examples.collate)
+    loss = train(model, p, loader, images, args, how, progress)
+    loader.close()
+    rows, masks, bad = found.detect(model, queries, p, how, progress.fetch)
+    dense.warn_of_unreadable(loader.bad, "--data", "were replaced by their neighbours")
+    dense.warn_of_unreadable(bad, "the held-out ones", "are left out")
+    if len(bad) == len(queries):
+        raise DataError("no held-out image can be read")
+
+    result = distributed.from_main(found.figures, queries, p.rule, rows, masks, bad)
+    say("\nclass              AP50")
+    for class_name, ap in zip(images.classes, result["class_ap50"]):
+        say(f"{class_name:16}{'-' if ap is None else f'{ap:.2f}':>7}")
+    for prefix, what in (("", "boxes"), ("mask_", "masks")):
+        if f"{prefix}ap" in result:
+            values = " / ".join(f"{result[prefix + key]:.2f}" for key in ("ap50", "ap", "ap75"))
+            say(f"AP50 / AP / AP75 of {what}: {values}")
+    record = {"preset": args.preset, "images": len(images), "queries": len(queries),
+              "classes": len(images.classes), "iterations": p.iterations, "batch_size": p.batch_size,
+              "lr": p.lr, "reestimate": p.reestimate, "seed": args.seed, "loss": loss,
+              **{key: round(v, 4) if isinstance(v, float) else v for key, v in result.items()}}
+    sheet = distributed.from_main(found.pictures, queries, rows, bad)
+    if not progress.write(dense.write_sheet, folder / f"{own}.png", sheet):
+        say(f"image, truth, prediction: {folder / f'{own}.png'}")
+    evaluation.finish(args, info, name, record, folder)
+    progress.finish()
+
+
+if __name__ == "__main__":
+    launch(main, arguments())
