@@ -475,6 +475,7 @@ def test_a_killed_training_goes_on_to_the_same_end(tmp_path, backbone, monkeypat
     with Image.open(tmp_path / "whole" / "eval_detection_small.png") as sheet:
         assert sheet.size == (3 * 192 + 8, 2 * 196 - 4)  # two held-out scenes
     assert whole["method"] == "swav" and whole["images"] == 12 and whole["queries"] == 2
+    assert evaluate(capsys, eval_detection, *command, tmp_path / "other", "--workers", 2)[0] == whole
     random, _ = evaluate(capsys, eval_detection, *command, tmp_path / "whole", "--random-init")
     assert random["method"] == "random weights" and random["loss"] != whole["loss"]
     assert (tmp_path / "whole" / "eval_detection_small_random.json").exists()
