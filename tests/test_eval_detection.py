@@ -625,6 +625,15 @@ def test_images_that_cannot_be_read_are_replaced_or_end_it(tmp_path, large_stem,
     refuses(capsys, eval_detection, [(command[1:], 3, "images of --data in a row cannot be read")])
 
 
+def test_a_batch_of_nothing_has_a_loss():
+    for network in (detector.c4, detector.fpn):
+        model = tiny(network, torch.float32)
+        x, sizes, targets = examples.batch([torch.zeros(3, 32, 32, dtype=torch.uint8)] * 2,
+                                           [examples.nothing()] * 2, HOW, torch.float32)
+        losses = model(x, sizes, targets)
+        assert torch.stack(list(losses.values())).isfinite().all() and losses["box"] == 0
+
+
 def test_a_loss_that_is_not_finite_is_said(backbone, capsys):
     assert run_here(eval_detection, backbone, "--data", "scenes:12", *SMALL, "--lr", 1e30) == 5
     assert "the loss is not finite: lower --lr" in capsys.readouterr().err
