@@ -132,20 +132,16 @@ def resolve(args):
     if args.lr is None:
         p = replace(p, lr=preset.lr * p.batch_size / preset.batch_size)
     evaluation.need(0 < p.lr < math.inf, p, "lr", "more than 0 is needed")
-    fine = p.batch_size >= 2 and p.reestimate >= 0 and (args.iterations is None or args.iterations >= 1)
-    evaluation.need(fine, argparse.Namespace(**vars(p) | given_length(args, p)),
-                    "iterations batch_size reestimate",
-                    "one iteration and two images a step or more are needed, and nothing below 0")
+    fine = args.iterations is None or args.iterations >= 1
+    evaluation.need(fine, args, "iterations", "one or more is needed")
+    evaluation.need(p.batch_size >= 2 and p.reestimate >= 0, p, "batch_size reestimate",
+                    "two images a step or more are needed, and nothing below 0")
     evaluation.need(0 <= args.seed < 1 << 32, args, "seed", f"0 to {(1 << 32) - 1} is needed")
     if p.batch_size % (ranks := distributed.world_size()):
         raise ArgumentError(f"--batch-size {p.batch_size} is not divisible by the {ranks} processes")
     if p.open is not open_scenes and not args.data:
         raise ArgumentError(f"--data is needed: the folder of {args.preset}")
     return p
-
-
-def given_length(args, p):
-    return {"iterations": p.iterations if args.iterations is None else args.iterations}
 
 
 def scheduled(p, args, n):
@@ -188,8 +184,6 @@ def batches(loader, images, p, args, how, dtype, first, last):
     source = dense.iterations(loader, len(images), p.batch_size, args.seed, first, last,
                               lambda epoch: examples.in_pairs(wide, args.seed, epoch))
     for index, pixels, targets in source:
-        if index.min() < 0:  # nothing can be read: the loop says it
-            evaluation.check_readable(loader)
         yield index, examples.batch(pixels, targets, how, dtype)
 
 

@@ -475,6 +475,7 @@ def test_a_killed_training_goes_on_to_the_same_end(tmp_path, backbone, monkeypat
     with Image.open(tmp_path / "whole" / "eval_detection_small.png") as sheet:
         assert sheet.size == (3 * 192 + 8, 2 * 196 - 4)  # two held-out scenes
     assert whole["method"] == "swav" and whole["images"] == 12 and whole["queries"] == 2
+    assert evaluate(capsys, eval_detection, *command, tmp_path / "other", "--workers", 2)[0] == whole
     random, _ = evaluate(capsys, eval_detection, *command, tmp_path / "whole", "--random-init")
     assert random["method"] == "random weights" and random["loss"] != whole["loss"]
     assert (tmp_path / "whole" / "eval_detection_small_random.json").exists()
@@ -622,6 +623,15 @@ def test_images_that_cannot_be_read_are_replaced_or_end_it(tmp_path, large_stem,
     for path in (root / "VOC2012" / "JPEGImages").iterdir():
         path.write_text("no image")
     refuses(capsys, eval_detection, [(command[1:], 3, "images of --data in a row cannot be read")])
+
+
+def test_a_batch_of_nothing_has_a_loss():
+    for network in (detector.c4, detector.fpn):
+        model = tiny(network, torch.float32)
+        x, sizes, targets = examples.batch([torch.zeros(3, 32, 32, dtype=torch.uint8)] * 2,
+                                           [examples.nothing()] * 2, HOW, torch.float32)
+        losses = model(x, sizes, targets)
+        assert torch.stack(list(losses.values())).isfinite().all() and losses["box"] == 0
 
 
 def test_a_loss_that_is_not_finite_is_said(backbone, capsys):

@@ -28,7 +28,7 @@ class Examples:
         epoch, position, index = key
         index, image = read_or_next(self.images, index)
         if image is None:
-            return -1, torch.zeros(3, 32, 32, dtype=torch.uint8), {"original": (32, 32)}
+            return -1, torch.zeros(3, 32, 32, dtype=torch.uint8), nothing()
         target = {"original": (image.height, image.width)}
         if self.seed is None:
             image = image.resize(scaled(image, self.sizes[-1], self.longest), BILINEAR)
@@ -62,6 +62,12 @@ class Examples:
 
 
 BILINEAR = Image.Resampling.BILINEAR
+
+
+def nothing():
+    """The target of what could not be read: a training goes on until all ranks look whether any has such."""
+    return {"original": (32, 32), "boxes": np.zeros((0, 4), np.float32), "labels": np.zeros(0, np.int64),
+            "masks": np.zeros((0, 32, 32), np.uint8), "seed": 0}
 
 
 def scaled(image, short, longest):
