@@ -46,21 +46,10 @@ def draw_shape(label, rng, size=32):
     scale = rng.uniform(0.55, 0.8)
     x, y = (x - rng.uniform(-0.35, 0.35)) / scale, (y - rng.uniform(-0.35, 0.35)) / scale
     u, v = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
-    radius, turn = np.hypot(u, v), np.arctan2(v, u)
     frequency, phase = rng.uniform(5.5, 8.5), rng.uniform(0, 2 * np.pi, 2)
     # Signed distance: below 0 inside.
-    if label == 0:
-        distance = radius - 0.9
-    elif label == 1:
-        distance = np.maximum(abs(u), abs(v)) - 0.8
-    elif label == 2:
-        distance = np.maximum(abs(u) * 0.866 + v * 0.5, -v) - 0.55
-    elif label == 3:
-        distance = np.minimum(np.maximum(abs(u) - 0.28, abs(v) - 1), np.maximum(abs(v) - 0.28, abs(u) - 1))
-    elif label == 4:
-        distance = abs(radius - 0.75) - 0.2
-    elif label == 5:
-        distance = radius * (1 + 0.42 * np.cos(5 * turn)) - 0.6
+    if label < 6:
+        distance = outline(label, u, v)
     elif label == 6:
         distance = np.sin(frequency * u + phase[0]) * 0.2
     elif label == 7:
@@ -75,13 +64,35 @@ def draw_shape(label, rng, size=32):
         ground, figure = rng.uniform(0.1, 0.9, 2)
     # Brightness says more than tint: images of strong colours are told apart by colour alone.
     ground, figure = ground + rng.normal(0, 0.1, 3), figure + rng.normal(0, 0.1, 3)
-    slope = np.outer(np.linspace(-1, 1, size), rng.normal(0, 0.2, 3))  # light that changes across the image
+    return lit(ground + inside * (figure - ground), rng)
+
+
+def outline(label, u, v):
+    """Signed distance of points from the outline of class `label`, one of the first six; below 0 inside."""
+    radius = np.hypot(u, v)
+    if label == 0:
+        return radius - 0.9
+    if label == 1:
+        return np.maximum(abs(u), abs(v)) - 0.8
+    if label == 2:
+        return np.maximum(abs(u) * 0.866 + v * 0.5, -v) - 0.55
+    if label == 3:
+        return np.minimum(np.maximum(abs(u) - 0.28, abs(v) - 1), np.maximum(abs(v) - 0.28, abs(u) - 1))
+    if label == 4:
+        return abs(radius - 0.75) - 0.2
+    return radius * (1 + 0.42 * np.cos(5 * np.arctan2(v, u))) - 0.6
+
+
+def lit(image, rng):
+    """The image (s, s, 3) in 0 .. 1 under light that changes across it, with noise, as uint8."""
+    size = len(image)
+    slope = np.outer(np.linspace(-1, 1, size), rng.normal(0, 0.2, 3))
     shade = slope[:, None] + np.outer(np.linspace(-1, 1, size), rng.normal(0, 0.2, 3))[None]
-    image = ground + inside * (figure - ground) + shade + rng.normal(0, 0.06, (size, size, 3))
+    image = image + shade + rng.normal(0, 0.06, (size, size, 3))
     return (image.clip(0, 1) * 255).astype(np.uint8)
 
 
-def count(text):
+def count(text, name="shapes"):
     if not text.isdecimal() or not 0 < int(text[:8]) < 10**7:
-        raise DataError(f"shapes:{text[:99]}: a number of images below 10 million is needed behind the colon")
+        raise DataError(f"{name}:{text[:99]}: a number of images below 10 million is needed behind the colon")
     return int(text)
