@@ -143,17 +143,32 @@ class Dropout(nn.Dropout):
     one process: one crop an image.
     """
 
+    def shape(self, x):
+        """Of the mask of one row."""
+        return x.shape[1:]
+
     def forward(self, x):
         if not self.training or self.p == 0:
             return x
-        draws = torch.rand(world_size() * len(x), *x.shape[1:], device=x.device)
+        draws = torch.rand(world_size() * len(x), *self.shape(x), device=x.device)
         return x * (draws[rank() * len(x) :][: len(x)] >= self.p) / (1 - self.p)
 
 
+class Dropout2d(Dropout):
+    """The same of whole channels."""
+
+    def shape(self, x):
+        return (x.shape[1], *[1] * (x.dim() - 2))
+
+
 def share_dropout(module):
-    """Replaces every nn.Dropout inside module by Dropout; returns module."""
+    """Replaces every nn.Dropout and nn.Dropout2d inside module by those above; returns module."""
     for name, child in module.named_children():
-        setattr(module, name, Dropout(child.p) if isinstance(child, nn.Dropout) else share_dropout(child))
+        if isinstance(child, (nn.Dropout2d, Dropout2d)):
+            child = Dropout2d(child.p)
+        else:
+            child = Dropout(child.p) if isinstance(child, nn.Dropout) else share_dropout(child)
+        setattr(module, name, child)
     return module
 
 

@@ -19,10 +19,11 @@ from ..sources import own
 PRECISIONS = ("auto", "bfloat16", "float32")
 
 
-def parser(description, data_help, val_help, batch_size=None, precisions=PRECISIONS):
+def parser(description, data_help, val_help, batch_size=None, precisions=PRECISIONS, crops=True):
     """A parser of the options that have one name and meaning in every evaluation.
 
-    batch_size: the default, where --batch-size says how many images a process looks at in one pass.
+    batch_size: the default, where --batch-size says how many images a process looks at in one pass. crops:
+    whether images are looked at as centre crops, so that --resize and --size mean something.
     """
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=description, formatter_class=raw, allow_abbrev=False)
@@ -35,10 +36,12 @@ def parser(description, data_help, val_help, batch_size=None, precisions=PRECISI
         add("--root", default="", help="folder that relative paths of list files start from")
         add("--index", default="", metavar="DIR",
             help="folder for the index of tars (default: the run's directory; none for a file)")
-    add("--resize", type=int, default=0,
-        help="short side before the centre crop (default: as trained, 256 for another project's)")
-    add("--size", type=int, default=0,
-        help="side of the images in pixels (default: as trained, 224 for another project's)")
+    parser.set_defaults(resize=0, size=0)
+    if crops:
+        add("--resize", type=int,
+            help="short side before the centre crop (default: as trained, 256 for another project's)")
+        add("--size", type=int,
+            help="side of the images in pixels (default: as trained, 224 for another project's)")
     add("--arch", default="", metavar="MODULE:FUNCTION",
         help="the function of your own that makes the trunk, if it is of one: no file may name it")
     add("--random-init", action="store_true", help="replace the trunk's weights by random ones: the floor")
@@ -54,14 +57,16 @@ def parser(description, data_help, val_help, batch_size=None, precisions=PRECISI
     return parser
 
 
-def add_presets(parser, presets, table):
-    """The options of scripts that train by one of several published protocols."""
+def add_presets(parser, presets, table, length=("--epochs", "passes over the images; drops of the rate keep "
+                                                            "their place among them")):
+    """The options of scripts that train by one of several published protocols. length: the option that says
+    how long, and its help."""
     add = parser.add_argument
     add("--preset", default="small", choices=presets,
         help="protocol; options given win over it (default: small)")
     add("--list-presets", action="version", version=table,
         help="print the presets with their published figures, and stop")
-    add("--epochs", type=int, help="passes over the images; drops of the rate keep their place among them")
+    add(length[0], type=int, help=length[1])
     add("--batch-size", type=int, help="images a step over all processes")
     add("--seed", type=int, default=0, help="seed of weights, draws, order and crops (default: 0)")
     add("--out", default="", metavar="DIR",

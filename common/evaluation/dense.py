@@ -1,0 +1,74 @@
+"""What evaluations share that train on labelled pixels or boxes: iterations in place of epochs, their
+schedule, a sheet of pictures."""
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .. import data, distributed
+from ..engine.errors import DataError, say
+from ..engine.files import writing
+
+
+def iterations(loader, n, batch_size, seed, first, last):
+    """Batches of the iterations first .. last - 1 of a data.Loader over n images. Iteration t is a step of a
+    pass over the images, so (seed, t) alone decide which images form it, and what is drawn for them.
+
+    Raises DataError if there are fewer images than one batch.
+    """
+    if n < batch_size:
+        raise DataError(f"--data has {n} images, fewer than one batch: --batch-size {batch_size}")
+    while first < last:
+        epoch, step = divmod(first, n // batch_size)
+        batches = data.batches(n, batch_size, epoch, seed)
+        for batch in loader.epoch(epoch, batches, step):
+            yield batch
+            first += 1
+            if first == last:
+                return
+
+
+def poly(step, steps, base_lr, final_lr=1e-4, power=0.9):
+    """Learning rate of a step (0-based) that falls from base_lr to final_lr, which would be that of step
+    `steps`."""
+    return (base_lr - final_lr) * (1 - step / steps) ** power + final_lr
+
+
+def normalised(pixels, mean, std, dtype):
+    """(B, 3, H, W) uint8 to dtype, channels last, as the trunk was trained."""
+    mean, std = (torch.tensor(values, dtype=dtype, device=pixels.device).view(3, 1, 1)
+                 for values in (mean, std))
+    return ((pixels.to(dtype) / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+def warn_of_unreadable(bad, option, what):
+    """Says how many images of an option cannot be read, and what became of them. bad: this rank's."""
+    found = len(distributed.gather_rows(torch.tensor(sorted(bad), dtype=torch.int64)).unique())
+    if found:
+        say(f"warning: {found} images of {option} cannot be read and {what}")
+
+
+def colours(labels):
+    """VOC's colour of each label: (H, W) uint8 -> (H, W, 3) uint8; 0 is black, 255 nearly white."""
+    palette = np.zeros((256, 3), np.uint8)
+    for place in range(3):  # bits 0, 3, 6 of the label are the highest bits of red; 1, 4, 7 of green ...
+        bits = np.arange(256)[:, None] >> 3 * place + np.arange(3) & 1  # (256, 3)
+        palette |= (bits << 7 - place).astype(np.uint8)
+    return palette[labels]
+
+
+def write_sheet(path, rows, height=192):
+    """Writes pictures [[(H, W, 3) uint8]], those of a row side by side, as one PNG."""
+    rows = [[Image.fromarray(cell) for cell in row] for row in rows]
+    rows = [[cell.resize((max(1, cell.width * height // cell.height), height), Image.Resampling.NEAREST)
+             for cell in row] for row in rows]
+    gap = 4
+    width = max(sum(cell.width + gap for cell in row) for row in rows) - gap
+    sheet = Image.new("RGB", (width, len(rows) * (height + gap) - gap), "white")
+    for number, row in enumerate(rows):
+        left = 0
+        for cell in row:
+            sheet.paste(cell, (left, number * (height + gap)))
+            left += cell.width + gap
+    with writing(path) as file:
+        sheet.save(file, "PNG")

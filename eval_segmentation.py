@@ -1,0 +1,383 @@
+"""Semantic segmentation: a class for every pixel, by an FCN on the pre-trained trunk, all of it fine-tuned.
+
+The network is that of MMSelfSup (0.x): the trunk's last strides become dilations, so that its maps keep an
+eighth of the image's side; 3x3 convolutions and a 1x1 one score each place, an auxiliary head on layer3 helps
+to train. Batch norm is in train mode and over all processes. Scores are upsampled to the labels; the loss is
+their cross-entropy, averaged over all pixels, those that are left out (255) too. The rate falls by
+(1 - t / T)^0.9. Judged is the last iteration, by the mean over classes of intersection over union (mIoU).
+
+A stop signal and every --save-every minutes save where it is; the same command goes on.
+
+    python eval_segmentation.py runs/swav_shapes                # drawn scenes, minutes on a CPU
+    python eval_segmentation.py runs/swav_shapes --random-init  # the same from random weights: the floor
+    python eval_segmentation.py --list-presets                  # the published protocols and their figures
+    torchrun --nproc_per_node=4 eval_segmentation.py resnet50.pth --preset voc12aug_20k --data VOCdevkit
+    torchrun --nproc_per_node=4 eval_segmentation.py resnet50.pth --preset cityscapes_40k --data cityscapes
+"""
+
+import argparse
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common import data, distributed
+from common.batchnorm import parallel
+from common.engine.errors import ArgumentError, DataError, Diverged, say
+from common.engine.launch import autocast_dtype, launch, repeatable
+from common.evaluation import dense
+from common.evaluation import protocol as evaluation
+from common.evaluation.maps import IGNORED, Crops, Whole
+from common.evaluation.progress import Progress
+from common.multicrop import MEAN, STD
+from common.resnet import ResNet
+from common.sources.masks import open_cityscapes, open_scenes, open_voc_aug
+
+LOG_EVERY = 50  # iterations
+SHOWN = 6  # held-out images in the sheet of predictions
+
+# B images of a step, C classes, (H, W) pixels, (h, w) places of a map
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A protocol. base: the sides, long and short, that an image is scaled to fit, times one of `ratios` in
+    training; stride: of windows of the crop's size at test, 0: the whole image."""
+
+    published: str
+    open: Callable  # spec -> (training, held-out) images
+    base: tuple
+    crop: int
+    iterations: int
+    batch_size: int
+    lr: float = 0.01
+    weight_decay: float = 5e-4
+    stride: int = 0
+    align_corners: bool = False
+    ratios: tuple = (0.5, 2.0)
+    dilated: tuple = ("layer3", "layer4")  # stages that lose their stride
+    channels: int = 512  # of the head
+    convs: int = 2
+    joined: bool = True  # the head's last convolution sees layer4's map again
+    auxiliary: int = 256  # channels of the auxiliary head; 0: there is none
+
+
+PRESETS = {
+    "voc12aug_20k": Preset("SwAV of 200 epochs, batch 256: 63.73 (MMSelfSup)", open_voc_aug, (2048, 512), 512,
+                           20_000, 16),
+    "cityscapes_40k": Preset("none for these methods", open_cityscapes, (2049, 1025), 769, 40_000, 8,
+                             stride=513, align_corners=True),
+    "small": Preset("none: ours, for the drawn scenes on a CPU", open_scenes, (64, 64), 64, 600, 16, lr=0.02,
+                    ratios=(0.75, 1.5), dilated=("layer4",), channels=64, convs=1, joined=False,
+                    auxiliary=0),
+}
+
+
+def arguments(argv=None):
+    parser = evaluation.parser(__doc__, "what the preset needs: scenes or scenes:N for N of them (default: "
+                                        "scenes), VOCdevkit with SBD in it or beside it, or Cityscapes",
+                               "", precisions=(*evaluation.PRECISIONS, "float64"), crops=False)
+    evaluation.add_presets(parser, PRESETS, table(), ("--iterations", "steps, over which the rate falls"))
+    add = parser.add_argument
+    add("--lr", type=float, help="learning rate at the start, at the given batch size")
+    add("--weight-decay", type=float, help="weight decay of every parameter")
+    add("--deterministic", action=argparse.BooleanOptionalAction, default=True,
+        help="the same bits on a GPU too: slower, or stops at an operation that cannot (default: on)")
+    return parser.parse_args(argv)
+
+
+def table():
+    """The presets as text: name, published mIoU, settings."""
+    lines = ["preset           published mIoU"]
+    for name, p in PRESETS.items():
+        test = f"windows of {p.crop} px every {p.stride}" if p.stride else "the whole image"
+        lines += [f"{name:16} {p.published}",
+                  f"    {p.iterations} iterations of {p.batch_size} crops of {p.crop} px, lr {p.lr:g}, poly "
+                  f"0.9 to 1e-4, weight decay {p.weight_decay:g}; test on {test}"]
+    return "\n".join(lines)
+
+
+def resolve(args):
+    """The preset with the options given, and a line about a rate that does not follow the batch, or None."""
+    preset = PRESETS[args.preset]
+    options = ("iterations", "batch_size", "lr", "weight_decay")
+    p = replace(preset, **evaluation.given(args, options))
+    evaluation.need(0 < p.lr < math.inf, p, "lr", "more than 0 is needed")
+    fine = p.iterations >= 1 and p.batch_size >= 2 and 0 <= p.weight_decay < math.inf
+    evaluation.need(fine, p, "iterations batch_size weight_decay",
+                    "one iteration and two images a step or more are needed, and nothing below 0")
+    evaluation.need(0 <= args.seed < 1 << 32, args, "seed", f"0 to {(1 << 32) - 1} is needed")
+    if p.batch_size % (ranks := distributed.world_size()):
+        raise ArgumentError(f"--batch-size {p.batch_size} is not divisible by the {ranks} processes")
+    if p.open is not open_scenes and not args.data:
+        raise ArgumentError(f"--data is needed: the folder of {args.preset}")
+    if args.lr is not None or p.batch_size == preset.batch_size:
+        return p, None
+    return p, evaluation.kept_rates(args.preset, [p.lr], preset.batch_size, p.batch_size)
+
+
+# ---------------------------------------------------------------------------------------------------- network
+
+
+def check_trunk(trunk, args, p):
+    """Raises ArgumentError for a trunk whose strides cannot become dilations, or that has none in its stem
+    where images are large."""
+    if not isinstance(trunk, ResNet):
+        raise ArgumentError(f"{args.trunk} is a {type(trunk).__name__}: the stages of a ResNet of "
+                            "common/resnet.py are needed, whose strides become dilations")
+    if p.crop > 64 and isinstance(trunk.maxpool, nn.Identity):
+        raise ArgumentError(f"{args.trunk} has a small stem: --preset {args.preset} needs one of stride 4, "
+                            "--preset small takes it")
+
+
+def dilate(trunk, stages):
+    """Takes the strides out of the trunk's last stages, in place; returns it.
+
+    What lies behind a lost stride looks twice as far, so that the map has the values that it had, and others
+    between them: torchvision's replace_stride_with_dilation.
+    """
+    dilation = 1
+    for stage in stages:
+        for conv in getattr(trunk, stage).modules():
+            if not isinstance(conv, nn.Conv2d):
+                continue
+            strided, conv.stride = conv.stride != (1, 1), (1, 1)
+            if conv.kernel_size == (3, 3):
+                conv.dilation = conv.padding = (dilation, dilation)
+                dilation *= 2 if strided else 1
+    return trunk
+
+
+def conv(inputs, outputs):
+    layer = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+    return nn.Sequential(layer, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
+
+
+class Head(nn.Module):
+    """Scores of each place: (B, inputs, h, w) -> (B, C, h, w)."""
+
+    def __init__(self, inputs, channels, convs, joined, classes):
+        super().__init__()
+        self.convs = nn.Sequential(*(conv(channels if i else inputs, channels) for i in range(convs)))
+        self.join = conv(inputs + channels, channels) if joined else None
+        self.dropout = nn.Dropout2d(0.1)
+        self.scores = nn.Conv2d(channels, classes, 1)
+        nn.init.normal_(self.scores.weight, std=0.01)
+        nn.init.zeros_(self.scores.bias)
+
+    def forward(self, maps):
+        x = self.convs(maps)  # (B, channels, h, w)
+        x = x if self.join is None else self.join(torch.cat([maps, x], dim=1))
+        return self.scores(self.dropout(x))
+
+
+class Model(nn.Module):
+    """(B, 3, H, W) -> scores [(B, C, h, w)]: of the head, and in train mode of the auxiliary one."""
+
+    def __init__(self, trunk, p, classes):
+        super().__init__()
+        self.backbone = dilate(trunk, p.dilated)
+        self.head = Head(trunk.feature_dim, p.channels, p.convs, p.joined, classes)
+        self.auxiliary = Head(trunk.feature_dim // 2, p.auxiliary, 1, False, classes) if p.auxiliary else None
+
+    def forward(self, x):
+        maps = self.backbone.stages(x)
+        if self.training and self.auxiliary is not None:
+            return [self.head(maps["layer4"]), self.auxiliary(maps["layer3"])]
+        return [self.head(maps["layer4"])]
+
+
+def upsampled(scores, size, align_corners):
+    """(B, C, h, w) to (B, C, H, W), in full precision."""
+    scores = scores if scores.dtype == torch.float64 else scores.float()
+    return F.interpolate(scores, size, mode="bilinear", align_corners=align_corners)
+
+
+def loss_of(scores, labels, align_corners):
+    """Cross-entropy of scores (B, C, h, w) with labels (B, H, W) int64: its sum over the pixels that are
+    labelled, divided by the number of all."""
+    scores = upsampled(scores, labels.shape[1:], align_corners)
+    rows = scores.permute(0, 2, 3, 1).flatten(0, 2)  # (B H W, C): on a GPU the loss of maps is not repeatable
+    return F.cross_entropy(rows, labels.flatten(), ignore_index=IGNORED, reduction="sum") / labels.numel()
+
+
+# --------------------------------------------------------------------------------------------------- training
+
+
+def train(model, p, loader, n, seed, how, progress):
+    """Trains the model, on its device, on n images; returns the mean loss since the last line. It goes on
+    where progress.state was. Raises Diverged for a loss that is not finite."""
+    net, dtype, device = parallel(model), next(model.parameters()).dtype, how["device"]
+    optimizer = torch.optim.SGD(net.parameters(), lr=p.lr, momentum=0.9, weight_decay=p.weight_decay)
+    total, mean_loss = torch.zeros((), device=device, dtype=torch.float64), None
+    if progress.state:
+        model.load_state_dict(progress.state["model"])
+        optimizer.load_state_dict(progress.state["optimizer"])
+        total += progress.state["total"] if distributed.rank() == 0 else 0.0
+        progress.number, mean_loss = progress.state["step"], progress.state["loss"]
+    progress.keep = lambda: {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                             "step": progress.number, "loss": mean_loss,
+                             "total": float(distributed.all_sum(total))}
+    first, started = progress.number, time.perf_counter()
+    batches = dense.iterations(loader, n, p.batch_size, seed, first, p.iterations)
+    net.train()
+    for step, (_, (crops, labels), sizes) in progress.steps(batches, first):
+        rate = optimizer.param_groups[0]["lr"] = dense.poly(step, p.iterations, p.lr)
+        torch.manual_seed(seed << 32 | step)  # dropout
+        x = dense.normalised(crops[0].to(device, non_blocking=True), how["mean"], how["std"], dtype)
+        x = x * inside(sizes[0].to(device), p.crop)  # padding is 0 behind the normalisation
+        labels = labels[0].to(device, non_blocking=True).long()  # (B, H, W)
+        with torch.autocast(device.type, torch.bfloat16, enabled=how["precision"] == torch.bfloat16):
+            scores = net(x)
+        losses = [loss_of(s, labels, p.align_corners) for s in scores]
+        loss = losses[0] + 0.4 * sum(losses[1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        total += loss.detach()
+        if (done := step + 1) % LOG_EVERY == 0 or done == p.iterations:
+            since = (done - 1) % LOG_EVERY + 1
+            mean_loss = float(distributed.all_sum(total)) / distributed.world_size() / since
+            total.zero_()
+            evaluation.check_readable(loader)
+            if not math.isfinite(mean_loss):
+                raise Diverged("the loss is not finite: lower --lr")
+            left = (time.perf_counter() - started) / (done - first) * (p.iterations - done)
+            say(f"iteration {done}/{p.iterations} loss {mean_loss:.4f} lr {rate:.3g} "
+                f"left {timedelta(seconds=int(left))}")
+    return mean_loss
+
+
+def inside(sizes, side):
+    """Which pixels of padded crops are image: sizes (B, 2), height and width, -> (B, 1, side, side) bool."""
+    place = torch.arange(side, device=sizes.device)
+    rows, columns = (place < sizes[:, i, None] for i in (0, 1))  # (B, side) each
+    return (rows[:, :, None] & columns[:, None])[:, None]
+
+
+# ------------------------------------------------------------------------------------------------------- test
+
+
+def offsets(size, window, stride):
+    """Where windows over `size` pixels begin; the last one ends with them."""
+    room = max(0, size - window)
+    return [min(i * stride, room) for i in range(-(-room // stride) + 1)]
+
+
+def predict(model, x, p):
+    """Scores (1, C, H, W) of an image (1, 3, H, W): of the whole, or the mean over windows."""
+    if not p.stride:
+        return upsampled(model(x)[0], x.shape[2:], p.align_corners)
+    total = times = 0
+    for top in offsets(x.shape[2], p.crop, p.stride):
+        for left in offsets(x.shape[3], p.crop, p.stride):
+            window = x[:, :, top : top + p.crop, left : left + p.crop]
+            scores = upsampled(model(window)[0], window.shape[2:], p.align_corners)
+            place = (left, x.shape[3] - left - window.shape[3], top, x.shape[2] - top - window.shape[2])
+            total = total + F.pad(scores, place)
+            times = times + F.pad(torch.ones_like(scores[:, :1]), place)
+    return total / times
+
+
+@torch.inference_mode()
+def judge(model, images, p, how, fetch=next):
+    """(confusion (C, C) int64 of the pixels of all ranks' images, the truth in rows; pictures of this rank's
+    first images, each with truth and prediction; those of its images that cannot be read)."""
+    device, classes, dtype = how["device"], len(images.classes), next(model.parameters()).dtype
+    first, last = distributed.rows_of(len(images), distributed.rank(), distributed.world_size())
+    loader = data.Loader(Whole(images, p), how["workers"], device.type == "cuda")
+    batches = data.batches(len(images), 1, 0, 0, 0, 1, order=range(first, last), drop_last=False)
+    every_rank = len(images) // distributed.world_size()  # images that all ranks have
+    confusion, pictures = torch.zeros(classes, classes, dtype=torch.int64, device=device), []
+    model.eval()
+    source = loader.epoch(0, batches)
+    for step in range(last - first):
+        index, (pixels, labels), _ = (fetch if step < every_rank else next)(source)
+        if int(index) != first + step:  # its neighbour, in place of what cannot be read
+            continue
+        x = dense.normalised(pixels[0].to(device, non_blocking=True), how["mean"], how["std"], dtype)
+        with torch.autocast(device.type, torch.bfloat16, enabled=how["precision"] == torch.bfloat16):
+            scores = predict(model, x, p)
+        labels = labels[0].to(device).long()  # (1, H, W)
+        found = upsampled(scores, labels.shape[1:], p.align_corners).argmax(1)  # (1, H, W)
+        known = labels != IGNORED
+        pairs = labels[known] * classes + found[known]
+        confusion += pairs.bincount(minlength=classes**2).view(classes, classes)
+        if len(pictures) < SHOWN:
+            maps = [dense.colours(part[0].cpu().numpy()) for part in (labels, found)]
+            pictures.append([np.asarray(images.read(first + step)), *maps])
+    bad = set(loader.bad) & set(range(first, last))
+    loader.close()
+    return distributed.all_sum(confusion).cpu(), pictures, bad
+
+
+def intersection_over_union(confusion):
+    """(C,) float64 in percent, NaN for a class that neither truth nor prediction has."""
+    both = confusion.diagonal().double()
+    return 100 * both / (confusion.sum(0) + confusion.sum(1) - both)
+
+
+def main(args):
+    device = evaluation.start(args)
+    p, warning = resolve(args)
+    repeatable(args.deterministic)
+    trunk, info = evaluation.open_trunk(args, device)
+    check_trunk(trunk, args, p)
+    images, queries = distributed.from_first(p.open, args.data)
+    how = dict(device=device, mean=info.get("mean", MEAN), std=info.get("std", STD), workers=args.workers,
+               precision=autocast_dtype(args.precision, device))
+    name = f"eval_segmentation_{args.preset}"
+    decisive = evaluation.decisive(args, trunk, precision=how["precision"], data=images.fingerprint,
+                                   val=queries.fingerprint)
+    folder, own = evaluation.folder(args, name, decisive), f"{name}{'_random' * args.random_init}"
+    torch.manual_seed(args.seed)
+    model = Model(trunk, p, len(images.classes))
+    dtype = torch.float64 if args.precision == "float64" else torch.float32
+    model.to(device, dtype, memory_format=torch.channels_last)
+
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    say(f"{args.trunk}: {evaluation.name(info)}, {millions:.2f} M parameters; preset {args.preset}")
+    say(f"{len(images)} images of {len(images.classes)} classes, judged on {len(queries)}; {p.iterations} "
+        f"iterations of {p.batch_size} crops of {p.crop} px, lr {p.lr:g}")
+    if warning:
+        say(warning)
+
+    progress = Progress(folder, own, decisive, args.save_every, args.fresh)
+    loader = data.Loader(Crops(images, p, args.seed), args.workers, device.type == "cuda")
+    loss = train(model, p, loader, len(images), args.seed, how, progress)
+    loader.close()
+    confusion, pictures, bad = judge(model, queries, p, how, progress.fetch)
+    dense.warn_of_unreadable(loader.bad, "--data", "were replaced by their neighbours")
+    dense.warn_of_unreadable(bad, "the held-out ones", "are left out")
+    if not confusion.sum():
+        raise DataError("no held-out image can be read, or none has labels")
+
+    ious = intersection_over_union(confusion)
+    say("\nclass               IoU")
+    for class_name, iou in zip(images.classes, ious.tolist()):
+        say(f"{class_name:16}{'-' if math.isnan(iou) else f'{iou:.2f}':>7}")
+    record = {"preset": args.preset, "images": len(images), "queries": len(queries),
+              "classes": len(images.classes), "iterations": p.iterations, "batch_size": p.batch_size,
+              "lr": p.lr, "weight_decay": p.weight_decay, "seed": args.seed, "loss": loss,
+              "miou": round(float(ious.nanmean()), 4)}
+    line = f"{record['miou']:.2f} mIoU"
+    if images.classes[0] == "background":
+        record["miou_without_background"] = round(float(ious[1:].nanmean()), 4)
+        line += f", {record['miou_without_background']:.2f} without background"
+    record["iou"] = [None if math.isnan(iou) else round(iou, 4) for iou in ious.tolist()]
+    say(f"{line}, of {int(confusion.sum())} pixels")
+    if not progress.write(dense.write_sheet, folder / f"{own}.png", pictures):
+        say(f"image, truth, prediction: {folder / f'{own}.png'}")
+    evaluation.finish(args, info, name, record, folder)
+    progress.finish()
+
+
+if __name__ == "__main__":
+    launch(main, arguments())
