@@ -73,7 +73,7 @@ PRESETS = {
                            20_000, 16),
     "cityscapes_40k": Preset("none for these methods", open_cityscapes, (2049, 1025), 769, 40_000, 8,
                              stride=513, align_corners=True),
-    "small": Preset("none: ours, for the drawn scenes on a CPU", open_scenes, (64, 64), 64, 600, 16, lr=0.02,
+    "small": Preset("none: ours, for the drawn scenes on a CPU", open_scenes, (64, 64), 64, 600, 16, lr=0.1,
                     ratios=(0.75, 1.5), dilated=("layer4",), channels=64, convs=1, joined=False,
                     auxiliary=0),
 }
@@ -129,8 +129,8 @@ def check_trunk(trunk, args, p):
     """Raises ArgumentError for a trunk whose strides cannot become dilations, or that has none in its stem
     where images are large."""
     if not isinstance(trunk, ResNet):
-        raise ArgumentError(f"{args.trunk} is a {type(trunk).__name__}: the stages of a ResNet of "
-                            "common/resnet.py are needed, whose strides become dilations")
+        raise ArgumentError(f"{args.trunk} is no ResNet of common/resnet.py ({type(trunk).__name__}): stages "
+                            "are needed whose strides can become dilations")
     if p.crop > 64 and isinstance(trunk.maxpool, nn.Identity):
         raise ArgumentError(f"{args.trunk} has a small stem: --preset {args.preset} needs one of stride 4, "
                             "--preset small takes it")
@@ -232,7 +232,7 @@ def train(model, p, loader, n, seed, how, progress):
         rate = optimizer.param_groups[0]["lr"] = dense.poly(step, p.iterations, p.lr)
         torch.manual_seed(seed << 32 | step)  # dropout
         x = dense.normalised(crops[0].to(device, non_blocking=True), how["mean"], how["std"], dtype)
-        x = x * inside(sizes[0].to(device), p.crop)  # padding is 0 behind the normalisation
+        x = x * inside(sizes[0].to(device, non_blocking=True), p.crop)  # padding: 0
         labels = labels[0].to(device, non_blocking=True).long()  # (B, H, W)
         with torch.autocast(device.type, torch.bfloat16, enabled=how["precision"] == torch.bfloat16):
             scores = net(x)

@@ -1,6 +1,8 @@
 """What evaluations share that train on labelled pixels or boxes: iterations in place of epochs, their
 schedule, a sheet of pictures."""
 
+import functools
+
 import numpy as np
 import torch
 from PIL import Image
@@ -36,9 +38,13 @@ def poly(step, steps, base_lr, final_lr=1e-4, power=0.9):
 
 def normalised(pixels, mean, std, dtype):
     """(B, 3, H, W) uint8 to dtype, channels last, as the trunk was trained."""
-    mean, std = (torch.tensor(values, dtype=dtype, device=pixels.device).view(3, 1, 1)
-                 for values in (mean, std))
+    mean, std = (_constant(tuple(values), pixels.device, dtype) for values in (mean, std))  # (3, 1, 1)
     return ((pixels.to(dtype) / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+@functools.cache
+def _constant(values, device, dtype):
+    return torch.tensor(values, dtype=dtype, device=device).view(3, 1, 1)  # it stays on the device
 
 
 def warn_of_unreadable(bad, option, what):
