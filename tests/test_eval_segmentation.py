@@ -22,13 +22,14 @@ import eval_segmentation
 from common import data
 from common.alexnet import alexnet
 from common.batchnorm import share_dropout
-from common.engine.errors import DataError
+from common.engine.errors import ArgumentError, DataError
 from common.evaluation import dense, maps
 from common.evaluation.maps import Crops, Whole, distort
 from common.evaluation.progress import Progress
 from common.multicrop import MEAN, STD, generator, to_tensor
 from common.resnet import resnet10, resnet50
 from common.sources.masks import VOC_CLASSES, open_cityscapes, open_scenes, open_voc_aug
+from common.weights.preact import PreactResNet50
 from eval_segmentation import PRESETS, Model, dilate, judge, loss_of, offsets, predict
 
 HOW = dict(device=torch.device("cpu"), mean=MEAN, std=STD, workers=0, precision=torch.float32)
@@ -567,15 +568,27 @@ def test_a_rate_that_does_not_follow_the_batch_is_said():
     assert (p.lr, p.weight_decay, warning) == (0.3, 0, None)
 
 
+@pytest.mark.parametrize("trunk", [nn.Flatten(), PreactResNet50()], ids=["own", "preact"])
+def test_a_trunk_without_stages_to_dilate_is_refused(trunk):
+    args = eval_segmentation.arguments(["some.pt"])
+    with pytest.raises(ArgumentError, match=rf"some.pt is no ResNet .*\({type(trunk).__name__}\)"):
+        eval_segmentation.check_trunk(trunk, args, PRESETS["small"])
+
+
+def test_a_sheet_takes_pictures_of_any_shape_or_none(tmp_path):
+    shapes, sizes = [[(2, 300)], [(30, 10), (10, 10)]], []
+    for rows in ([], [[np.zeros((*shape, 3), np.uint8) for shape in row] for row in shapes]):
+        dense.write_sheet(tmp_path / "sheet.png", rows, height=20)
+        with Image.open(tmp_path / "sheet.png") as sheet:
+            sizes.append(sheet.size)
+    assert sizes == [(20, 20), (80, 44)]
+
+
 def test_errors(tmp_path, backbone, capsys, monkeypatch):
     (tmp_path / "empty").mkdir()
     alex = export(tmp_path / "alex.pt", alexnet("deepcluster", sobel=True), arch="alexnet", width=1,
                   sobel=True, stem="imagenet", size=224, resize=256)
     large = export(tmp_path / "large.pt", resnet10(width=0.125), stem="imagenet")
-    (tmp_path / "own_trunk.py").write_text(
-        "from torch import nn\n"
-        "def trunk(**_):\n    net = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())\n"
-        "    net.feature_dim = 3\n    return net\n")
     voc = voc_tree(tmp_path / "set")
     full = ("--preset", "voc12aug_20k", "--data", voc)
     refuses(capsys, eval_segmentation, (

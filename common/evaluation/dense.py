@@ -65,9 +65,9 @@ def colours(labels):
 
 def write_sheet(path, rows, height=192):
     """Writes pictures [[(H, W, 3) uint8]], those of a row side by side, as one PNG."""
-    rows = [[Image.fromarray(cell) for cell in row] for row in rows]
-    rows = [[cell.resize((max(1, cell.width * height // cell.height), height), Image.Resampling.NEAREST)
-             for cell in row] for row in rows]
+    rows = [[Image.fromarray(cell) for cell in row] for row in rows or [[np.zeros((1, 1, 3), np.uint8)]]]
+    rows = [[cell.resize((min(4 * height, max(1, cell.width * height // cell.height)), height),
+                         Image.Resampling.NEAREST) for cell in row] for row in rows]
     gap = 4
     width = max(sum(cell.width + gap for cell in row) for row in rows) - gap
     sheet = Image.new("RGB", (width, len(rows) * (height + gap) - gap), "white")
