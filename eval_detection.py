@@ -37,17 +37,9 @@ from common.multicrop import MEAN, STD
 from common.optim import drops
 from common.resnet import ResNet
 from common.sources.objects import open_coco, open_voc
-from common.sources.scenes import Scenes
-from common.sources.shapes import count
+from common.sources.scenes import open_scenes
 
 LOG_EVERY = 50  # iterations
-
-
-def open_scenes(spec):
-    name, colon, number = (spec or "scenes").partition(":")
-    if name != "scenes" or (colon and not number):
-        raise ArgumentError(f"--data {spec}: --preset small takes scenes, or scenes:N for N of them")
-    return tuple(Scenes(split, *([count(number, name)] if number else [])) for split in ("train", "val"))
 
 
 @dataclass(frozen=True)
@@ -131,11 +123,11 @@ def resolve(args):
     p = replace(preset, **evaluation.given(args, ("batch_size", "lr", "reestimate")))
     if args.lr is None:
         p = replace(p, lr=preset.lr * p.batch_size / preset.batch_size)
+    evaluation.need(p.batch_size >= 2 and p.reestimate >= 0, p, "batch_size reestimate",
+                    "two images a step or more are needed, and nothing below 0")
     evaluation.need(0 < p.lr < math.inf, p, "lr", "more than 0 is needed")
     fine = args.iterations is None or args.iterations >= 1
     evaluation.need(fine, args, "iterations", "one or more is needed")
-    evaluation.need(p.batch_size >= 2 and p.reestimate >= 0, p, "batch_size reestimate",
-                    "two images a step or more are needed, and nothing below 0")
     evaluation.need(0 <= args.seed < 1 << 32, args, "seed", f"0 to {(1 << 32) - 1} is needed")
     if p.batch_size % (ranks := distributed.world_size()):
         raise ArgumentError(f"--batch-size {p.batch_size} is not divisible by the {ranks} processes")
@@ -146,7 +138,7 @@ def resolve(args):
 
 def scheduled(p, args, n):
     """The preset with its length in iterations over n images, and its warm-up as long in proportion."""
-    published = p.iterations * (n // PRESETS[args.preset].batch_size) if p.epochs else p.iterations
+    published = p.iterations * (n // p.batch_size) if p.epochs else p.iterations
     iterations = published if args.iterations is None else args.iterations
     return replace(p, iterations=iterations, warmup=round(p.warmup * iterations / max(1, published)))
 
@@ -154,7 +146,7 @@ def scheduled(p, args, n):
 def rate(step, p):
     """Learning rate of an iteration, 0-based."""
     lr = drops(step, 1, p.lr, [round(drop * p.iterations) for drop in p.drops], 0.1)
-    return lr * min(1.0, p.warmup_start + (1 - p.warmup_start) * step / max(1, p.warmup))
+    return lr if step >= p.warmup else lr * (p.warmup_start + (1 - p.warmup_start) * step / p.warmup)
 
 
 def fitting(trunk, args, p):
@@ -265,7 +257,7 @@ def main(args):
     loader.close()
     rows, masks, bad = found.detect(model, queries, p, how, progress.fetch)
     dense.warn_of_unreadable(loader.bad, "--data", "were replaced by their neighbours")
-    dense.warn_of_unreadable(bad, "the held-out ones", "are left out")
+    dense.warn_of_unreadable(bad, "the held-out set", "are left out")
     if len(bad) == len(queries):
         raise DataError("no held-out image can be read")
 

@@ -126,14 +126,19 @@ def resolve(args):
 
 
 def check_trunk(trunk, args, p):
-    """Raises ArgumentError for a trunk whose strides cannot become dilations, or that has none in its stem
-    where images are large."""
+    """The preset for this trunk: `small` looks at images four times as large where the stem has stride 4.
+    Raises ArgumentError for a trunk whose strides cannot become dilations, or that has none in its stem where
+    images are large."""
     if not isinstance(trunk, ResNet):
         raise ArgumentError(f"{args.trunk} is no ResNet of common/resnet.py ({type(trunk).__name__}): stages "
                             "are needed whose strides can become dilations")
-    if p.crop > 64 and isinstance(trunk.maxpool, nn.Identity):
+    small_stem = isinstance(trunk.maxpool, nn.Identity)
+    if args.preset == "small":
+        return p if small_stem else replace(p, base=tuple(4 * side for side in p.base), crop=4 * p.crop)
+    if small_stem:
         raise ArgumentError(f"{args.trunk} has a small stem: --preset {args.preset} needs one of stride 4, "
                             "--preset small takes it")
+    return p
 
 
 def dilate(trunk, stages):
@@ -329,7 +334,7 @@ def main(args):
     p, warning = resolve(args)
     repeatable(args.deterministic)
     trunk, info = evaluation.open_trunk(args, device)
-    check_trunk(trunk, args, p)
+    p = check_trunk(trunk, args, p)
     images, queries = distributed.from_first(p.open, args.data)
     how = dict(device=device, mean=info.get("mean", MEAN), std=info.get("std", STD), workers=args.workers,
                precision=autocast_dtype(args.precision, device))
@@ -355,7 +360,7 @@ def main(args):
     loader.close()
     confusion, pictures, bad = judge(model, queries, p, how, progress.fetch)
     dense.warn_of_unreadable(loader.bad, "--data", "were replaced by their neighbours")
-    dense.warn_of_unreadable(bad, "the held-out ones", "are left out")
+    dense.warn_of_unreadable(bad, "the held-out set", "are left out")
     if not confusion.sum():
         raise DataError("no held-out image can be read, or none has labels")
 

@@ -238,6 +238,9 @@ def test_the_schedule_keeps_its_places_and_the_rate_follows_the_batch():
     assert (p.iterations, p.warmup, p.lr) == (12 * 7_329, 1_000, 0.02)
     assert rate(58_632, p) == pytest.approx(2e-3) and rate(58_631, p) == 0.02
     assert resolved(99, "--preset", "coco_fpn_1x", "--batch-size", "8", "--lr", "0.3").lr == 0.3
+    assert resolved(117_266, "--preset", "coco_fpn_1x", "--batch-size", "8").iterations == 12 * 14_658
+    short = resolved(400, "--preset", "small", "--iterations", "5")
+    assert short.warmup == 0 and rate(0, short) == short.lr
 
 
 def test_the_presets_are_listed_with_their_figures(capsys):
@@ -538,7 +541,7 @@ def test_files_are_judged_alike_on_one_rank_and_on_two(tmp_path, large_stem, cap
         (two / file.name).write_bytes(file.read_bytes())
     record, out = evaluate(capsys, eval_detection, *command, one)
     assert "going on from" in out
-    assert "warning: 1 images of the held-out ones cannot be read and are left out" in out
+    assert "warning: 1 images of the held-out set cannot be read and are left out" in out
     ranks(2, judged_on_two_ranks, *command, two)
     name = f"eval_detection_{preset}.json"
     assert json.loads((two / name).read_text()) == record == json.loads((one / name).read_text())

@@ -137,6 +137,7 @@ def test_the_loss_is_the_mean_over_all_pixels_with_those_left_out(align_corners)
 
 
 def test_the_rate_falls_to_its_end():
+    assert dense.poly(50, 100, 1e-5) == pytest.approx(1e-5)  # never upwards
     rates = [dense.poly(step, 20_000, 0.01) for step in (0, 10_000, 19_999, 20_000)]
     assert rates[0] == 0.01 and rates[3] == 1e-4 and 1e-4 < rates[2] < 1.02e-4
     assert rates[1] == pytest.approx((0.01 - 1e-4) * 0.5**0.9 + 1e-4)
@@ -516,7 +517,7 @@ def test_devkits_end_to_end(kind, tmp_path, monkeypatch, capsys):
     Path(root_of(val, 0)).write_bytes(b"")  # empty
     record, out = evaluate(capsys, *command, "--fresh")
     assert "warning: 1 images of --data cannot be read and were replaced by their neighbours" in out
-    assert "warning: 1 images of the held-out ones cannot be read and are left out" in out
+    assert "warning: 1 images of the held-out set cannot be read and are left out" in out
     one, bad = judged(kind, root, state)
     assert bad == [0]
     found = ranks(2, judged, kind, root, state)
@@ -573,6 +574,15 @@ def test_a_trunk_without_stages_to_dilate_is_refused(trunk):
     args = eval_segmentation.arguments(["some.pt"])
     with pytest.raises(ArgumentError, match=rf"some.pt is no ResNet .*\({type(trunk).__name__}\)"):
         eval_segmentation.check_trunk(trunk, args, PRESETS["small"])
+
+
+def test_small_looks_at_larger_images_with_a_stem_of_stride_4():
+    args = eval_segmentation.arguments(["some.pt"])
+    small, large = (resnet10(width=0.125, stem=stem) for stem in ("small", "imagenet"))
+    p = eval_segmentation.check_trunk(small, args, PRESETS["small"])
+    assert (p, p.crop) == (PRESETS["small"], 64)
+    p = eval_segmentation.check_trunk(large, args, PRESETS["small"])
+    assert (p.base, p.crop) == ((256, 256), 256)
 
 
 def test_a_sheet_takes_pictures_of_any_shape_or_none(tmp_path):

@@ -33,7 +33,8 @@ def iterations(loader, n, batch_size, seed, first, last, order=lambda epoch: Non
 
 def poly(step, steps, base_lr, final_lr=1e-4, power=0.9):
     """Learning rate of a step (0-based) that falls from base_lr to final_lr, which would be that of step
-    `steps`."""
+    `steps`, or of base_lr if that is lower."""
+    final_lr = min(final_lr, base_lr)
     return (base_lr - final_lr) * (1 - step / steps) ** power + final_lr
 
 

@@ -6,7 +6,7 @@ given, initial values, mask targets. What is left as torchvision has it: the bes
 positive however little they overlap; class 0 is the background, and has boxes that nothing trains.
 
 Losses and batch norm are those of the images of all ranks, and what is drawn for an image is a function of
-its seed: two ranks train as one does.
+its seed: on images of one size two ranks train as one does. Others are padded to the largest of a rank.
 """
 
 import torch
@@ -161,7 +161,7 @@ class Heads(RoIHeads):
         return mean_over_ranks(loss, logits.numel())
 
 
-class Fast(nn.Module):
+class LowPrecision(nn.Module):
     """A part that computes in bfloat16 where `low` says so; what it returns is as exact as what it is given.
     Boxes and losses are outside: in bfloat16 they would err by pixels."""
 
@@ -230,9 +230,9 @@ def c4(trunk, classes, sides, size, low=False, **counts):
     layer4, stride = trunk.layer4, 16 if trunk.conv1.stride == (2, 2) else 4
     trunk.layer4 = nn.Identity()
     head = nn.Sequential(layer4, nn.BatchNorm2d(trunk.feature_dim), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    return assemble(Fast(Stages(trunk, ["layer3"]), low), trunk.feature_dim // 2,
-                    Anchors((sides,), (stride,)), AlignedPool({"layer3": stride}, size), Fast(head, low),
-                    trunk.feature_dim, classes, **counts)
+    return assemble(LowPrecision(Stages(trunk, ["layer3"]), low), trunk.feature_dim // 2,
+                    Anchors((sides,), (stride,)), AlignedPool({"layer3": stride}, size),
+                    LowPrecision(head, low), trunk.feature_dim, classes, **counts)
 
 
 def fpn(trunk, classes, sides, size, low=False, **counts):
@@ -243,10 +243,10 @@ def fpn(trunk, classes, sides, size, low=False, **counts):
     pyramid = FeaturePyramidNetwork(inputs, 256, LastLevelMaxPool(), norm_layer=norm)
     anchors = Anchors(tuple((side,) for side in sides), (*strides.values(), 64))
     head = FastRCNNConvFCHead((256, size, size), [256] * 4, [1024], norm_layer=norm)
-    masks = (AlignedPool(strides, 14), Fast(MaskRCNNHeads(256, [256] * 4, 1, norm_layer=norm), low),
+    masks = (AlignedPool(strides, 14), LowPrecision(MaskRCNNHeads(256, [256] * 4, 1, norm_layer=norm), low),
              MaskRCNNPredictor(256, 256, classes + 1))
-    return assemble(Fast(Stages(trunk, list(strides), pyramid), low), 256, anchors,
-                    AlignedPool(strides, size), Fast(head, low), 1024, classes, masks=masks, **counts)
+    return assemble(LowPrecision(Stages(trunk, list(strides), pyramid), low), 256, anchors,
+                    AlignedPool(strides, size), LowPrecision(head, low), 1024, classes, masks=masks, **counts)
 
 
 def norms(model):

@@ -4,7 +4,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..multicrop import generator, read_or_next
+from ..multicrop import generator, read_or_next, to_tensor
+from . import dense
 
 
 class Examples:
@@ -65,9 +66,10 @@ BILINEAR = Image.Resampling.BILINEAR
 
 
 def nothing():
-    """The target of what could not be read: a training goes on until all ranks look whether any has such."""
-    return {"original": (32, 32), "boxes": np.zeros((0, 4), np.float32), "labels": np.zeros(0, np.int64),
-            "masks": np.zeros((0, 32, 32), np.uint8), "seed": 0}
+    """The target of what could not be read: a training goes on until all ranks look whether any has such. It
+    has an object, or a mask head's batch norm might see none."""
+    return {"original": (32, 32), "boxes": np.float32([[0, 0, 32, 32]]), "labels": np.ones(1, np.int64),
+            "masks": np.ones((1, 32, 32), np.uint8), "seed": 0}
 
 
 def scaled(image, short, longest):
@@ -75,10 +77,6 @@ def scaled(image, short, longest):
     `longest`."""
     scale = min(short / min(image.size), longest / max(image.size))
     return tuple(max(1, int(side * scale + 0.5)) for side in image.size)
-
-
-def to_tensor(image):
-    return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
 
 
 def collate(samples):
@@ -92,11 +90,10 @@ def batch(pixels, targets, how, dtype):
     device = how["device"]
     sizes = [tuple(image.shape[1:]) for image in pixels]
     height, width = (-(-max(sides) // 32) * 32 for sides in zip(*sizes))
-    mean, std = (torch.tensor(how[name], dtype=dtype, device=device).view(3, 1, 1)
-                 for name in ("mean", "std"))
     x = torch.zeros(len(pixels), 3, height, width, dtype=dtype, device=device)
     for place, image, (h, w) in zip(x, pixels, sizes):
-        place[:, :h, :w] = (image.to(device, non_blocking=True).to(dtype) / 255 - mean) / std
+        image = image[None].to(device, non_blocking=True)
+        place[:, :h, :w] = dense.normalised(image, how["mean"], how["std"], dtype)[0]
     tensors = [{name: torch.from_numpy(value).to(device, dtype if name == "boxes" else None)
                 for name, value in target.items() if isinstance(value, np.ndarray)}
                | {"seed": target.get("seed")} for target in targets]

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from ..engine.errors import DataError
+from ..engine.errors import WorkerError
 from ..multicrop import generator, read_or_next, to_tensor
 
 IGNORED = 255  # the label of pixels that are left out
@@ -27,13 +27,14 @@ class Pairs:
         return i, self.images.read(i), self.images.label_map(i)
 
     def checked(self, i, image, labels):
-        """(3, H, W) and (H, W) uint8. Raises DataError unless the labels are those of such an image."""
+        """(3, H, W) and (H, W) uint8. Raises WorkerError, which its rank says, unless the labels are those of
+        such an image."""
         path, classes = self.images.paths[i], len(self.images.classes)
         if labels.shape != image.size[::-1]:
             sides = f"{labels.shape[1]}x{labels.shape[0]}, the image {image.width}x{image.height}"
-            raise DataError(f"{path}: its map of labels has {sides} pixels")
+            raise WorkerError(f"{path}: its map of labels has {sides} pixels")
         if (wrong := labels[(labels >= classes) & (labels != IGNORED)]).size:
-            raise DataError(f"{path}: its map of labels has a {wrong[0]}, {classes} classes are known")
+            raise WorkerError(f"{path}: its map of labels has a {wrong[0]}, {classes} classes are known")
         return to_tensor(image), torch.from_numpy(labels)
 
 

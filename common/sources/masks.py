@@ -8,9 +8,8 @@ import numpy as np
 import scipy.io
 
 from ..engine.errors import DataError, border, say
+from . import scenes
 from .files import decode
-from .scenes import Scenes
-from .shapes import count
 
 VOC_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
                "motorbike person pottedplant sheep sofa train tvmonitor").split()
@@ -21,14 +20,11 @@ CITYSCAPES_IDS = {7: "road", 8: "sidewalk", 11: "building", 12: "wall", 13: "fen
 
 
 def open_scenes(spec):
-    """(training, held-out) drawn scenes with a class for the background. spec: "", "scenes" or "scenes:N"."""
-    name, colon, number = spec.partition(":")
-    if name not in ("", "scenes"):
-        raise DataError(f"--data {spec}: this preset is for scenes, or scenes:N for N of them")
-    sets = [Scenes(split, *([count(number, "scenes")] if colon else [])) for split in ("train", "val")]
-    for scenes in sets:
-        scenes.classes = ["background", *Scenes.classes]
-    return tuple(sets)
+    """(training, held-out) drawn scenes with a class for the background."""
+    sets = scenes.open_scenes(spec)
+    for part in sets:
+        part.classes = ["background", *part.classes]
+    return sets
 
 
 class Masks:
@@ -94,8 +90,8 @@ def open_voc_aug(spec):
     own = {split: _lines(voc / "ImageSets" / "Segmentation" / f"{split}.txt") for split in ("train", "val")}
     added = {name for split in ("train", "val") for name in _lines(sbd / f"{split}.txt")}
     added = sorted(added - {*own["train"], *own["val"]})
-    if (count := len(own["train"]) + len(added)) != 10_582:
-        say(f"warning: {devkit} has {count} training images, the published protocol 10,582")
+    if (number := len(own["train"]) + len(added)) != 10_582:
+        say(f"warning: {devkit} has {number} training images, the published protocol 10,582")
 
     def pair(name, labels):
         return os.path.join("JPEGImages", f"{name}.jpg"), str(labels)

@@ -7,6 +7,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from ..engine.errors import ArgumentError, DataError, border, say
 from .files import decode
@@ -47,7 +48,7 @@ class Objects:
         self.boxes, self.labels = np.array(boxes, np.float32), np.array(labels, np.int64)
         self.difficult, self.crowd = np.array(difficult, bool), np.array(crowd, bool)
         self.outline_ends = np.cumsum([0, *map(len, outlines)])
-        self.outlines = b"".join(outlines)
+        self.outlines = torch.frombuffer(bytearray(b"".join(outlines) or b" "), dtype=torch.uint8)
         digest = hashlib.sha256("\0".join(self.paths).encode(errors="surrogateescape"))
         for array in (self.ends, self.boxes, self.labels, self.difficult, self.crowd):
             digest.update(array.tobytes())
@@ -140,7 +141,8 @@ class Coco(Objects):
         width, height = self.sizes[i]
         masks = np.zeros((chosen.sum(), height, width), bool)
         for row, k in zip(masks, np.flatnonzero(chosen) + self.ends[i]):
-            outline = json.loads(self.outlines[self.outline_ends[k] : self.outline_ends[k + 1]])
+            text = self.outlines[self.outline_ends[k] : self.outline_ends[k + 1]]
+            outline = json.loads(text.numpy().tobytes())
             if isinstance(outline, list) or isinstance(outline["counts"], list):  # polygons; lengths of runs
                 outline = mask.frPyObjects(outline, height, width)
             row[:] = mask.decode(mask.merge(outline) if isinstance(outline, list) else outline)

@@ -5,7 +5,8 @@ import functools
 import numpy as np
 from PIL import Image
 
-from .shapes import Shapes, lit, outline
+from ..engine.errors import DataError
+from .shapes import Shapes, count, lit, outline
 
 SIZE = 64
 SMALLEST = 16  # visible pixels that an object has at least
@@ -85,3 +86,11 @@ def place(rng):
     y, x = (np.mgrid[:SIZE, :SIZE] + 0.5 - centre[:, None, None]) / radius
     u, v = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
     return int(label) + 1, centre, outline(label, u, v) * radius
+
+
+def open_scenes(spec):
+    """(training, held-out) drawn scenes. spec: "", "scenes" or "scenes:N"."""
+    name, colon, number = spec.partition(":")
+    if name not in ("", "scenes"):
+        raise DataError(f"--data {spec}: this preset is for scenes, or scenes:N for N of them")
+    return tuple(Scenes(split, *([count(number, "scenes")] if colon else [])) for split in ("train", "val"))
