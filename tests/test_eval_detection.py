@@ -590,7 +590,7 @@ def test_errors(tmp_path, backbone, large_stem, capsys, monkeypatch):
         ((*own, "--reestimate", -1), 2, "--reestimate -1"),
         ((*own, "--lr", "nan"), 2, "--lr nan: more than 0"),
         ((*own, "--preset", "moco"), 2, "invalid choice: 'moco'"),
-        ((backbone, "--data", "shapes"), 2, "--data shapes: --preset small takes scenes"),
+        ((backbone, "--data", "shapes"), 3, "--data shapes: this preset is for scenes"),
         ((backbone, "--data", "scenes:x"), 3, "scenes:x: a number of images"),
         ((*own, "--batch-size", 16), 3, "--data has 12 images, fewer than one batch: --batch-size 16"),
         ((backbone, *voc, "--data", root), 2, "has a small stem: --preset voc0712_24k needs one of stride 4"),
@@ -633,8 +633,8 @@ def test_a_batch_of_nothing_has_a_loss():
         model = tiny(network, torch.float32)
         x, sizes, targets = examples.batch([torch.zeros(3, 32, 32, dtype=torch.uint8)] * 2,
                                            [examples.nothing()] * 2, HOW, torch.float32)
-        losses = model(x, sizes, targets)
-        assert torch.stack(list(losses.values())).isfinite().all() and losses["box"] == 0
+        losses = torch.stack(list(model(x, sizes, targets).values()))
+        assert losses.isfinite().all() and (losses > 0).all()  # every head sees something
 
 
 def test_a_loss_that_is_not_finite_is_said(backbone, capsys):
