@@ -29,11 +29,10 @@ import torch
 from common import data, distributed
 from common.batchnorm import parallel
 from common.engine.errors import ArgumentError, DataError, Diverged, say
-from common.engine.launch import autocast_dtype, launch, repeatable
+from common.engine.launch import launch, repeatable
 from common.evaluation import boxes, dense, detector, examples, found
 from common.evaluation import protocol as evaluation
 from common.evaluation.progress import Progress
-from common.multicrop import MEAN, STD
 from common.optim import drops
 from common.resnet import ResNet
 from common.sources.objects import open_coco, open_voc
@@ -233,13 +232,8 @@ def main(args):
     p = fitting(trunk, args, p)
     images, queries = distributed.from_first(p.open, args.data)
     p = scheduled(p, args, len(images))
-    how = dict(device=device, mean=info.get("mean", MEAN), std=info.get("std", STD), workers=args.workers,
-               precision=autocast_dtype(args.precision, device))
     name = f"eval_detection_{args.preset}"
-    decisive = evaluation.decisive(args, trunk, precision=how["precision"], data=images.fingerprint,
-                                   val=queries.fingerprint)
-    folder, own = evaluation.folder(args, name, decisive), f"{name}{'_random' * args.random_init}"
-    torch.manual_seed(args.seed)
+    how, decisive, folder, own = dense.setting(args, info, device, trunk, name, images, queries)
     model = p.network(trunk, len(images.classes), p.sides, p.region, how["precision"] == torch.bfloat16,
                       before=p.before, after=p.after, rois=p.rois, over_all=p.over_all)
     dtype = torch.float64 if args.precision == "float64" else torch.float32
@@ -256,8 +250,7 @@ def main(args):
     loss = train(model, p, loader, images, args, how, progress)
     loader.close()
     rows, masks, bad = found.detect(model, queries, p, how, progress.fetch)
-    dense.warn_of_unreadable(loader.bad, "--data", "were replaced by their neighbours")
-    dense.warn_of_unreadable(bad, "the held-out set", "are left out")
+    dense.warn_of_unreadable(loader.bad, bad)
     if len(bad) == len(queries):
         raise DataError("no held-out image can be read")
 
@@ -273,8 +266,7 @@ def main(args):
               "classes": len(images.classes), "iterations": p.iterations, "batch_size": p.batch_size,
               "lr": p.lr, "reestimate": p.reestimate, "seed": args.seed, "loss": loss,
               **{key: round(v, 4) if isinstance(v, float) else v for key, v in result.items()}}
-    sheet = distributed.from_main(found.pictures, queries, rows, bad)
-    if not progress.write(dense.write_sheet, folder / f"{own}.png", sheet):
+    if not progress.write(found.write_pictures, folder / f"{own}.png", queries, rows, bad):
         say(f"image, truth, prediction: {folder / f'{own}.png'}")
     evaluation.finish(args, info, name, record, folder)
     progress.finish()

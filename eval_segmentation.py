@@ -30,12 +30,11 @@ from torch import nn
 from common import data, distributed
 from common.batchnorm import parallel
 from common.engine.errors import ArgumentError, DataError, Diverged, say
-from common.engine.launch import autocast_dtype, launch, repeatable
+from common.engine.launch import launch, repeatable
 from common.evaluation import dense
 from common.evaluation import protocol as evaluation
 from common.evaluation.maps import IGNORED, Crops, Whole
 from common.evaluation.progress import Progress
-from common.multicrop import MEAN, STD
 from common.resnet import ResNet
 from common.sources.masks import open_cityscapes, open_scenes, open_voc_aug
 
@@ -336,13 +335,8 @@ def main(args):
     trunk, info = evaluation.open_trunk(args, device)
     p = check_trunk(trunk, args, p)
     images, queries = distributed.from_first(p.open, args.data)
-    how = dict(device=device, mean=info.get("mean", MEAN), std=info.get("std", STD), workers=args.workers,
-               precision=autocast_dtype(args.precision, device))
     name = f"eval_segmentation_{args.preset}"
-    decisive = evaluation.decisive(args, trunk, precision=how["precision"], data=images.fingerprint,
-                                   val=queries.fingerprint)
-    folder, own = evaluation.folder(args, name, decisive), f"{name}{'_random' * args.random_init}"
-    torch.manual_seed(args.seed)
+    how, decisive, folder, own = dense.setting(args, info, device, trunk, name, images, queries)
     model = Model(trunk, p, len(images.classes))
     dtype = torch.float64 if args.precision == "float64" else torch.float32
     model.to(device, dtype, memory_format=torch.channels_last)
@@ -359,8 +353,7 @@ def main(args):
     loss = train(model, p, loader, len(images), args.seed, how, progress)
     loader.close()
     confusion, pictures, bad = judge(model, queries, p, how, progress.fetch)
-    dense.warn_of_unreadable(loader.bad, "--data", "were replaced by their neighbours")
-    dense.warn_of_unreadable(bad, "the held-out set", "are left out")
+    dense.warn_of_unreadable(loader.bad, bad)
     if not confusion.sum():
         raise DataError("no held-out image can be read, or none has labels")
 

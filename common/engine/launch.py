@@ -75,12 +75,12 @@ def own_trunk(config, device):
         return None
     from ..sources import own
 
-    trunk = own.trunk(config.arch, config.width, config.stem).to(device).train()
+    trunk = own.trunk(config.arch, config.width, config.stem).to(device)
     own.check(trunk, config.arch, sorted({*config.sizes, config.eval_size or config.sizes[0]}), device)
     if getattr(config, "sobel", False):
         config.sobel = False
         say(f"--arch {config.arch} sees the images' colours: --sobel is of the trunks that are here")
-    return trunk
+    return trunk.train()
 
 
 def prepare(model, config, device):

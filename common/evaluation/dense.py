@@ -10,6 +10,9 @@ from PIL import Image
 from .. import data, distributed
 from ..engine.errors import DataError, say
 from ..engine.files import writing
+from ..engine.launch import autocast_dtype
+from ..multicrop import MEAN, STD
+from . import protocol
 
 
 def iterations(loader, n, batch_size, seed, first, last, order=lambda epoch: None):
@@ -49,11 +52,25 @@ def _constant(values, device, dtype):
     return torch.tensor(values, dtype=dtype, device=device).view(3, 1, 1)  # it stays on the device
 
 
-def warn_of_unreadable(bad, option, what):
-    """Says how many images of an option cannot be read, and what became of them. bad: this rank's."""
-    found = len(distributed.gather_rows(torch.tensor(sorted(bad), dtype=torch.int64)).unique())
-    if found:
-        say(f"warning: {found} images of {option} cannot be read and {what}")
+def setting(args, info, device, trunk, name, images, queries):
+    """What a training on labelled pixels or boxes begins with, and seeds torch: how images are looked at,
+    what decides the result, the folder for its files, and the name of what belongs to this run alone."""
+    how = dict(device=device, mean=info.get("mean", MEAN), std=info.get("std", STD), workers=args.workers,
+               precision=autocast_dtype(args.precision, device))
+    decisive = protocol.decisive(args, trunk, precision=how["precision"], data=images.fingerprint,
+                                 val=queries.fingerprint)
+    torch.manual_seed(args.seed)
+    return how, decisive, protocol.folder(args, name, decisive), f"{name}{'_random' * args.random_init}"
+
+
+def warn_of_unreadable(trained, judged):
+    """Says how many images of both sets cannot be read, and what became of them; of each, those that this
+    rank has met."""
+    for bad, which, what in ((trained, "--data", "were replaced by their neighbours"),
+                             (judged, "the held-out set", "are left out")):
+        found = len(distributed.gather_rows(torch.tensor(sorted(bad), dtype=torch.int64)).unique())
+        if found:
+            say(f"warning: {found} images of {which} cannot be read and {what}")
 
 
 def colours(labels):

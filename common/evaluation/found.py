@@ -114,8 +114,8 @@ def by_pycocotools(images, rows, masks, bad):
     return result
 
 
-def pictures(images, rows, bad):
-    """[[image, with its objects, with what is found]] of the first images that can be read."""
+def write_pictures(path, images, rows, bad):
+    """Writes image, the same with its objects, and with what is found, of the first that can be read."""
     sheet = []
     for i in [i for i in range(min(len(images), 10 * SHOWN)) if i not in bad][:SHOWN]:
         image, truth = images.read(i), images.objects(i)
@@ -133,4 +133,4 @@ def pictures(images, rows, bad):
                 draw.text((x1 + 4, y1 + 2), images.classes[label - 1], "white", stroke_width=1,
                           stroke_fill=colour)
         sheet.append([np.asarray(picture) for picture in row])
-    return sheet
+    dense.write_sheet(path, sheet)

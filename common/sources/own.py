@@ -175,9 +175,10 @@ def trunk(spec, width, stem):
 
 @torch.no_grad()
 def check(made, spec, sizes, device):
-    """Raises ArgumentError unless a trunk on the device makes (B, feature_dim) of images of these sizes."""
-    training, wanted = made.training, (2, made.feature_dim)
+    """Raises ArgumentError unless a trunk on the device makes (B, feature_dim) of images of these sizes. Puts
+    it into eval mode."""
     made.eval()
+    wanted = 2, made.feature_dim
     for size in sizes:
         try:
             features = made(torch.zeros(2, 3, size, size, device=device))
@@ -186,4 +187,3 @@ def check(made, spec, sizes, device):
         if getattr(features, "shape", None) != wanted:
             got = f"{tuple(getattr(features, 'shape', ())) or type(features).__name__}"
             raise ArgumentError(f"{spec} gives {got} for two images of {size} pixels, not {wanted}")
-    made.train(training)
