@@ -55,7 +55,7 @@ TINY = dict(arch="resnet10", width=0.5, stem="small", crops=(1,), sizes=(32,), s
             eval_size=48, jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, grey_first=False, prototypes=64, heads=4,
             relabellings=10, relabel_power=1, labelling="clean", batch_size=32, lr=0.05, drop_epochs=())
 SHAPES = dict(TINY, width=0.25, sizes=(24,), eval_size=32, scales=(0.4, 1.0), jitter=(0.4, 0.4, 0.4, 0.2),
-              heads=10, lr=0.1, epochs=12, relabellings=24, drop_epochs=(10,))
+              heads=10, lr=0.1, epochs=18, relabellings=36, drop_epochs=(15,))
 RECIPES = {  # name: (result, ImageNet linear top-1 where not said, what differs from the first row)
     "resnet50_10x3k": ("61.5; NMI 54.2, AMI 34.4, ARI 7.2; the default with --data", dict(
         arch="preact50", crops=(1,), sizes=(224,), scales=(0.08, 1.0), jitter=(0.4, 0.4, 0.4, 0.4),
