@@ -17,28 +17,22 @@ A stop signal and every --save-every minutes save where it is; the same command 
 """
 
 import argparse
-import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import timedelta
 
 import numpy as np
 import torch
 
 from common import data, distributed
 from common.batchnorm import parallel
-from common.engine.errors import ArgumentError, DataError, Diverged, say
+from common.engine.errors import DataError, say
 from common.engine.launch import launch, repeatable
 from common.evaluation import boxes, dense, detector, examples, found
 from common.evaluation import protocol as evaluation
 from common.evaluation.progress import Progress
 from common.optim import drops
-from common.resnet import ResNet
 from common.sources.objects import open_coco, open_voc
 from common.sources.scenes import open_scenes
-
-LOG_EVERY = 50  # iterations
 
 
 @dataclass(frozen=True)
@@ -122,16 +116,8 @@ def resolve(args):
     p = replace(preset, **evaluation.given(args, ("batch_size", "lr", "reestimate")))
     if args.lr is None:
         p = replace(p, lr=preset.lr * p.batch_size / preset.batch_size)
-    evaluation.need(p.batch_size >= 2 and p.reestimate >= 0, p, "batch_size reestimate",
-                    "two images a step or more are needed, and nothing below 0")
-    evaluation.need(0 < p.lr < math.inf, p, "lr", "more than 0 is needed")
-    fine = args.iterations is None or args.iterations >= 1
-    evaluation.need(fine, args, "iterations", "one or more is needed")
-    evaluation.need(0 <= args.seed < 1 << 32, args, "seed", f"0 to {(1 << 32) - 1} is needed")
-    if p.batch_size % (ranks := distributed.world_size()):
-        raise ArgumentError(f"--batch-size {p.batch_size} is not divisible by the {ranks} processes")
-    if p.open is not open_scenes and not args.data:
-        raise ArgumentError(f"--data is needed: the folder of {args.preset}")
+    dense.check(args, p, p.open is open_scenes)
+    evaluation.need(p.reestimate >= 0, p, "reestimate", "0 or more is needed")
     return p
 
 
@@ -148,20 +134,7 @@ def rate(step, p):
     return lr if step >= p.warmup else lr * (p.warmup_start + (1 - p.warmup_start) * step / p.warmup)
 
 
-def fitting(trunk, args, p):
-    """The preset for this trunk: `small` looks at images four times as large where the stem has stride 4.
-    Raises ArgumentError for a trunk that is not made of the stages that it needs."""
-    if not isinstance(trunk, ResNet):
-        raise ArgumentError(f"{args.trunk} is a {type(trunk).__name__}: the stages of a ResNet of "
-                            "common/resnet.py are needed")
-    small_stem, times = trunk.conv1.stride == (1, 1), 4
-    if args.preset != "small":
-        if small_stem:
-            raise ArgumentError(f"{args.trunk} has a small stem: --preset {args.preset} needs one of stride "
-                                "4, --preset small takes it")
-        return p
-    if small_stem:
-        return p
+def enlarged(p, times):
     return replace(p, sizes=tuple(times * size for size in p.sizes), longest=times * p.longest,
                    sides=tuple(times * side for side in p.sides))
 
@@ -179,46 +152,19 @@ def batches(loader, images, p, args, how, dtype, first, last):
 
 
 def train(model, p, loader, images, args, how, progress):
-    """Trains the model, on its device; returns the mean loss since the last line. It goes on where
-    progress.state was. Raises Diverged for a loss that is not finite."""
-    net, dtype, device = parallel(model), next(model.parameters()).dtype, how["device"]
+    """Trains the model, on its device; returns the mean loss since the last line of the log."""
+    net, dtype = parallel(model), next(model.parameters()).dtype
     optimizer = torch.optim.SGD(detector.groups(model, p.weight_decay, p.norm_decay), lr=p.lr, momentum=0.9)
-    total, mean_loss = torch.zeros((), device=device, dtype=torch.float64), None
-    if progress.state:
-        model.load_state_dict(progress.state["model"])
-        optimizer.load_state_dict(progress.state["optimizer"])
-        total += progress.state["total"] if distributed.rank() == 0 else 0.0
-        progress.number, mean_loss = progress.state["step"], progress.state["loss"]
-    progress.keep = lambda: {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                             "step": progress.number, "loss": mean_loss,
-                             "total": float(distributed.all_sum(total))}
-    first, started = progress.number, time.perf_counter()
-    net.train()
-    source = batches(loader, images, p, args, how, dtype, first, p.iterations)
-    for step, (_, (x, sizes, targets)) in progress.steps(source, first):
-        for group in optimizer.param_groups:
-            group["lr"] = rate(step, p)
-        loss = sum(net(x, sizes, targets).values())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        total += loss.detach()
-        if (done := step + 1) % LOG_EVERY == 0 or done == p.iterations:
-            since = (done - 1) % LOG_EVERY + 1
-            mean_loss = float(distributed.all_sum(total)) / distributed.world_size() / since
-            total.zero_()
-            evaluation.check_readable(loader)
-            if not math.isfinite(mean_loss):
-                raise Diverged("the loss is not finite: lower --lr")
-            left = (time.perf_counter() - started) / (done - first) * (p.iterations - done)
-            say(f"iteration {done}/{p.iterations} loss {mean_loss:.4f} lr {rate(step, p):.3g} "
-                f"left {timedelta(seconds=int(left))}")
+    loss = dense.train(
+        model, optimizer, lambda first: batches(loader, images, p, args, how, dtype, first, p.iterations),
+        lambda step, batch: sum(net(*batch[1]).values()), lambda step: rate(step, p), p.iterations, loader,
+        progress)
     if p.reestimate:
         # of the batches that would come next; a stop among them saves a model that has all its weights
         source = batches(loader, images, p, args, how, dtype, p.iterations, p.iterations + p.reestimate)
         fetched = iter(lambda: progress.fetch(source, None), None)
         detector.reestimate(net, (batch for _, batch in fetched))
-    return mean_loss
+    return loss
 
 
 # ------------------------------------------------------------------------------------------------------- main
@@ -229,7 +175,7 @@ def main(args):
     p = resolve(args)
     repeatable(args.deterministic)
     trunk, info = evaluation.open_trunk(args, device)
-    p = fitting(trunk, args, p)
+    p = enlarged(p, dense.magnified(trunk, args))
     images, queries = distributed.from_first(p.open, args.data)
     p = scheduled(p, args, len(images))
     name = f"eval_detection_{args.preset}"

@@ -17,10 +17,8 @@ A stop signal and every --save-every minutes save where it is; the same command 
 
 import argparse
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import timedelta
 
 import numpy as np
 import torch
@@ -29,16 +27,14 @@ from torch import nn
 
 from common import data, distributed
 from common.batchnorm import parallel
-from common.engine.errors import ArgumentError, DataError, Diverged, say
+from common.engine.errors import DataError, say
 from common.engine.launch import launch, repeatable
 from common.evaluation import dense
 from common.evaluation import protocol as evaluation
 from common.evaluation.maps import IGNORED, Crops, Whole
 from common.evaluation.progress import Progress
-from common.resnet import ResNet
 from common.sources.masks import open_cityscapes, open_scenes, open_voc_aug
 
-LOG_EVERY = 50  # iterations
 SHOWN = 6  # held-out images in the sheet of predictions
 
 # B images of a step, C classes, (H, W) pixels, (h, w) places of a map
@@ -105,39 +101,19 @@ def table():
 def resolve(args):
     """The preset with the options given, and a line about a rate that does not follow the batch, or None."""
     preset = PRESETS[args.preset]
-    options = ("iterations", "batch_size", "lr", "weight_decay")
-    p = replace(preset, **evaluation.given(args, options))
-    evaluation.need(0 < p.lr < math.inf, p, "lr", "more than 0 is needed")
-    fine = p.iterations >= 1 and p.batch_size >= 2 and 0 <= p.weight_decay < math.inf
-    evaluation.need(fine, p, "iterations batch_size weight_decay",
-                    "one iteration and two images a step or more are needed, and nothing below 0")
-    evaluation.need(0 <= args.seed < 1 << 32, args, "seed", f"0 to {(1 << 32) - 1} is needed")
-    if p.batch_size % (ranks := distributed.world_size()):
-        raise ArgumentError(f"--batch-size {p.batch_size} is not divisible by the {ranks} processes")
-    if p.open is not open_scenes and not args.data:
-        raise ArgumentError(f"--data is needed: the folder of {args.preset}")
+    p = replace(preset, **evaluation.given(args, ("iterations", "batch_size", "lr", "weight_decay")))
+    dense.check(args, p, p.open is open_scenes)
+    evaluation.need(0 <= p.weight_decay < math.inf, p, "weight_decay", "0 or more is needed")
     if args.lr is not None or p.batch_size == preset.batch_size:
         return p, None
     return p, evaluation.kept_rates(args.preset, [p.lr], preset.batch_size, p.batch_size)
 
 
+def enlarged(p, times):
+    return replace(p, base=tuple(times * side for side in p.base), crop=times * p.crop)
+
+
 # ---------------------------------------------------------------------------------------------------- network
-
-
-def check_trunk(trunk, args, p):
-    """The preset for this trunk: `small` looks at images four times as large where the stem has stride 4.
-    Raises ArgumentError for a trunk whose strides cannot become dilations, or that has none in its stem where
-    images are large."""
-    if not isinstance(trunk, ResNet):
-        raise ArgumentError(f"{args.trunk} is no ResNet of common/resnet.py ({type(trunk).__name__}): stages "
-                            "are needed whose strides can become dilations")
-    small_stem = isinstance(trunk.maxpool, nn.Identity)
-    if args.preset == "small":
-        return p if small_stem else replace(p, base=tuple(4 * side for side in p.base), crop=4 * p.crop)
-    if small_stem:
-        raise ArgumentError(f"{args.trunk} has a small stem: --preset {args.preset} needs one of stride 4, "
-                            "--preset small takes it")
-    return p
 
 
 def dilate(trunk, stages):
@@ -216,24 +192,12 @@ def loss_of(scores, labels, align_corners):
 
 
 def train(model, p, loader, n, seed, how, progress):
-    """Trains the model, on its device, on n images; returns the mean loss since the last line. It goes on
-    where progress.state was. Raises Diverged for a loss that is not finite."""
+    """Trains the model, on its device, on n images; returns the mean loss since the last line of the log."""
     net, dtype, device = parallel(model), next(model.parameters()).dtype, how["device"]
     optimizer = torch.optim.SGD(net.parameters(), lr=p.lr, momentum=0.9, weight_decay=p.weight_decay)
-    total, mean_loss = torch.zeros((), device=device, dtype=torch.float64), None
-    if progress.state:
-        model.load_state_dict(progress.state["model"])
-        optimizer.load_state_dict(progress.state["optimizer"])
-        total += progress.state["total"] if distributed.rank() == 0 else 0.0
-        progress.number, mean_loss = progress.state["step"], progress.state["loss"]
-    progress.keep = lambda: {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                             "step": progress.number, "loss": mean_loss,
-                             "total": float(distributed.all_sum(total))}
-    first, started = progress.number, time.perf_counter()
-    batches = dense.iterations(loader, n, p.batch_size, seed, first, p.iterations)
-    net.train()
-    for step, (_, (crops, labels), sizes) in progress.steps(batches, first):
-        rate = optimizer.param_groups[0]["lr"] = dense.poly(step, p.iterations, p.lr)
+
+    def loss_of_batch(step, batch):
+        _, (crops, labels), sizes = batch
         torch.manual_seed(seed << 32 | step)  # dropout
         x = dense.normalised(crops[0].to(device, non_blocking=True), how["mean"], how["std"], dtype)
         x = x * inside(sizes[0].to(device, non_blocking=True), p.crop)  # padding: 0
@@ -241,22 +205,11 @@ def train(model, p, loader, n, seed, how, progress):
         with torch.autocast(device.type, torch.bfloat16, enabled=how["precision"] == torch.bfloat16):
             scores = net(x)
         losses = [loss_of(s, labels, p.align_corners) for s in scores]
-        loss = losses[0] + 0.4 * sum(losses[1:])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        total += loss.detach()
-        if (done := step + 1) % LOG_EVERY == 0 or done == p.iterations:
-            since = (done - 1) % LOG_EVERY + 1
-            mean_loss = float(distributed.all_sum(total)) / distributed.world_size() / since
-            total.zero_()
-            evaluation.check_readable(loader)
-            if not math.isfinite(mean_loss):
-                raise Diverged("the loss is not finite: lower --lr")
-            left = (time.perf_counter() - started) / (done - first) * (p.iterations - done)
-            say(f"iteration {done}/{p.iterations} loss {mean_loss:.4f} lr {rate:.3g} "
-                f"left {timedelta(seconds=int(left))}")
-    return mean_loss
+        return losses[0] + 0.4 * sum(losses[1:])
+
+    return dense.train(
+        model, optimizer, lambda first: dense.iterations(loader, n, p.batch_size, seed, first, p.iterations),
+        loss_of_batch, lambda step: dense.poly(step, p.iterations, p.lr), p.iterations, loader, progress)
 
 
 def inside(sizes, side):
@@ -333,7 +286,7 @@ def main(args):
     p, warning = resolve(args)
     repeatable(args.deterministic)
     trunk, info = evaluation.open_trunk(args, device)
-    p = check_trunk(trunk, args, p)
+    p = enlarged(p, dense.magnified(trunk, args))
     images, queries = distributed.from_first(p.open, args.data)
     name = f"eval_segmentation_{args.preset}"
     how, decisive, folder, own = dense.setting(args, info, device, trunk, name, images, queries)

@@ -22,7 +22,7 @@ import eval_detection
 from common import distributed
 from common.alexnet import alexnet
 from common.batchnorm import SyncBatchNorm
-from common.evaluation import boxes, detector, examples, found
+from common.evaluation import boxes, dense, detector, examples, found
 from common.evaluation.progress import Progress
 from common.resnet import resnet10, resnet50
 from common.sources.objects import open_coco, open_voc
@@ -438,8 +438,8 @@ def tune(network, batch_size, iterations, queries):
     loader = eval_detection.data.Loader(examples.Examples(images, p.sizes, 64, 3, model.roi_heads.has_mask()),
                                         collate=examples.collate)
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(eval_detection, "LOG_EVERY", 1)
-        patch.setattr(eval_detection, "say", lambda line: losses.append(float(line.split()[3])))
+        patch.setattr(dense, "LOG_EVERY", 1)
+        patch.setattr(dense, "say", lambda line: losses.append(float(line.split()[3])))
         progress = Progress(Path(folder), "", {}, 10, fresh=True)
         losses.append(eval_detection.train(model, p, loader, images, args, HOW, progress))
         rows, *_ = found.detect(model, Scenes("val", queries), p, HOW, progress.fetch) if queries else [None]
@@ -594,7 +594,7 @@ def test_errors(tmp_path, backbone, large_stem, capsys, monkeypatch):
         ((backbone, "--data", "scenes:x"), 3, "scenes:x: a number of images"),
         ((*own, "--batch-size", 16), 3, "--data has 12 images, fewer than one batch: --batch-size 16"),
         ((backbone, *voc, "--data", root), 2, "has a small stem: --preset voc0712_24k needs one of stride 4"),
-        ((other, "--data", "scenes:12"), 2, "is a AlexNet: the stages of a ResNet"),
+        ((other, "--data", "scenes:12"), 2, "is no ResNet of common/resnet.py (AlexNet)"),
         ((large_stem, "--preset", "voc0712_24k"), 2, "--data is needed: the folder of voc0712_24k"),
         ((large_stem, *voc, "--data", tmp_path / "bad"), 3, "is no VOCdevkit: VOC2007 and VOC2012"),
         ((large_stem, "--preset", "coco_fpn_1x", "--data", root), 3, "train2017.json cannot be read"),
@@ -642,8 +642,6 @@ def test_a_loss_that_is_not_finite_is_said(backbone, capsys):
     assert "the loss is not finite: lower --lr" in capsys.readouterr().err
 
 
-def test_a_stem_of_stride_4_looks_at_larger_scenes(large_stem):
-    args = eval_detection.arguments(["trunk"])
-    p = eval_detection.fitting(resnet10(0.125), args, PRESETS["small"])
+def test_larger_scenes_have_larger_anchors():
+    p = eval_detection.enlarged(PRESETS["small"], 4)
     assert (p.sizes, p.longest, p.sides) == ((256,), 256, (48, 80, 128))
-    assert eval_detection.fitting(resnet10(0.125, stem="small"), args, PRESETS["small"]) == PRESETS["small"]

@@ -573,15 +573,14 @@ def test_a_rate_that_does_not_follow_the_batch_is_said():
 def test_a_trunk_without_stages_to_dilate_is_refused(trunk):
     args = eval_segmentation.arguments(["some.pt"])
     with pytest.raises(ArgumentError, match=rf"some.pt is no ResNet .*\({type(trunk).__name__}\)"):
-        eval_segmentation.check_trunk(trunk, args, PRESETS["small"])
+        dense.magnified(trunk, args)
 
 
 def test_small_looks_at_larger_images_with_a_stem_of_stride_4():
     args = eval_segmentation.arguments(["some.pt"])
     small, large = (resnet10(width=0.125, stem=stem) for stem in ("small", "imagenet"))
-    p = eval_segmentation.check_trunk(small, args, PRESETS["small"])
-    assert (p, p.crop) == (PRESETS["small"], 64)
-    p = eval_segmentation.check_trunk(large, args, PRESETS["small"])
+    assert [dense.magnified(trunk, args) for trunk in (small, large)] == [1, 4]
+    p = eval_segmentation.enlarged(PRESETS["small"], 4)
     assert (p.base, p.crop) == ((256, 256), 256)
 
 

@@ -19,8 +19,7 @@ IOU = tuple(np.linspace(0.5, 0.95, 10))
 class Rule:
     """strict: a detection belongs to the object that it overlaps most, IoU above t is a match, and a second
     match is false (VOC); else it takes the best of the objects that are left, from an IoU of t on (COCO).
-    levels: of recall, to read the precision at; (): the whole area under the curve. most: detections of a
-    class in an image that count."""
+    levels: of recall, to read the precision at. most: detections of a class in an image that count."""
 
     strict: bool
     levels: tuple
@@ -29,7 +28,6 @@ class Rule:
 
 # 0.3, 0.6 and 0.7 are a little more than 3, 6 and 7 tenths, as in the official code
 VOC07 = Rule(True, tuple(np.arange(0, 1.1, 0.1)))  # 11 points
-VOC10 = Rule(True, ())  # area
 COCO = Rule(False, tuple(np.linspace(0, 1, 101)), 100)
 
 
@@ -73,7 +71,7 @@ def match(overlap, crowd, ignored, thresholds, strict):
     return results
 
 
-def average_precision(scores, hits, objects, levels=()):
+def average_precision(scores, hits, objects, levels):
     """(T,) of one class. scores (n,); hits (T, n) as match gives them; objects: that are to be found.
 
     Equal scores keep their order. NaN where there is no object.
@@ -84,10 +82,7 @@ def average_precision(scores, hits, objects, levels=()):
         right = np.cumsum(hit[hit >= 0] == 1)  # among the first 1, 2 .. detections
         recall, precision = right / objects, right / np.arange(1, len(right) + 1)
         envelope = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0)
-        if levels:
-            result[row] = envelope[np.searchsorted(recall, levels)].mean()
-        else:
-            result[row] = (np.diff(recall, prepend=0) * envelope[:-1]).sum()
+        result[row] = envelope[np.searchsorted(recall, levels)].mean()
     return result
 
 

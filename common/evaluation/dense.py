@@ -1,18 +1,52 @@
-"""What evaluations share that train on labelled pixels or boxes: iterations in place of epochs, their
-schedule, a sheet of pictures."""
+"""Shared by the evaluations that train on labelled pixels or boxes: checks, the training loop in iterations,
+a sheet of pictures."""
 
 import functools
+import math
+import time
+from datetime import timedelta
 
 import numpy as np
 import torch
 from PIL import Image
 
 from .. import data, distributed
-from ..engine.errors import DataError, say
+from ..engine.errors import ArgumentError, DataError, Diverged, say
 from ..engine.files import writing
 from ..engine.launch import autocast_dtype
 from ..multicrop import MEAN, STD
+from ..resnet import ResNet
 from . import protocol
+
+LOG_EVERY = 50  # iterations
+
+
+def check(args, p, drawn):
+    """Raises ArgumentError for options that cannot work. drawn: the images need no --data."""
+    protocol.need(p.batch_size >= 2, p, "batch_size", "two images per step or more are needed")
+    protocol.need(0 < p.lr < math.inf, p, "lr", "more than 0 is needed")
+    fine = args.iterations is None or args.iterations >= 1
+    protocol.need(fine, args, "iterations", "one or more is needed")
+    protocol.need(0 <= args.seed < 1 << 32, args, "seed", f"0 to {(1 << 32) - 1} is needed")
+    if p.batch_size % (ranks := distributed.world_size()):
+        raise ArgumentError(f"--batch-size {p.batch_size} is not divisible by the {ranks} processes")
+    if not drawn and not args.data:
+        raise ArgumentError(f"--data is needed: the folder of {args.preset}")
+
+
+def magnified(trunk, args):
+    """How many times as large preset `small` shows its images to this trunk: 4 where the stem has stride 4.
+
+    Raises ArgumentError for a trunk that is no ResNet, or one with a small stem in a full-size preset.
+    """
+    if not isinstance(trunk, ResNet):
+        raise ArgumentError(f"{args.trunk} is no ResNet of common/resnet.py "
+                            f"({type(trunk).__name__}), whose stages are needed")
+    small_stem = trunk.conv1.stride == (1, 1)
+    if small_stem and args.preset != "small":
+        raise ArgumentError(f"{args.trunk} has a small stem: --preset {args.preset} needs one of stride 4, "
+                            "--preset small takes it")
+    return 1 if small_stem or args.preset != "small" else 4
 
 
 def iterations(loader, n, batch_size, seed, first, last, order=lambda epoch: None):
@@ -32,6 +66,47 @@ def iterations(loader, n, batch_size, seed, first, last, order=lambda epoch: Non
             first += 1
             if first == last:
                 return
+
+
+def train(model, optimizer, batches, loss_of, rate, iterations, loader, progress):
+    """Trains the model; returns the mean loss since the last line of the log. Goes on where progress.state
+    was.
+
+    batches(first) yields batches from iteration `first` to the last; loss_of(step, batch) is the loss whose
+    gradients DistributedDataParallel averages over ranks; rate(step) is the learning rate.
+    Raises Diverged for a loss that is not finite.
+    """
+    device = next(model.parameters()).device
+    total, mean_loss = torch.zeros((), device=device, dtype=torch.float64), None
+    if progress.state:
+        model.load_state_dict(progress.state["model"])
+        optimizer.load_state_dict(progress.state["optimizer"])
+        total += progress.state["total"] if distributed.rank() == 0 else 0.0
+        progress.number, mean_loss = progress.state["step"], progress.state["loss"]
+    progress.keep = lambda: {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                             "step": progress.number, "loss": mean_loss,
+                             "total": float(distributed.all_sum(total))}
+    first, started = progress.number, time.perf_counter()
+    model.train()
+    for step, batch in progress.steps(batches(first), first):
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step)
+        loss = loss_of(step, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        total += loss.detach()
+        if (done := step + 1) % LOG_EVERY == 0 or done == iterations:
+            since = (done - 1) % LOG_EVERY + 1
+            mean_loss = float(distributed.all_sum(total)) / distributed.world_size() / since
+            total.zero_()
+            protocol.check_readable(loader)
+            if not math.isfinite(mean_loss):
+                raise Diverged("the loss is not finite: lower --lr")
+            left = (time.perf_counter() - started) / (done - first) * (iterations - done)
+            say(f"iteration {done}/{iterations} loss {mean_loss:.4f} lr {rate(step):.3g} "
+                f"left {timedelta(seconds=int(left))}")
+    return mean_loss
 
 
 def poly(step, steps, base_lr, final_lr=1e-4, power=0.9):
