@@ -469,8 +469,8 @@ def test_a_kept_classifier(images, run, imagenet_stem, tmp_path, capsys):
                tmp_path / "four.pth")
     refuses(capsys, eval_linear, [
         ((imagenet_stem, "--head", kept, "--data", images), 4, "was trained on"),
-        ((run, "--head", kept, "--random-init", "--data", images), 2, "--random-init trains, or is another"),
-        ((run, "--head", kept, "--epochs", 3, "--data", images), 2, "--epochs trains"),
+        ((run, "--head", kept, "--random-init", "--data", images), 2, "--random-init is not for --head"),
+        ((run, "--head", kept, "--epochs", 3, "--data", images), 2, "--epochs is not for --head"),
         ((run, "--head", kept, "--layers", "feature1", "--data", images), 4, "has no classifier of feature1"),
         ((run, "--head", tmp_path / "four.pth", "--data", images), 3, "3 classes, the classifier 4"),
         ((run, "--head", run / "backbone.pt", "--data", images), 4, "is no classifier that is known"),
