@@ -184,7 +184,7 @@ def _words(value):
 
 def arguments(argv=None):
     parser = evaluation.parser(__doc__, "labelled images to train on (default: the run's)",
-                               "labelled images to judge by (default: the val split of --data)")
+                               "labelled images to evaluate on (default: the val split of --data)")
     evaluation.add_presets(parser, PRESETS, table())
     add = parser.add_argument
     add("--layers", nargs="+", default=[], help="layers of the preset to train on (default: all of them)")

@@ -99,7 +99,7 @@ def table():
 
 
 def resolve(args):
-    """Returns the preset with the given options, and a warning or None: lr does not scale with the batch."""
+    """Returns the preset with the given options, and a warning if only the batch size changes, or None."""
     preset = PRESETS[args.preset]
     p = replace(preset, **evaluation.given(args, ("iterations", "batch_size", "lr", "weight_decay")))
     dense.check(args, p, p.open is open_scenes)
