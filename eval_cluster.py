@@ -148,7 +148,7 @@ def check(args):
         raise ArgumentError("--training and --images: choose one of them as the images to cluster")
     if args.val and (args.training or args.images):
         other = "--training" if args.training else "--images"
-        raise ArgumentError(f"--val {args.val} is not judged beside {other}: leave one of them out")
+        raise ArgumentError(f"--val {args.val} cannot be combined with {other}: leave one of them out")
     if args.images and args.data and not args.kmeans:
         way = "is not used with --images, unless --kmeans is fitted to it"
         raise ArgumentError(f"--data {args.data} {way}")

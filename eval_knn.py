@@ -8,7 +8,7 @@ trustworthy figure. Each image counts once, on any number of processes.
     python eval_knn.py backbone.pt --data /imagenet       # needs train/ and val/ with class folders
     torchrun --nproc_per_node=8 eval_knn.py resnet50.pth --data /imagenet  # a torchvision file, 8 GPUs
     python eval_knn.py runs/swav_shapes --random-init     # the same trunk with random weights: the floor
-    python eval_knn.py f.npz                              # features kept by eval_linear.py --save-features
+    python eval_knn.py f.npz                              # features saved by eval_linear.py --save-features
 """
 
 import torch

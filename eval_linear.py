@@ -446,7 +446,7 @@ def main(args):
     if cached and preset.layers != ["avgpool"]:
         has = f"--preset {args.preset} has {_words(preset.probes)}: see --layers"
         raise ArgumentError(f"cached features are those of avgpool, {has}")
-    evaluation.need(not cached or args.crops != 10, args, "crops", "cached features are of one crop an image")
+    evaluation.need(not cached or args.crops != 10, args, "crops", "cached features have one crop per image")
     if kept:
         *rows, info = store.load(args.trunk)
         source, precision, trunk = Cached(*rows, device), torch.float32, None

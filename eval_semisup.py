@@ -132,7 +132,7 @@ def resolve(args):
             raise ArgumentError(f"--{name} {evaluation.words(values)}: more than 0 is needed")
     fine = p.epochs >= 1 and p.batch_size >= 2 and 0 <= p.weight_decay < math.inf
     evaluation.need(fine, p, "epochs batch_size weight_decay",
-                    "one epoch and two images a step or more are needed, and nothing below 0")
+                    "at least one epoch and two images per step are needed, and nothing below 0")
     evaluation.need(0 <= args.seed < 1 << 32, args, "seed", f"0 to {(1 << 32) - 1} is needed")
     evaluation.need(0 < p.fraction <= 1, p, "fraction", "more than 0 and at most 1 is needed")
     if p.batch_size % (ranks := distributed.world_size()):

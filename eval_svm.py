@@ -1,7 +1,7 @@
 """Trains linear SVMs on frozen features of VOC 2007 (Goyal et al. 2019; OpenSelfSup, VISSL).
 
 Warps every image to a square and extracts its features once. For each of the 20 classes one SVM predicts
-whether an image has it: L2 penalty, squared hinge loss, positives weighted twice, features of unit length.
+whether it is in an image: L2 penalty, squared hinge loss, positives weighted twice, features of unit length.
 3-fold cross-validation on trainval chooses its cost from a grid. Low-shot training draws k positive and 19 k
 negative images, five times. The figure is mAP: average precision on test, averaged over the classes.
 

@@ -381,7 +381,7 @@ def test_errors(run, photos, tmp_path, capsys):
         ((trunk, "--images", photos, "--kmeans", 2, "--sort-into", tmp_path / "file/new"), 2,
          "file/new cannot be written: Not a directory"),
         ((run, "--images", photos, "--val", photos), 2, "--val"),
-        ((run, "--training", "--val", photos), 2, "is not judged beside --training"),
+        ((run, "--training", "--val", photos), 2, "cannot be combined with --training"),
         ((run, "--images", photos, "--data", photos), 2, "not used with --images, unless --kmeans"),
         ((run, "--batch-size", 0), 2, "a batch needs at least 1 image"),
         ((run, "--kmeans", -1), 2, "nothing may be below 0"),

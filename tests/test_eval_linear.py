@@ -726,7 +726,7 @@ def test_errors(tmp_path, images, run, imagenet_stem, capsys):
         ((*own, "--save-features", tmp_path / "features"), 2, "an .npz file"),
         ((*own, "--epochs", 4, "--lr", "1e38"), 5, "every classifier"),
         ((*own, "--preset", "mhead_90e", "--cache"), 2, "cached features are those of avgpool"),
-        ((*own, "--crops", 10, "--cache"), 2, "--crops 10: cached features are of one crop an image"),
+        ((*own, "--crops", 10, "--cache"), 2, "--crops 10: cached features have one crop per image"),
         ((*own, "--layers", "feature5"), 2, "feature5 is not in --preset small: choose from avgpool"),
         ((*own, "--size", 30), 2, "--resize 24 is smaller than --size 30"),
         ((*own, "--epochs", 0), 2, "--epochs 0: more than 0 is needed"),
