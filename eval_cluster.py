@@ -1,17 +1,17 @@
-"""Do clusters and classes agree? NMI, AMI, ARI, Hungarian accuracy and purity, and a page of the clusters.
+"""Compares clusters with classes (NMI, AMI, ARI, Hungarian accuracy, purity), and shows them in gallery.html.
 
-The published figures are those of *held-out* images, each put by the trained heads, in eval mode and from its
-centre crop, into the cluster with the highest score. --training judges the assignments that the run itself
-kept of its training images, and --kmeans those of k-means on the trunk's pooled features, for models without
-heads. Every figure stands beside what the same clusters get against shuffled labels: NMI and purity of many
-small clusters are high by chance alone.
+As for published figures, the default clusters *held-out* images: the trained heads score each centre crop in
+eval mode, and the image joins the cluster with the highest score. --training compares the assignments of the
+training images that the run saved. --kmeans clusters the trunk's pooled features, for models without heads.
+Each figure is printed beside its chance level, that of the same clusters with shuffled labels: NMI and purity
+of many small clusters are high by chance alone.
 
     python eval_cluster.py runs/swav_shapes             # held-out images, by the heads; gallery.html
-    python eval_cluster.py runs/swav_shapes --training  # its training images, as assignments.npz has them
+    python eval_cluster.py runs/swav_shapes --training  # its training images, from assignments.npz
     python eval_cluster.py moco_v2_800ep.pth.tar --kmeans 3000 --data /imagenet
     python eval_cluster.py runs/swav_small --images ~/new_photos  # no labels needed: clusters.csv, gallery
-    python eval_cluster.py runs/swav_small --images one.jpg       # its cluster
-    python eval_cluster.py runs/swav_small --images ~/new_photos --sort-into sorted  # a folder a cluster
+    python eval_cluster.py runs/swav_small --images one.jpg       # prints its cluster
+    python eval_cluster.py runs/swav_small --images ~/new_photos --sort-into sorted  # one folder per cluster
 """
 
 import csv
@@ -42,7 +42,7 @@ NAMES = {"nmi": "NMI", "ami": "AMI", "ari": "ARI", "hungarian": "Hungarian", "pu
 
 
 def judge(clusters, labels):
-    """{metric: percent}, the NMI of the geometric mean beside."""
+    """Returns {metric: percent}; "nmi_geometric" is NMI normalised by the geometric mean of the entropies."""
     figures = {name: 100 * metric(clusters, labels) for name, metric in METRICS.items()}
     return {**figures, "nmi_geometric": 100 * nmi(clusters, labels, geometric=True)}
 
@@ -51,7 +51,7 @@ def judge(clusters, labels):
 
 
 class Assign(nn.Module):
-    """What is kept of a model's scores, (B, 2 H): the best cluster of every head, then its score."""
+    """Maps images to (B, 2 H) float32: the number of the best cluster in each head, then its score."""
 
     def __init__(self, model):
         super().__init__()
@@ -61,20 +61,20 @@ class Assign(nn.Module):
         scores = self.model(x)  # H of (B, K)
         self.sizes = [s.shape[1] for s in scores]
         best = [s.float().max(dim=1) for s in scores]
-        # float32 counts to 16 million
+        # float32 holds cluster numbers up to 16 million exactly
         return torch.stack([b.indices.float() for b in best] + [b.values for b in best], dim=1)
 
 
 def by_heads(assign, images, how):
-    """Clusters (H, N) int64, -1 where an image cannot be read, and scores (H, N), on every rank."""
+    """Returns, on every rank, clusters (H, N) int64 and scores (H, N); -1 and NaN for unreadable images."""
     rows, _ = extract(assign, images, **how)  # this rank's
     clusters, scores = distributed.gather_rows(rows.float().cpu()).t().chunk(2)  # (H, N) each
     return clusters.nan_to_num(-1).long().numpy(), scores.numpy()
 
 
 def by_kmeans(trunk, fitted, images, how, k, seed):
-    """The same of one k-means clustering of unit features: fitted to the first set, looked up for the second.
-    A score is the squared distance to the centroid, negative."""
+    """Returns the same with H = 1 from k-means on unit features: fitted to the set `fitted`, then applied to
+    `images`. A score is minus the squared distance to the centroid."""
 
     def features(part):
         rows, _ = extract(trunk, part, **how)
@@ -93,7 +93,7 @@ def by_kmeans(trunk, fitted, images, how, k, seed):
 
 
 def by_run(folder, images):
-    """Clusters (H, N) that a run last gave to its training images, -1 for none yet, and K of each head."""
+    """Returns the clusters (H, N) that a run saved of its training images (-1: none yet), and K per head."""
     path = Path(folder) / "assignments.npz"
     clusters = read_assignments(path, images).astype(np.int64)
     if not (clusters >= 0).any():
@@ -104,7 +104,7 @@ def by_run(folder, images):
 
 
 def typical(assign, images, clusters, head, how, most):
-    """Scores (N,), for clusters without: of at most `most` images of each in it, NaN for the others."""
+    """Scores up to `most` images per cluster, (N,). NaN: not drawn, or the head now picks another cluster."""
     order = np.random.default_rng(0).permutation(len(clusters))
     order = order[np.argsort(clusters[order], kind="stable")]
     first = np.searchsorted(clusters[order], np.arange(clusters.max() + 1))
@@ -120,22 +120,22 @@ def typical(assign, images, clusters, head, how, most):
 
 
 def arguments(argv=None):
-    parser = evaluation.parser(__doc__, "images (default: the run's); k-means is of its training images",
+    parser = evaluation.parser(__doc__, "images (default: the run's); k-means is fitted to their train split",
                                "labelled held-out images (default: the val split of --data)", batch_size=256)
     add = parser.add_argument
-    add("--training", action="store_true", help="judge the training images in place of held-out ones")
+    add("--training", action="store_true", help="compare the training images instead of held-out ones")
     add("--images", default="", metavar="DATA",
-        help="cluster these (a folder, list, image or set), labels or not; writes clusters.csv")
+        help="cluster these (a folder, list, image or set), labelled or not; writes clusters.csv")
     add("--sort-into", default="", metavar="DIR",
-        help="make a folder of each cluster (of --head), with links to its images, the most typical first")
-    add("--copy", action="store_true", help="copies in place of links")
+        help="make one folder per cluster (of --head), with links to its images, the most typical first")
+    add("--copy", action="store_true", help="with --sort-into: copy the images instead of linking them")
     add("--kmeans", type=int, default=0, metavar="K",
-        help="cluster the trunk's pooled features into K by k-means, in place of the heads")
+        help="cluster the trunk's pooled features into K by k-means, instead of using the heads")
     add("--head", type=int, default=0, help="head that the gallery shows (default: 0)")
     add("--samples", type=int, default=12,
-        help="typical and random thumbnails a cluster; 0: no gallery (default: 12)")
+        help="typical and random thumbnails per cluster; 0: no gallery (default: 12)")
     add("--out", default="", metavar="DIR",
-        help="where the files go (default: the run's directory, or the current one)")
+        help="folder for the files (default: the run's directory, or the current one)")
     add("--seed", type=int, default=0, help="seed of k-means (default: 0)")
     return parser.parse_args(argv)
 
@@ -143,19 +143,19 @@ def arguments(argv=None):
 def check(args):
     fine = min(args.batch_size - 1, args.kmeans, args.head, args.samples, args.seed) >= 0
     evaluation.need(fine, args, "kmeans head samples seed batch_size",
-                    "nothing below 0 is possible, and at least 1 image a batch")
+                    "nothing may be below 0, and a batch needs at least 1 image")
     if args.training and args.images:
-        raise ArgumentError("--training and --images: choose one, the images to judge")
+        raise ArgumentError("--training and --images: choose one of them as the images to cluster")
     if args.val and (args.training or args.images):
         other = "--training" if args.training else "--images"
-        raise ArgumentError(f"--val {args.val} is not judged beside {other}: leave one of them out")
+        raise ArgumentError(f"--val {args.val} cannot be combined with {other}: leave one of them out")
     if args.images and args.data and not args.kmeans:
-        way = "is not looked at beside --images, but with --kmeans, which is fitted to it"
+        way = "is not used with --images, unless --kmeans is fitted to it"
         raise ArgumentError(f"--data {args.data} {way}")
     if args.random_init and not args.kmeans:
         raise ArgumentError("--random-init needs --kmeans: heads of random weights say nothing")
     if args.sort_into and args.training:
-        raise ArgumentError("--sort-into needs a score of each image, --training has a few of each cluster")
+        raise ArgumentError("--sort-into needs a score of every image: --training scores a few per cluster")
     if args.training and not args.kmeans and not Path(args.trunk).is_dir():
         raise CheckpointError(f"{args.trunk} is no run: --training needs the directory of one, or --kmeans")
     if args.copy and not args.sort_into:
@@ -165,10 +165,10 @@ def check(args):
 
 
 def open_subject(args, info):
-    """(training images or None, images to judge, what these are)."""
+    """Returns (training images or None, images to cluster, what to call these in messages)."""
     how = evaluation.how(args, info)
     if args.images:
-        folder = Path(args.images).is_dir()  # all of it, also where it holds a train/
+        folder = Path(args.images).is_dir()  # take all of it, even if it holds a train/
         training = data.open_images(args.data, "train", args.root, *how) if args.data else None
         how = evaluation.how(args, vars(training)) if training else how
         images = data.open_images(args.images, "" if folder else "train", args.root, *how)
@@ -192,7 +192,7 @@ def open_subject(args, info):
 
 
 def copies(head):
-    """How many rows of a linear layer are copies of one above; of prototypes the directions count alone."""
+    """Counts rows of a linear layer that repeat an earlier row; without a bias, only directions count."""
     rows = F.normalize(head.weight) if head.bias is None else torch.cat([head.weight, head.bias[:, None]], 1)
     return len(rows) - len(rows.unique(dim=0))
 
@@ -204,7 +204,7 @@ def check_head(args, heads):
 
 
 def open_heads(args, device):
-    """The model that assigns, on the device, and its info."""
+    """Returns the module that assigns images to clusters, on the device, and the model's info."""
     model, info = evaluation.loaded(weights.load_model, args.trunk, arch=args.arch)
     if not len(model.heads):
         raise CheckpointError(f"{args.trunk} has no heads to cluster with: --kmeans K clusters its features")
@@ -277,7 +277,7 @@ def main(args):
             head = clusters[args.head], scores[args.head], sizes[args.head]
             about = describe(record, args, info)
             size, shown = distributed.from_main(gallery.write, page, images, *head, about, args.samples)
-            fewer = f", {shown} thumbnails of each kind a cluster for its size's sake"
+            fewer = f", only {shown} thumbnails of each kind per cluster to limit the size"
             say(f"gallery: {page}, {size / 1e6:.1f} MB{fewer * (shown < args.samples)}")
     except OSError as error:
         raise ArgumentError(f"--out {out} cannot be written: {error.strerror or error}") from None
@@ -288,8 +288,8 @@ def main(args):
 
 
 def sort_into(folder, images, clusters, scores, copy):
-    """Makes folder/CLUSTER/RANK_NAME of every image that has a cluster, links or copies, highest scores
-    first, those without a score last; returns how many clusters have images."""
+    """Links or copies every image that has a cluster to folder/CLUSTER/RANK_NAME, highest scores first and
+    images without a score last. Returns how many clusters have images."""
     digits = [len(str(max(1, n))) for n in (clusters.max(), len(clusters))]
     order = np.lexsort((-np.nan_to_num(scores, nan=-np.inf), clusters))
     used = np.unique(clusters[clusters >= 0])
@@ -305,7 +305,7 @@ def sort_into(folder, images, clusters, scores, copy):
 
 
 def compare(clusters, labels):
-    """For each head the figures, and those of the same clusters with shuffled labels."""
+    """Returns (figures, chance level) of each head; chance is the same clusters with shuffled labels."""
     heads = []
     for c in clusters:
         known = (c >= 0) & (labels >= 0)
@@ -317,7 +317,7 @@ def compare(clusters, labels):
 
 
 def report(record):
-    """The table; of several heads with their mean."""
+    """Prints the table: a line per head, their mean if there are several, and chance."""
     heads = record["heads"]
     if "nmi" not in heads[0]:
         for h, head in enumerate(heads):
@@ -337,7 +337,7 @@ def report(record):
 
 
 def describe(record, args, info):
-    """What the gallery says above the clusters."""
+    """Returns what the gallery shows above the clusters."""
     head = record["heads"][args.head]
     which = f", head {args.head} of {len(record['heads'])}" * (len(record["heads"]) > 1)
     figures = [["clusters used", f"{head['used']:,} of {head['clusters']:,}", ""]]
@@ -350,7 +350,7 @@ def describe(record, args, info):
 
 
 def write_csv(path, images, clusters, scores):
-    """path, then cluster and score of each head: -1 and nothing for an image that cannot be read."""
+    """Writes path, then cluster and score of each head; -1 and no score for an unreadable image."""
     with writing(path, text=True) as file:
         writer = csv.writer(file)
         writer.writerow(["path", *(f"{what}{h}" for h in range(len(clusters)) for what in ("head", "score"))])

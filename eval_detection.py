@@ -1,13 +1,13 @@
-"""Detection: boxes around the objects of six, 20 or 80 classes, by a network on the pre-trained trunk, all of
-it fine-tuned.
+"""Object detection (6, 20 or 80 classes): fine-tunes a detector together with its pre-trained trunk.
 
-Faster R-CNN "C4" is MoCo's: the trunk up to layer3 makes the map, layer4 with one more batch norm is the head
-that classifies regions of it. Mask R-CNN "FPN" is MMSelfSup's: a pyramid of the four stages, with batch norm
-in all parts. Batch norm is in train mode and over all processes; nothing is frozen. The rate warms up
-linearly and is multiplied by 0.1 twice. Judged is the last iteration, by average precision at an IoU of 0.5
-(AP50), at 0.75 and as the mean over 0.50, 0.55 .. 0.95 (AP): VOC's 11 points, COCO's by pycocotools.
+"c4" is MoCo's Faster R-CNN: the trunk up to layer3 makes the feature map; layer4 and one more batch norm form
+the head that classifies regions of it. "fpn" is MMSelfSup's Mask R-CNN: a pyramid of the four stages, with
+batch norm in all parts. Batch norm is in train mode and synchronised; nothing is frozen. The learning rate
+warms up linearly and drops twice to a tenth. The last iteration is evaluated, by average precision at an IoU
+of 0.5 (AP50), at 0.75 (AP75), and averaged over 0.50, 0.55 .. 0.95 (AP): VOC's by 11 points, COCO's by
+pycocotools.
 
-A stop signal and every --save-every minutes save where it is; the same command goes on.
+The state is saved at a stop signal and every --save-every minutes. The same command resumes.
 
     python eval_detection.py runs/swav_shapes                # drawn scenes, minutes on a CPU
     python eval_detection.py runs/swav_shapes --random-init  # the same from random weights: the floor
@@ -37,29 +37,29 @@ from common.sources.scenes import open_scenes
 
 @dataclass(frozen=True)
 class Preset:
-    """A protocol. sizes: of the short side, one drawn for each image in training, the last at test."""
+    """A protocol. sizes: of an image's short side. Training draws one per image, the test uses the last."""
 
     published: str
     open: Callable  # spec -> (training, held-out) images
-    rule: boxes.Rule | None  # of the average precision; None: COCO's, by pycocotools
+    rule: boxes.Rule | None  # for average precision; None: COCO's, by pycocotools
     network: Callable
     sizes: tuple
-    iterations: int  # passes over the images where epochs says so
-    drops: tuple  # of the iterations: where the rate is multiplied by 0.1
+    iterations: int  # training steps, or passes over the images if `epochs` is True
+    drops: tuple  # fractions of the training after which lr is multiplied by 0.1
     lr: float = 0.02
-    warmup: int = 100  # iterations in which the rate rises linearly from warmup_start of it
+    warmup: int = 100  # iterations in which the rate rises linearly from warmup_start * lr to lr
     warmup_start: float = 0.001
     batch_size: int = 16
     weight_decay: float = 1e-4
-    norm_decay: float = 0.0  # weight decay of batch norm
-    reestimate: int = 0  # batches whose plain mean the running statistics become, before judging
-    longest: int = 1333
-    sides: tuple = (32, 64, 128, 256, 512)  # of the anchors
-    region: int = 14  # cells of a region
-    before: tuple = (12_000, 6_000)  # proposals in training and at test, before suppression
-    after: tuple = (2_000, 1_000)  # and after it
-    rois: int = 512  # regions of an image to train on
-    over_all: bool = True  # the proposals' losses are averaged over what could be sampled
+    norm_decay: float = 0.0  # weight decay of batch norm's parameters
+    reestimate: int = 0  # batches to average batch norm's statistics over, before the test; 0: keep them
+    longest: int = 1333  # most pixels of an image's long side
+    sides: tuple = (32, 64, 128, 256, 512)  # of the anchors, in pixels
+    region: int = 14  # side of a pooled region, in cells
+    before: tuple = (12_000, 6_000)  # (training, test): proposals per map before non-maximum suppression
+    after: tuple = (2_000, 1_000)  # and per image after it
+    rois: int = 512  # regions per image to train on
+    over_all: bool = True  # divide the proposals' losses by all that could be sampled, not by all that were
     epochs: bool = False
 
 
@@ -81,17 +81,17 @@ PRESETS = {
 
 
 def arguments(argv=None):
-    parser = evaluation.parser(__doc__, "what the preset needs: scenes or scenes:N for N of them (default: "
+    parser = evaluation.parser(__doc__, "what the preset needs: scenes, or scenes:N for N of them (default: "
                                         "scenes), VOCdevkit, or COCO's folder",
                                "", precisions=(*evaluation.PRECISIONS, "float64"), crops=False)
-    evaluation.add_presets(parser, PRESETS, table(), ("--iterations", "steps; warm-up and drops of the rate "
-                                                                      "keep their place among them"))
+    evaluation.add_presets(parser, PRESETS, table(), ("--iterations", "training steps; warm-up and drops of "
+                                                                      "the learning rate scale along"))
     add = parser.add_argument
-    add("--lr", type=float, help="learning rate (default: the preset's, times batch / its batch)")
+    add("--lr", type=float, help="learning rate (default: the preset's, scaled linearly with --batch-size)")
     add("--reestimate", type=int, metavar="BATCHES",
-        help="training batches whose plain mean batch norm's statistics become before judging; 0: they stay")
+        help="training batches to average batch norm's statistics over, before the test; 0: keep them")
     add("--deterministic", action=argparse.BooleanOptionalAction, default=False,
-        help="the same bits on a GPU too, much slower: regions are pooled by plain operations (default: off)")
+        help="repeatable bits on a GPU too; much slower: plain operations pool the regions (default: off)")
     return parser.parse_args(argv)
 
 
@@ -111,7 +111,7 @@ def table():
 
 
 def resolve(args):
-    """The preset with the options given; its rate follows --batch-size."""
+    """Returns the preset with the given options. Without --lr, the learning rate scales with --batch-size."""
     preset = PRESETS[args.preset]
     p = replace(preset, **evaluation.given(args, ("batch_size", "lr", "reestimate")))
     if args.lr is None:
@@ -122,14 +122,14 @@ def resolve(args):
 
 
 def scheduled(p, args, n):
-    """The preset with its length in iterations over n images, and its warm-up as long in proportion."""
+    """Returns the preset with its length in iterations over n images, and its warm-up scaled to that."""
     published = p.iterations * (n // p.batch_size) if p.epochs else p.iterations
     iterations = published if args.iterations is None else args.iterations
     return replace(p, iterations=iterations, warmup=round(p.warmup * iterations / max(1, published)))
 
 
 def rate(step, p):
-    """Learning rate of an iteration, 0-based."""
+    """Returns the learning rate of iteration `step`, counted from 0."""
     lr = drops(step, 1, p.lr, [round(drop * p.iterations) for drop in p.drops], 0.1)
     return lr if step >= p.warmup else lr * (p.warmup_start + (1 - p.warmup_start) * step / p.warmup)
 
@@ -143,7 +143,7 @@ def enlarged(p, times):
 
 
 def batches(loader, images, p, args, how, dtype, first, last):
-    """(index, batch) of the iterations first .. last - 1; a batch is what a Detector takes."""
+    """Yields (index, batch) of iterations first .. last - 1; a batch holds the arguments of a Detector."""
     wide = getattr(images, "wide", np.ones(len(images), bool))
     source = dense.iterations(loader, len(images), p.batch_size, args.seed, first, last,
                               lambda epoch: examples.in_pairs(wide, args.seed, epoch))
@@ -152,7 +152,7 @@ def batches(loader, images, p, args, how, dtype, first, last):
 
 
 def train(model, p, loader, images, args, how, progress):
-    """Trains the model, on its device; returns the mean loss since the last line of the log."""
+    """Trains the model on its device. Returns the mean loss that the last line of the log shows."""
     net, dtype = parallel(model), next(model.parameters()).dtype
     optimizer = torch.optim.SGD(detector.groups(model, p.weight_decay, p.norm_decay), lr=p.lr, momentum=0.9)
     loss = dense.train(
@@ -160,7 +160,7 @@ def train(model, p, loader, images, args, how, progress):
         lambda step, batch: sum(net(*batch[1]).values()), lambda step: rate(step, p), p.iterations, loader,
         progress)
     if p.reestimate:
-        # of the batches that would come next; a stop among them saves a model that has all its weights
+        # Takes the batches that would come next. A stop in between saves a fully trained model.
         source = batches(loader, images, p, args, how, dtype, p.iterations, p.iterations + p.reestimate)
         fetched = iter(lambda: progress.fetch(source, None), None)
         detector.reestimate(net, (batch for _, batch in fetched))

@@ -1,14 +1,14 @@
 """Weighted k-nearest-neighbour accuracy of a frozen trunk (Wu et al. 2018; as DINO evaluates).
 
-Features of centre crops, compared by cosine; the k nearest training images vote for their label with weight
-exp((similarity - 1) / 0.07). Nothing is trained and nothing is random, so it is the quickest honest figure.
-Every image counts once, whatever the number of processes.
+Compares features of centre crops by cosine similarity. The k nearest training images vote for their label
+with weight exp((similarity - 1) / 0.07). Nothing is trained and nothing is random, so this is the quickest
+trustworthy figure. Each image counts once, on any number of processes.
 
     python eval_knn.py runs/swav_shapes                   # a run, on its own data
     python eval_knn.py backbone.pt --data /imagenet       # needs train/ and val/ with class folders
     torchrun --nproc_per_node=8 eval_knn.py resnet50.pth --data /imagenet  # a torchvision file, 8 GPUs
-    python eval_knn.py runs/swav_shapes --random-init     # the same trunk, untrained: the floor
-    python eval_knn.py f.npz                              # features kept by eval_linear.py --save-features
+    python eval_knn.py runs/swav_shapes --random-init     # the same trunk with random weights: the floor
+    python eval_knn.py f.npz                              # features saved by eval_linear.py --save-features
 """
 
 import torch
@@ -23,7 +23,7 @@ from common.features import knn_classify as classify  # noqa: F401 (eval_knn.cla
 
 
 def arguments(argv=None):
-    parser = evaluation.parser(__doc__, "labelled images: the bank (default: the run's)",
+    parser = evaluation.parser(__doc__, "labelled images that vote (default: the run's)",
                                "labelled images to classify (default: the val split of --data)",
                                batch_size=256)
     add = parser.add_argument

@@ -1,23 +1,23 @@
-"""Linear probes: classifiers on features of a frozen trunk (Goyal et al. 2019; the five methods' protocols).
+"""Trains linear classifiers on a frozen trunk (Goyal et al. 2019; the protocols of the five methods).
 
-The trunk stays in eval mode and keeps every bit, batch-norm statistics included. One pass through it feeds
-all probes: the pooled average of the last map, the maps Feature1 .. Feature5, or AlexNet's conv1 .. conv5.
-Learning rates and weight decays, when several are given, train at once on the same crops as one stacked
-tensor; each ends as if it had trained alone.
+The trunk stays in eval mode and never changes, batch-norm statistics included. One forward pass feeds all
+probes: the average-pooled last map, the maps Feature1 .. Feature5, or AlexNet's conv1 .. conv5. All pairs of
+the given learning rates and weight decays train at once on the same crops, stacked in one tensor. Each ends
+as if it had trained alone.
 
-Two kinds of figure, never to be put in one column: the protocol of a preset, which draws new crops every
-epoch, and --cache, which looks once at each image's centre crop and trains on the kept features in seconds.
+There are two kinds of figure; never compare one with the other. A preset's protocol draws new crops every
+epoch. --cache extracts features of each image's centre crop once and trains on them in seconds.
 
     python eval_linear.py runs/swav_shapes                        # a run, on its own data: minutes on a CPU
-    python eval_linear.py runs/swav_shapes --cache                # seconds, once the features are there
-    python eval_linear.py runs/swav_shapes --save-features f.npz  # keeps them; also eval_knn.py reads f.npz
-    python eval_linear.py f.npz --lr 0.1 1                        # on kept features
+    python eval_linear.py runs/swav_shapes --cache                # seconds, once features are extracted
+    python eval_linear.py runs/swav_shapes --save-features f.npz  # saves them; eval_knn.py reads f.npz too
+    python eval_linear.py f.npz --lr 0.1 1                        # on saved features
     torchrun --nproc_per_node=8 eval_linear.py resnet50.pth --preset swav_100e --data /imagenet
-    python eval_linear.py resnet50.pth --head classifier.pt --val /imagenet/val   # judges a kept classifier
+    python eval_linear.py resnet50.pth --head classifier.pt --val /imagenet/val   # tests a saved classifier
     python eval_linear.py --list-presets                          # the published protocols and their figures
 
-A stop signal and every --save-every minutes save where it is; the same command goes on. The classifiers are
-kept, those of the best rate.
+The state is saved at a stop signal and every --save-every minutes. The same command resumes. At the end the
+classifier of each layer with the best rate is saved.
 """
 
 import itertools
@@ -83,25 +83,25 @@ def xavier(weight, generator):
 
 @dataclass(frozen=True)
 class Preset:
-    """A protocol. The optimizer is SGD with momentum 0.9; lr belongs to batch_size."""
+    """A protocol. The optimizer is SGD with momentum 0.9; lr is meant for batch_size."""
 
     published: str
-    # layers of common/evaluation/pooling.py; "+bn" with batch norm before, "+affine" with a trained one
+    # layers of common/evaluation/pooling.py; "+bn": batch norm before it, "+affine": with gain and shift
     probes: tuple = ("avgpool",)
     lr: tuple = (0.01,)
     weight_decay: tuple = (0.0,)
     epochs: int = 100
     batch_size: int = 256
     schedule: object = by_drops
-    drops: tuple = ()  # epochs after which the learning rate is a tenth
+    drops: tuple = ()  # epochs after which the learning rate is divided by 10
     nesterov: bool = False
     start: object = gaussian
     crop: object = resized_crop
     jitter: float = 0.0  # strength of brightness, contrast and saturation
-    lighting: float = 0.0  # standard deviation of the noise along the colours of ImageNet
-    view: object = CenterCrop  # what is looked at to judge
-    probabilities: bool = False  # of several views the mean of the probabilities, not of the logits
-    first_validation: int = 1  # epoch
+    lighting: float = 0.0  # standard deviation of the noise along ImageNet's principal colours
+    view: object = CenterCrop  # crops of an image to evaluate on
+    probabilities: bool = False  # whether several views average their probabilities, not their logits
+    first_validation: int = 1  # epoch of the first evaluation
     resize: int = 256
     size: int = 224
 
@@ -184,22 +184,22 @@ def _words(value):
 
 def arguments(argv=None):
     parser = evaluation.parser(__doc__, "labelled images to train on (default: the run's)",
-                               "labelled images to judge by (default: the val split of --data)")
+                               "labelled images to evaluate on (default: the val split of --data)")
     evaluation.add_presets(parser, PRESETS, table())
     add = parser.add_argument
     add("--layers", nargs="+", default=[], help="layers of the preset to train on (default: all of them)")
-    add("--lr", type=float, nargs="+", help="learning rates, trained at once (default: the preset's)")
+    add("--lr", type=float, nargs="+", help="learning rates, all trained at once (default: the preset's)")
     add("--weight-decay", type=float, nargs="+", help="weight decays for each --lr (default: the preset's)")
-    add("--crops", type=int, choices=(1, 10), help="crops an image to judge by (default: the preset's)")
+    add("--crops", type=int, choices=(1, 10), help="crops per image to evaluate on (default: the preset's)")
     add("--cache", action="store_true", help="train on features of centre crops, extracted once")
     add("--head", default="", metavar="FILE",
-        help="train nothing: judge this classifier, kept by an earlier call or released with the trunk")
-    add("--save-features", default="", metavar="FILE", help="--cache, and keep the features in an .npz file")
+        help="train nothing: evaluate this classifier, saved by an earlier call or released with the trunk")
+    add("--save-features", default="", metavar="FILE", help="--cache, and save the features to an .npz file")
     return parser.parse_args(argv)
 
 
 def choose(args):
-    """The preset with the options that were given. Says what a batch of another size needs."""
+    """Returns the preset with the given options. Warns if lr is kept while the batch size changes."""
     preset = PRESETS[args.preset]
     given = evaluation.given(args, ("lr", "weight_decay", "epochs", "batch_size"))
     positive = (*given.get("lr", ()), given.get("epochs", 1), given.get("batch_size", 1))
@@ -214,7 +214,7 @@ def choose(args):
     least = max(2 if any("+" in probe for probe in preset.probes) else 1, distributed.world_size())
     batch_size = given.get("batch_size", preset.batch_size)
     if batch_size < least:
-        why = "for batch norm or an image a process"
+        why = "for batch norm, or one image per process"
         raise ArgumentError(f"--batch-size {batch_size}: at least {least} is needed, {why}")
     if batch_size != preset.batch_size and not args.lr:
         say(evaluation.kept_rates(args.preset, preset.lr, preset.batch_size, batch_size))
@@ -227,10 +227,10 @@ def choose(args):
 
 
 class Probe(nn.Module):
-    """G linear classifiers of one layer, one for each (learning rate, weight decay), trained at once.
+    """Trains G linear classifiers on one layer at once, one for each (learning rate, weight decay).
 
-    They start from the same weights, see the same rows, and share no gradient: each ends as if it had trained
-    alone. Batch norm before them is over the rows of all ranks; gain and shift are each one's own.
+    They start from the same weights, see the same rows and share no gradient, so each ends as if it had
+    trained alone. Batch norm before them covers the rows of all ranks. Each has a gain and shift of its own.
     """
 
     def __init__(self, name, shape, classes, settings, start, seed):
@@ -240,7 +240,7 @@ class Probe(nn.Module):
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
         weight = torch.empty(classes, *shape)
         bias = start(weight, generator)
-        # Settings behind classes: a softmax over many short rows would cost more than the products.
+        # Settings after classes: softmax over many short rows would cost more than the matrix products.
         self.weight = nn.Parameter(weight.flatten(1)[:, None].repeat(1, len(settings), 1))  # (K, G, F)
         self.bias = nn.Parameter(bias[:, None].repeat(1, len(settings)))  # (K, G)
         decay = torch.tensor([decay for _, decay in settings], dtype=torch.float64)  # (G,)
@@ -251,10 +251,10 @@ class Probe(nn.Module):
             self.shift = nn.Parameter(torch.zeros(len(settings), shape[0]))
 
     def forward(self, x):
-        """(B, C, h, w) -> (B, K, G)."""
+        """Maps (B, C, h, w) to logits (B, K, G)."""
         weight, bias = self.weight, self.bias
         x = x if self.norm is None else self.norm(x)
-        if hasattr(self, "gain"):  # into the weights: one product for all settings
+        if hasattr(self, "gain"):  # fold both into the weights: one product for all settings
             weight = weight.unflatten(2, (x.shape[1], -1))  # (K, G, C, h w)
             bias = bias + torch.einsum("kgcp,gc->kg", weight, self.shift)
             weight = (weight * self.gain[:, :, None]).flatten(2)
@@ -262,7 +262,7 @@ class Probe(nn.Module):
 
     @torch.no_grad()
     def descend(self, lr, nesterov, momentum=0.9):
-        """A step of torch.optim's SGD with learning rates (G,). Batch norm's parameters do not decay."""
+        """Makes a step of torch.optim's SGD with learning rates lr (G,). Gain and shift do not decay."""
         for name, p in self.named_parameters():
             shape = {"weight": (1, -1, 1), "bias": (1, -1), "gain": (-1, 1), "shift": (-1, 1)}[name]
             grad = distributed.all_sum(p.grad)
@@ -276,8 +276,8 @@ class Probe(nn.Module):
 
 
 def train_one_epoch(probes, batches, preset, epoch, steps):
-    """One pass over numbered batches of the epoch: maps {layer: (b, C, h, w)}, labels (b,), and size of the
-    batch of all ranks."""
+    """Trains on one epoch of batches (number, (maps, labels, total)): maps {layer: (b, C, h, w)} and labels
+    (b,) of this rank, total images over all ranks."""
     for number, (maps, labels, total) in batches:
         loss = 0
         for probe in probes:
@@ -294,7 +294,7 @@ def train_one_epoch(probes, batches, preset, epoch, steps):
 
 @torch.no_grad()
 def judge(probes, maps, views=1, probabilities=False):
-    """Best classes (B, settings of all probes, up to 5), from maps of `views` crops an image."""
+    """Returns the top classes (B, settings of all probes, up to 5) from maps of `views` crops per image."""
     best = []
     for probe in probes:
         logits = probe.eval()(maps[probe.layer])  # (views B, K, G)
@@ -304,7 +304,7 @@ def judge(probes, maps, views=1, probabilities=False):
 
 
 class Cached:
-    """Training and judging on kept features. train, val: this rank's (features (n, D), labels (n,))."""
+    """Trains and evaluates on cached features. train, val: this rank's (features (n, D), labels (n,))."""
 
     def __init__(self, train, val, device):
         self.judged = int(distributed.all_sum((val[1] >= 0).sum()))
@@ -317,8 +317,8 @@ class Cached:
         self.n, self.first = sum(counts), sum(counts[: distributed.rank()])
 
     def batches(self, epoch, batch_size, seed, drop_last, first=0):
-        """Batches, from the number `first` on, that do not depend on the number of ranks: of each, a rank has
-        the rows that it holds."""
+        """Yields the batches from number `first` on. They do not depend on the number of ranks: of each, a
+        rank gets the rows that it holds."""
         batches = data.batches(self.n, batch_size, epoch, seed, 0, 1, drop_last=drop_last)
         for batch in map(batches.__getitem__, range(first, len(batches))):
             rows = torch.tensor([index for _, index in batch]) - self.first
@@ -334,7 +334,7 @@ class Cached:
 
 
 def extract_both(trunk, info, images, queries, how, path):
-    """This rank's cached features and labels of both sets, which an .npz file keeps if path names one."""
+    """Returns this rank's features and labels of both sets. Saves those of all ranks to path, if given."""
     reading, rows = Reading(trunk, ["avgpool"]), []
     for part, option in ((images, "--data"), (queries, "--val")):
         began = time.perf_counter()
@@ -350,7 +350,7 @@ def extract_both(trunk, info, images, queries, how, path):
 
 
 class Drawn:
-    """Training on new crops every epoch, and judging on centre or ten crops, through the trunk."""
+    """Trains on new crops every epoch and evaluates on centre or ten crops, all through the trunk."""
 
     def __init__(self, trunk, images, queries, preset, how, seed):
         self.trunk, self.images, self.queries, self.preset, self.how = trunk, images, queries, preset, how
@@ -360,7 +360,7 @@ class Drawn:
         self.loader = data.Loader(crops, how["workers"], pin_memory=how["device"].type == "cuda")
         self.labelled = (images.labels >= 0).nonzero()[:, 0].numpy()
         self.n, self.judged = len(self.labelled), int((queries.labels >= 0).sum())
-        # ImageNet's principal colours, as long as their deviations (Krizhevsky et al. 2012), normalised.
+        # ImageNet's principal colours, scaled by their spread (Krizhevsky et al. 2012), in normalised units.
         colours = torch.tensor([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140],
                                 [-0.5836, -0.6948, 0.4203]])
         lengths, std = torch.tensor([0.2175, 0.0188, 0.0045]), torch.tensor(how["std"])
@@ -375,7 +375,7 @@ class Drawn:
             crops = crops[0][0].to(device, non_blocking=True)  # (b, 3, s, s)
             x = photometric(crops, params[0], self.how["mean"], self.how["std"])
             total = min(batch_size, self.n - step * batch_size)
-            if self.preset.lighting:  # drawn for the batch of all ranks: it does not depend on their number
+            if self.preset.lighting:  # drawn for all ranks' batch, so it does not depend on their number
                 generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {epoch} {step}".encode()))
                 noise = torch.randn(total, 3, generator=generator)
                 noise = self.preset.lighting * noise @ self.colours.T  # (total, RGB)
@@ -387,7 +387,7 @@ class Drawn:
             yield maps, self.images.labels[index].to(device, non_blocking=True), total
 
     def end_epoch(self, epoch):
-        """Its collectives must not be in `batches`, whose next one a signal may break off."""
+        """Checks for unreadable images. Not done in `batches`: a signal may stop that amid a collective."""
         evaluation.check_readable(self.loader)
         bad = int(distributed.all_sum(torch.tensor(len(self.loader.bad))))
         if bad and epoch == 0:
@@ -407,10 +407,10 @@ class Drawn:
 
 
 def judge_head(args, device):
-    """--head: the accuracy of a kept or released classifier on the images to judge by."""
+    """Evaluates the saved or released classifier --head on the validation images."""
     for name in ("random_init", "lr", "weight_decay", "epochs", "batch_size", "cache", "save_features"):
         if getattr(args, name):
-            raise ArgumentError(f"--{name.replace('_', '-')} trains, or is another trunk: not beside --head")
+            raise ArgumentError(f"--{name.replace('_', '-')} is not for --head, which trains nothing")
     network = evaluation.loaded(classifier.load_classifier, args.head, args.trunk, *args.layers[:1],
                                 arch=args.arch)
     info = evaluation.sized(args, network.info)
@@ -446,7 +446,7 @@ def main(args):
     if cached and preset.layers != ["avgpool"]:
         has = f"--preset {args.preset} has {_words(preset.probes)}: see --layers"
         raise ArgumentError(f"cached features are those of avgpool, {has}")
-    evaluation.need(not cached or args.crops != 10, args, "crops", "cached features are of one crop an image")
+    evaluation.need(not cached or args.crops != 10, args, "crops", "cached features have one crop per image")
     if kept:
         *rows, info = store.load(args.trunk)
         source, precision, trunk = Cached(*rows, device), torch.float32, None
@@ -468,7 +468,7 @@ def main(args):
             source = Drawn(trunk, images, queries, preset, how, args.seed)
         classes, precision = images.classes, how["precision"]
         sets = {"data": images.fingerprint, "val": queries.fingerprint}
-    # A last batch with fewer images than ranks, or with one, which has no variance, is left out.
+    # Drop a last batch with fewer images than ranks, or with a single image, which has no variance.
     left = source.n % preset.batch_size
     drop_last = left < max(2, distributed.world_size())
     steps = source.n // preset.batch_size + (not drop_last)
@@ -523,7 +523,7 @@ def main(args):
 
 
 def chosen_heads(probes, chosen):
-    """What `classifier.save` keeps of every probe: its best setting."""
+    """Returns the best setting of every probe, in the form that `classifier.save` takes."""
     heads = []
     for probe in probes:
         row = chosen[probe.name]
@@ -533,16 +533,16 @@ def chosen_heads(probes, chosen):
 
 
 def results(probes, history):
-    """The table of all probes and settings, printed, and what it holds."""
+    """Prints the table of all probes and settings. Returns its figures for the record."""
     rows, last = [], max(history)
     each = [(probe, g, *setting) for probe in probes for g, setting in enumerate(probe.settings)]
     for i, (probe, g, lr, weight_decay) in enumerate(each):
-        best = max(history, key=lambda epoch: history[epoch][i][0])  # the first of equal ones
+        best = max(history, key=lambda epoch: history[epoch][i][0])  # the earliest of equals
         (top1, top5), best_top1 = history[last][i], history[best][i][0]
         row = {"probe": probe.name, "lr": lr, "weight_decay": weight_decay, "top1": round(top1, 4)}
         row |= {} if top5 is None else {"top5": round(top5, 4)}
         row |= {"best_top1": round(best_top1, 4), "best_epoch": best}
-        if not probe.weight[:, g].isfinite().all():  # the others trained beside it all the same
+        if not probe.weight[:, g].isfinite().all():  # the other settings are unaffected
             row["diverged"] = True
         rows.append(row)
     say("probe                 lr   decay   last: top-1   top-5   best: top-1   epoch")

@@ -1,12 +1,12 @@
-"""Semantic segmentation: a class for every pixel, by an FCN on the pre-trained trunk, all of it fine-tuned.
+"""Semantic segmentation: fine-tunes an FCN together with its pre-trained trunk to classify every pixel.
 
-The network is that of MMSelfSup (0.x): the trunk's last strides become dilations, so that its maps keep an
-eighth of the image's side; 3x3 convolutions and a 1x1 one score each place, an auxiliary head on layer3 helps
-to train. Batch norm is in train mode and over all processes. Scores are upsampled to the labels; the loss is
-their cross-entropy, averaged over all pixels, those that are left out (255) too. The rate falls by
-(1 - t / T)^0.9. Judged is the last iteration, by the mean over classes of intersection over union (mIoU).
+The network is MMSelfSup's (0.x). The trunk's last strides become dilations, so its maps keep 1/8 of the
+image's side. 3x3 convolutions and a 1x1 convolution score each place; an auxiliary head on layer3 helps
+training. Batch norm is in train mode and synchronised. Scores are upsampled to the labels. The loss is their
+cross-entropy, averaged over all pixels: ignored ones (255) add 0. The learning rate falls as (1 - t / T)^0.9.
+The last iteration is evaluated, by the mean over classes of intersection over union (mIoU).
 
-A stop signal and every --save-every minutes save where it is; the same command goes on.
+The state is saved at a stop signal and every --save-every minutes. The same command resumes.
 
     python eval_segmentation.py runs/swav_shapes                # drawn scenes, minutes on a CPU
     python eval_segmentation.py runs/swav_shapes --random-init  # the same from random weights: the floor
@@ -42,8 +42,8 @@ SHOWN = 6  # held-out images in the sheet of predictions
 
 @dataclass(frozen=True)
 class Preset:
-    """A protocol. base: the sides, long and short, that an image is scaled to fit, times one of `ratios` in
-    training; stride: of windows of the crop's size at test, 0: the whole image."""
+    """A protocol. base: (long, short) sides that an image is scaled to fit; in training times a random factor
+    within `ratios`. stride: of the test windows, which have the crop's size; 0: test the whole image."""
 
     published: str
     open: Callable  # spec -> (training, held-out) images
@@ -56,11 +56,11 @@ class Preset:
     stride: int = 0
     align_corners: bool = False
     ratios: tuple = (0.5, 2.0)
-    dilated: tuple = ("layer3", "layer4")  # stages that lose their stride
+    dilated: tuple = ("layer3", "layer4")  # stages whose stride becomes dilation
     channels: int = 512  # of the head
-    convs: int = 2
-    joined: bool = True  # the head's last convolution sees layer4's map again
-    auxiliary: int = 256  # channels of the auxiliary head; 0: there is none
+    convs: int = 2  # 3x3 convolutions of the head
+    joined: bool = True  # whether one more convolution gets layer4's map beside their output
+    auxiliary: int = 256  # channels of the auxiliary head; 0: no such head
 
 
 PRESETS = {
@@ -75,15 +75,15 @@ PRESETS = {
 
 
 def arguments(argv=None):
-    parser = evaluation.parser(__doc__, "what the preset needs: scenes or scenes:N for N of them (default: "
+    parser = evaluation.parser(__doc__, "what the preset needs: scenes, or scenes:N for N of them (default: "
                                         "scenes), VOCdevkit with SBD in it or beside it, or Cityscapes",
                                "", precisions=(*evaluation.PRECISIONS, "float64"), crops=False)
     evaluation.add_presets(parser, PRESETS, table(), ("--iterations", "steps, over which the rate falls"))
     add = parser.add_argument
-    add("--lr", type=float, help="learning rate at the start, at the given batch size")
+    add("--lr", type=float, help="initial learning rate, for the given batch size")
     add("--weight-decay", type=float, help="weight decay of every parameter")
     add("--deterministic", action=argparse.BooleanOptionalAction, default=True,
-        help="the same bits on a GPU too: slower, or stops at an operation that cannot (default: on)")
+        help="repeatable bits on a GPU too; slower, and stops at operations without them (default: on)")
     return parser.parse_args(argv)
 
 
@@ -99,7 +99,7 @@ def table():
 
 
 def resolve(args):
-    """The preset with the options given, and a line about a rate that does not follow the batch, or None."""
+    """Returns the preset with the given options, and a warning if only the batch size changes, or None."""
     preset = PRESETS[args.preset]
     p = replace(preset, **evaluation.given(args, ("iterations", "batch_size", "lr", "weight_decay")))
     dense.check(args, p, p.open is open_scenes)
@@ -117,10 +117,10 @@ def enlarged(p, times):
 
 
 def dilate(trunk, stages):
-    """Takes the strides out of the trunk's last stages, in place; returns it.
+    """Replaces the strides of the given stages by dilations, in place. Returns the trunk.
 
-    What lies behind a lost stride looks twice as far, so that the map has the values that it had, and others
-    between them: torchvision's replace_stride_with_dilation.
+    Convolutions behind a removed stride are dilated twice as much. So the map keeps the values that it had
+    and gains others between them, as with torchvision's replace_stride_with_dilation.
     """
     dilation = 1
     for stage in stages:
@@ -141,7 +141,7 @@ def conv(inputs, outputs):
 
 
 class Head(nn.Module):
-    """Scores of each place: (B, inputs, h, w) -> (B, C, h, w)."""
+    """Scores the classes at each place: (B, inputs, h, w) -> (B, C, h, w)."""
 
     def __init__(self, inputs, channels, convs, joined, classes):
         super().__init__()
@@ -159,7 +159,7 @@ class Head(nn.Module):
 
 
 class Model(nn.Module):
-    """(B, 3, H, W) -> scores [(B, C, h, w)]: of the head, and in train mode of the auxiliary one."""
+    """(B, 3, H, W) -> list of scores (B, C, h, w): the head's and, in train mode, the auxiliary head's."""
 
     def __init__(self, trunk, p, classes):
         super().__init__()
@@ -175,16 +175,16 @@ class Model(nn.Module):
 
 
 def upsampled(scores, size, align_corners):
-    """(B, C, h, w) to (B, C, H, W), in full precision."""
+    """Upsamples (B, C, h, w) to (B, C, H, W), in full precision."""
     scores = scores if scores.dtype == torch.float64 else scores.float()
     return F.interpolate(scores, size, mode="bilinear", align_corners=align_corners)
 
 
 def loss_of(scores, labels, align_corners):
-    """Cross-entropy of scores (B, C, h, w) with labels (B, H, W) int64: its sum over the pixels that are
-    labelled, divided by the number of all."""
+    """Returns the cross-entropy of scores (B, C, h, w) with labels (B, H, W) int64: its sum over labelled
+    pixels, divided by the number of all pixels."""
     scores = upsampled(scores, labels.shape[1:], align_corners)
-    rows = scores.permute(0, 2, 3, 1).flatten(0, 2)  # (B H W, C): on a GPU the loss of maps is not repeatable
+    rows = scores.permute(0, 2, 3, 1).flatten(0, 2)  # (B H W, C): the loss of maps is not repeatable on a GPU
     return F.cross_entropy(rows, labels.flatten(), ignore_index=IGNORED, reduction="sum") / labels.numel()
 
 
@@ -192,7 +192,7 @@ def loss_of(scores, labels, align_corners):
 
 
 def train(model, p, loader, n, seed, how, progress):
-    """Trains the model, on its device, on n images; returns the mean loss since the last line of the log."""
+    """Trains the model on its device on n images. Returns the mean loss that the last log line shows."""
     net, dtype, device = parallel(model), next(model.parameters()).dtype, how["device"]
     optimizer = torch.optim.SGD(net.parameters(), lr=p.lr, momentum=0.9, weight_decay=p.weight_decay)
 
@@ -200,7 +200,7 @@ def train(model, p, loader, n, seed, how, progress):
         _, (crops, labels), sizes = batch
         torch.manual_seed(seed << 32 | step)  # dropout
         x = dense.normalised(crops[0].to(device, non_blocking=True), how["mean"], how["std"], dtype)
-        x = x * inside(sizes[0].to(device, non_blocking=True), p.crop)  # padding: 0
+        x = x * inside(sizes[0].to(device, non_blocking=True), p.crop)  # padding becomes 0
         labels = labels[0].to(device, non_blocking=True).long()  # (B, H, W)
         with torch.autocast(device.type, torch.bfloat16, enabled=how["precision"] == torch.bfloat16):
             scores = net(x)
@@ -213,7 +213,7 @@ def train(model, p, loader, n, seed, how, progress):
 
 
 def inside(sizes, side):
-    """Which pixels of padded crops are image: sizes (B, 2), height and width, -> (B, 1, side, side) bool."""
+    """Tells image from padding: (height, width) of each crop (B, 2) -> mask (B, 1, side, side) bool."""
     place = torch.arange(side, device=sizes.device)
     rows, columns = (place < sizes[:, i, None] for i in (0, 1))  # (B, side) each
     return (rows[:, :, None] & columns[:, None])[:, None]
@@ -223,13 +223,13 @@ def inside(sizes, side):
 
 
 def offsets(size, window, stride):
-    """Where windows over `size` pixels begin; the last one ends with them."""
+    """Returns where windows over `size` pixels begin. The last one ends at the last pixel."""
     room = max(0, size - window)
     return [min(i * stride, room) for i in range(-(-room // stride) + 1)]
 
 
 def predict(model, x, p):
-    """Scores (1, C, H, W) of an image (1, 3, H, W): of the whole, or the mean over windows."""
+    """Returns scores (1, C, H, W) of an image (1, 3, H, W): from the whole, or averaged over windows."""
     if not p.stride:
         return upsampled(model(x)[0], x.shape[2:], p.align_corners)
     total = times = 0
@@ -245,19 +245,19 @@ def predict(model, x, p):
 
 @torch.inference_mode()
 def judge(model, images, p, how, fetch=next):
-    """(confusion (C, C) int64 of the pixels of all ranks' images, the truth in rows; pictures of this rank's
-    first images, each with truth and prediction; those of its images that cannot be read)."""
+    """Returns the confusion matrix (C, C) int64 over the pixels of all ranks' images, the truth in rows; of
+    this rank pictures of the first images, each with truth and prediction; and its unreadable images."""
     device, classes, dtype = how["device"], len(images.classes), next(model.parameters()).dtype
     first, last = distributed.rows_of(len(images), distributed.rank(), distributed.world_size())
     loader = data.Loader(Whole(images, p), how["workers"], device.type == "cuda")
     batches = data.batches(len(images), 1, 0, 0, 0, 1, order=range(first, last), drop_last=False)
-    every_rank = len(images) // distributed.world_size()  # images that all ranks have
+    every_rank = len(images) // distributed.world_size()  # steps that all ranks make: `fetch` is collective
     confusion, pictures = torch.zeros(classes, classes, dtype=torch.int64, device=device), []
     model.eval()
     source = loader.epoch(0, batches)
     for step in range(last - first):
         index, (pixels, labels), _ = (fetch if step < every_rank else next)(source)
-        if int(index) != first + step:  # its neighbour, in place of what cannot be read
+        if int(index) != first + step:  # unreadable: its neighbour came
             continue
         x = dense.normalised(pixels[0].to(device, non_blocking=True), how["mean"], how["std"], dtype)
         with torch.autocast(device.type, torch.bfloat16, enabled=how["precision"] == torch.bfloat16):
@@ -276,7 +276,7 @@ def judge(model, images, p, how, fetch=next):
 
 
 def intersection_over_union(confusion):
-    """(C,) float64 in percent, NaN for a class that neither truth nor prediction has."""
+    """Returns (C,) float64 in percent. NaN: neither truth nor prediction has the class."""
     both = confusion.diagonal().double()
     return 100 * both / (confusion.sum(0) + confusion.sum(1) - both)
 

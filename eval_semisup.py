@@ -1,18 +1,18 @@
-"""Fine-tuning of the whole network on a few labels (Goyal et al. 2019; SimCLR's 1 % and 10 % of ImageNet).
+"""Fine-tunes the whole network on a few labels (Goyal et al. 2019; SimCLR's 1 % and 10 % of ImageNet).
 
-The trunk gets a linear layer on its pooled features and both are trained, batch norm in train mode and
-synchronised, with a rate of their own each: lr for the trunk, lr x multiplier for the head. The published
-figures are the best of a grid of rates, so the grid is a loop here, and its table names the settings as the
-benchmarks do: "head10, 1e-2". Every setting reports its last epoch and its best one; the best of anything is
-chosen on the images that it is reported for.
+Adds a linear layer on the trunk's pooled features and trains both, with synchronised batch norm in train
+mode. The trunk learns at rate lr, the linear head at lr x multiplier. Published figures are the best of a
+grid of rates, so this script runs the whole grid. Its table names the settings as the benchmarks do: "head10,
+1e-2". Each setting reports its last and its best epoch. Whatever is called best was chosen on the images that
+it is reported for.
 
-A stop signal and every --save-every minutes save where it is; the same command goes on. The network of the
-setting that is best in its last epoch is kept.
+The state is saved at a stop signal and every --save-every minutes. The same command resumes. At the end the
+network of the setting with the best last epoch is saved.
 
     python eval_semisup.py runs/swav_shapes                # minutes on a CPU: 10 % of the run's own images
     python eval_semisup.py runs/swav_shapes --random-init  # the same from random weights: the floor
     python eval_semisup.py --list-presets                  # the published protocols and their figures
-    torchrun --nproc_per_node=8 eval_semisup.py resnet50.pth --preset swav_10 --data /imagenet  # its own draw
+    torchrun --nproc_per_node=8 eval_semisup.py resnet50.pth --preset swav_10 --data /imagenet  # draws 10 %
     torchrun --nproc_per_node=8 eval_semisup.py resnet50.pth --preset swav_1 --data 1percent.txt \\
         --root /imagenet/train --val /imagenet/val         # SimCLR's list
 """
@@ -49,7 +49,7 @@ from common.optim import drops
 
 @dataclass(frozen=True)
 class Preset:
-    """A protocol. lrs: of the trunk, at batch 256; heads: the head's, as multiples, each tried with each."""
+    """A protocol. lrs: rates of the trunk, for batch_size; heads: multipliers for the head. All pairs run."""
 
     published: str
     fraction: float
@@ -61,8 +61,8 @@ class Preset:
     gamma: float = 0.2
     batch_size: int = 256
     nesterov: bool = False
-    head_std: float = 0.0  # of the head's normal weights, with bias 0; 0: torch's default for nn.Linear
-    linear_rule: bool = False  # rates follow --batch-size
+    head_std: float = 0.0  # of the head's normal initial weights, with bias 0; 0: nn.Linear's default
+    linear_rule: bool = False  # whether rates scale with --batch-size
 
 
 GRID = dict(lrs=(0.001, 0.01, 0.1), heads=(1, 10, 100), head_std=0.01)
@@ -86,19 +86,19 @@ PRESETS = {
 
 
 def arguments(argv=None):
-    parser = evaluation.parser(__doc__, "labelled images; a list is taken whole, of anything else a share is "
+    parser = evaluation.parser(__doc__, "labelled images; a list is used whole, of anything else a share is "
                                         "drawn (default: the run's)",
-                               "labelled images to judge by (default: the val split of --data)",
+                               "labelled images to evaluate on (default: the val split of --data)",
                                precisions=(*evaluation.PRECISIONS, "float64"))
     evaluation.add_presets(parser, PRESETS, table())
     add = parser.add_argument
     add("--fraction", type=float, help="share of the labelled images of each class to draw; 1: all of them")
     add("--lr", type=float, nargs="+", dest="lrs", help="learning rates of the trunk at the given batch size")
     add("--head", type=float, nargs="+", dest="heads",
-        help="learning rates of the head, as multiples of --lr, each tried with each")
+        help="learning rates of the head as multiples of --lr; all pairs are tried")
     add("--weight-decay", type=float, help="weight decay of every parameter")
     add("--deterministic", action=argparse.BooleanOptionalAction, default=True,
-        help="the same bits on a GPU too: slower, or stops at an operation that cannot (default: on)")
+        help="repeatable bits on a GPU too; slower, and stops at operations without them (default: on)")
     return parser.parse_args(argv)
 
 
@@ -116,13 +116,13 @@ def table():
 
 
 def exponent(x):
-    """0.01 as 1e-2."""
+    """Formats 0.01 as 1e-2."""
     mantissa, _, power = f"{x:e}".partition("e")
     return f"{float(mantissa):g}e{int(power)}"
 
 
 def resolve(args):
-    """The preset with the options given, and a line about rates that do not follow the batch, or None."""
+    """Returns the preset with the given options, and a warning if only the batch size changes, or None."""
     preset = PRESETS[args.preset]
     options = ("lrs", "heads", "epochs", "batch_size", "weight_decay", "fraction")
     p = replace(preset, **evaluation.given(args, options))
@@ -132,7 +132,7 @@ def resolve(args):
             raise ArgumentError(f"--{name} {evaluation.words(values)}: more than 0 is needed")
     fine = p.epochs >= 1 and p.batch_size >= 2 and 0 <= p.weight_decay < math.inf
     evaluation.need(fine, p, "epochs batch_size weight_decay",
-                    "one epoch and two images a step or more are needed, and nothing below 0")
+                    "at least one epoch and two images per step are needed, and nothing below 0")
     evaluation.need(0 <= args.seed < 1 << 32, args, "seed", f"0 to {(1 << 32) - 1} is needed")
     evaluation.need(0 < p.fraction <= 1, p, "fraction", "more than 0 and at most 1 is needed")
     if p.batch_size % (ranks := distributed.world_size()):
@@ -148,7 +148,7 @@ def resolve(args):
 
 
 def draw(labels, fraction, seed):
-    """Rows of a share of each class but -1, at least one, in order: a function of all arguments."""
+    """Draws rows of a share of each class but -1, at least one each, sorted. The arguments alone decide."""
     rows = []
     for label in labels.unique().tolist():
         members = (labels == label).nonzero()[:, 0].numpy()
@@ -168,7 +168,7 @@ def training_crops(images, size, seed):
 
 
 class Model(nn.Module):
-    """Trunk and one linear layer: (B, 3, s, s) -> scores (B, C), from the features on in full precision."""
+    """Trunk and linear layer: (B, 3, s, s) -> scores (B, C). The linear layer runs in full precision."""
 
     def __init__(self, backbone, classes, head_std):
         super().__init__()
@@ -185,8 +185,8 @@ class Model(nn.Module):
 
 
 def train_one_epoch(net, optimizer, loader, labels, p, epoch, seed, how, progress, total):
-    """One pass in train mode without a last, incomplete batch, from step progress.number on; returns the mean
-    loss over all ranks. total: the sum of this rank's losses, so far."""
+    """Trains one epoch from step progress.number on, without an incomplete last batch. Returns the mean loss
+    over all ranks. total: the sum of this rank's losses in this epoch so far, updated in place."""
     device, precision, dtype = how["device"], how["precision"], next(net.parameters()).dtype
     batches = data.batches(len(labels), p.batch_size, epoch, seed)
     net.train()
@@ -206,11 +206,11 @@ def train_one_epoch(net, optimizer, loader, labels, p, epoch, seed, how, progres
 
 
 def finetune(model, setting, p, loader, images, queries, seed, how, progress, kept):
-    """Trains model, on its device, at one setting; after each epoch gives its loss, and top-1 and top-5 on
-    the queries. Ends early with a loss that is not finite.
+    """Trains the model at one setting, resuming from progress.state. Yields (loss, top-1, top-5) on the
+    queries after each epoch. Ends after an epoch that diverged, whose accuracies are None.
 
-    setting: lr of the trunk, head, a multiple of it, and top1 of the epochs that are done. kept: what else
-    progress keeps, beside where this is; it goes on where progress.state was.
+    setting: {"lr": of the trunk, "head": multiplier, "top1": of the epochs done}. kept: what progress saves
+    beside the state of this setting.
     """
     net, lr, device = parallel(model), setting["lr"], next(model.parameters()).device
     groups = [{"params": list(model.backbone.parameters())}, {"params": list(model.fc.parameters())}]
@@ -241,7 +241,7 @@ def finetune(model, setting, p, loader, images, queries, seed, how, progress, ke
 
 
 def report(settings, p):
-    """The table: last and best epoch of each setting, and the best setting by either."""
+    """Prints the last and the best epoch of each setting. Returns the best setting by each of the two."""
     say("\nsetting           last epoch: top-1    top-5    best epoch: top-1    top-5   epoch")
     for s in settings:
         if len(s["top1"]) < p.epochs:
@@ -268,12 +268,12 @@ def report(settings, p):
 
 
 def try_grid(trunk, p, loader, images, queries, classes, args, how, progress):
-    """Fine-tunes a copy of the trunk at each setting; returns a dict of each, with accuracies by epoch, and
-    {"top1", "setting", "model"} of the one that is best in its last epoch."""
+    """Fine-tunes a copy of the trunk at each setting. Returns a list of the settings, with accuracies per
+    epoch, and {"top1", "setting", "model"} of the one that is best in its last epoch."""
     kept = progress.state or {"settings": [], "best": {"top1": -1.0}}
     kept = {name: kept[name] for name in ("settings", "best")}
     settings, best, started, done = kept["settings"], kept["best"], time.perf_counter(), 0
-    begun = len(settings) - 1 if progress.state else 0  # the others are done
+    begun = len(settings) - 1 if progress.state else 0  # earlier settings are done
     total = len(p.lrs) * len(p.heads) * p.epochs - sum(len(s["top1"]) for s in settings)
     dtype = torch.float64 if args.precision == "float64" else torch.float32
     for lr, head in list(itertools.product(p.lrs, p.heads))[begun:]:
@@ -307,7 +307,7 @@ def main(args):
     trunk, info = evaluation.open_trunk(args, device)
     how = {**evaluation.extraction(args, info, device), "bad": set()}
     everything, queries = evaluation.open_labelled(args, info)
-    # a list says itself which
+    # a list names the images itself, so it is used whole
     whole = args.fraction is None and distributed.from_main(is_list, args.data)
     images = evaluation.Subset(everything, draw(everything.labels, 1 if whole else p.fraction, args.seed))
     if len(images) < p.batch_size:

@@ -1,20 +1,20 @@
-"""Linear SVMs on frozen features of VOC 2007, all labels or a few (Goyal et al. 2019; OpenSelfSup, VISSL).
+"""Trains linear SVMs on frozen features of VOC 2007 (Goyal et al. 2019; OpenSelfSup, VISSL).
 
-Every image is warped to a square and looked at once. For each of the 20 classes one SVM says whether an image
-holds it: L2 penalty, squared hinge, positives counted twice, features of unit length. Its cost is chosen
-among a grid by 3-fold cross-validation on trainval; low-shot training draws k positive and 19 k negative
-images, five times. The figure is the mean over classes of the average precision on test.
+Warps every image to a square and extracts its features once. For each of the 20 classes one SVM predicts
+whether it is in an image: L2 penalty, squared hinge loss, positives weighted twice, features of unit length.
+3-fold cross-validation on trainval chooses its cost from a grid. Low-shot training draws k positive and 19 k
+negative images, five times. The figure is mAP: average precision on test, averaged over the classes.
 
-What a published figure hides is said here: the best layer is chosen on the test set, and low-shot figures are
-those of the cost that is best on it ("oracle"). The choice by cross-validation stands beside it.
+Published figures choose the best layer on the test set; in low-shot they choose the cost there too
+("oracle"). The output says so, and shows the choice by cross-validation beside it.
 
     python eval_svm.py resnet50.pth --data VOCdevkit                    # AvgPool and Feature5
     python eval_svm.py resnet50.pth --data VOCdevkit --layers feature1 feature2 feature3 feature4 feature5
     python eval_svm.py resnet50.pth --data VOCdevkit --protocol low-shot --layers avgpool
-    torchrun --nproc_per_node=8 eval_svm.py runs/swav --data VOCdevkit  # 8 GPUs, and the fits in 8 parts
+    torchrun --nproc_per_node=8 eval_svm.py runs/swav --data VOCdevkit  # 8 GPUs, an eighth of the fits each
 
-Needs scikit-learn. Features take a GPU a minute; the full protocol is 1,520 fits a layer and low-shot about
-50,000 small ones, spread over all CPU cores.
+Needs scikit-learn. Features take about a minute on a GPU. The full protocol makes 1,520 fits per layer,
+low-shot about 50,000 small ones, spread over all CPU cores.
 """
 
 import math
@@ -48,20 +48,20 @@ def arguments(argv=None):
                                         "JPEGImages of trainval and test", "", batch_size=64)
     add = parser.add_argument
     add("--layers", nargs="+", default=["avgpool", "feature5"], choices=pooling.LAYERS, metavar="LAYER",
-        help="feature1 .. feature5, avgpool; of AlexNet conv1 .. conv5 (default: avgpool feature5)")
+        help="feature1 .. feature5, avgpool; for AlexNet conv1 .. conv5 (default: avgpool feature5)")
     add("--protocol", nargs="+", default=["full"], choices=("full", "low-shot"),
-        help="SVMs on all labels, on a few, or both (default: full)")
+        help="train on all labels, on a few, or both (default: full)")
     add("--costs", nargs="+", default=["openselfsup"],
         help="costs to try: openselfsup (19), vissl (11) or numbers (default: openselfsup)")
     add("--ap", default="all_points", choices=("all_points", "11point"),
         help="average precision by the rule of VOC 2010 (default) or 2007")
     add("--shots", type=int, nargs="+", default=list(SHOTS),
-        help="positive images a class in low-shot (default: 1 2 4 ... 64 96)")
+        help="positive images per class in low-shot (default: 1 2 4 ... 64 96)")
     add("--samples", type=int, default=5, help="draws of low-shot images (default: 5)")
     add("--seed", type=int, default=0, help="seed of the low-shot draws (default: 0)")
     add("--crop", default="warp", choices=("warp", "center"),
-        help="look at the whole image made square (default), or at its centre")
-    add("--jobs", type=int, default=0, help="fits at a time on each process (default: its share of cores)")
+        help="warp the whole image to a square (default), or take its centre crop")
+    add("--jobs", type=int, default=0, help="parallel fits on each process (default: its share of cores)")
     return parser.parse_args(argv)
 
 
@@ -69,13 +69,13 @@ def arguments(argv=None):
 
 
 def average_precision(scores, targets, mode="all_points"):
-    """Average precision of one class, between 0 and 1.
+    """Returns the average precision of one class, between 0 and 1.
 
-    scores (n,); targets (n,): 1 present, 0 absent, -1 left out (difficult). Equal scores keep their order,
-    but for sklearn_step, where they count as one.
-    mode: "all_points", the area under the precision made monotone from the right (VOC 2010 and the SVM
-    benchmarks); "11point", its mean at recalls 0, 0.1 .. 1 (VOC 2007; 0.3, 0.6 and 0.7 are a little more than
-    3, 6 and 7 tenths, as in the official code); "sklearn_step", the area under the steps as they are.
+    scores (n,); targets (n,): 1 present, 0 absent, -1 left out (difficult). Rows with equal scores keep their
+    order, except that in sklearn_step they count as one.
+    mode: "all_points", area under the precision made monotone from the right (VOC 2010, SVM benchmarks);
+    "11point", mean of that precision at recalls 0, 0.1 .. 1 (VOC 2007; in floating point 0.3, 0.6 and 0.7 are
+    slightly more than 3, 6 and 7 tenths, as in the official code); "sklearn_step", area under the raw steps.
     Raises ValueError for a class without a positive row.
     """
     scores, targets = np.asarray(scores, dtype=np.float64), np.asarray(targets)
@@ -101,8 +101,8 @@ def average_precision(scores, targets, mode="all_points"):
 
 
 class Voc:
-    """Images of trainval, `trainval` of them, then of test, each in the order of their names. targets (N, C):
-    1 present, 0 absent, -1 only difficult ones. look: (range, exif) of open_images."""
+    """VOC 2007: the images of trainval (`trainval` of them), then of test, each sorted by name. targets
+    (N, C): 1 present, 0 absent, -1 only difficult objects. look: (range, exif) as in open_images."""
 
     def __init__(self, spec, look=()):
         self.look = look
@@ -123,7 +123,7 @@ class Voc:
         rows = [[tables[split][name][i] for name in self.classes] for split in ids for i in ids[split]]
         self.paths = [str(self.path(name)) for name in self.names]
         self.targets = np.array(rows, dtype=np.int64)
-        self.labels = torch.zeros(len(self), dtype=torch.int64)  # extract makes it -1 where it cannot read
+        self.labels = torch.zeros(len(self), dtype=torch.int64)  # extract sets unreadable ones to -1
         missing = [name for name in self.names if not self.path(name).is_file()]
         if missing:
             raise DataError(f"{len(missing)} of {len(self)} images are missing: {self.path(missing[0])}")
@@ -139,7 +139,7 @@ class Voc:
 
 
 def _read(parse, path):
-    """parse(path). Raises DataError for whatever a file that is damaged, or not there, makes it raise."""
+    """Returns parse(path). Raises DataError if the file is missing or damaged."""
     with border(DataError, f"{path} cannot be read"):
         return parse(path)
 
@@ -149,7 +149,7 @@ def _lines(path):
 
 
 def _class_files(folder, split):
-    """{class: {image: target}} of ImageSets/Main/CLASS_SPLIT.txt: 1 is present, -1 absent, 0 difficult."""
+    """Reads {class: {image: target}} of ImageSets/Main/CLASS_SPLIT.txt: 1 present, -1 absent, 0 difficult."""
     targets, table = {"1": 1, "-1": 0, "0": -1}, {}
     for path in sorted((folder / "ImageSets" / "Main").glob(f"*_{split}.txt")):
         lines = _lines(path)
@@ -164,7 +164,7 @@ def _class_files(folder, split):
 
 
 def _annotations(folder, split):
-    """The same from Annotations/IMAGE.xml: a class is difficult if all its objects are."""
+    """Reads the same from Annotations/IMAGE.xml. A class is difficult if all its objects are."""
     found = {}  # {image: {class: target}}
     for name, *_ in _lines(folder / "ImageSets" / "Main" / f"{split}.txt"):
         found[name] = {}
@@ -176,7 +176,7 @@ def _annotations(folder, split):
 
 
 def unit(x):
-    """Rows of a tensor divided by their length, in float64: the features that the SVMs get."""
+    """Scales rows to unit length, in float64: the features for the SVMs."""
     x = x.double()
     return (x / (x.norm(dim=1, keepdim=True) + 1e-5)).cpu().numpy()
 
@@ -192,7 +192,7 @@ def require_sklearn():
 
 
 def train(x, y, cost):
-    """LinearSVC for labels 1 and -1, with the benchmark's settings."""
+    """Fits a LinearSVC to labels 1 and -1, with the benchmark's settings."""
     from sklearn.svm import LinearSVC
 
     how = dict(class_weight={1: 2, -1: 1}, tol=1e-4, max_iter=MAX_ITERATIONS, dual=True, random_state=0)
@@ -200,15 +200,15 @@ def train(x, y, cost):
 
 
 def fit(x, rows, y, x_test, targets, cost, mode, choose=True):
-    """One SVM: (AP by 3-fold cross-validation, to choose a cost by; AP on test; fits that did not converge).
+    """Fits one SVM. Returns (AP by 3-fold cross-validation, AP on test, fits that did not converge).
 
-    x (N, F); rows: those to train on, n of them, with y (n,) 1 or -1; x_test (m, F), targets (m,) as Voc has
-    them. choose: False leaves the cross-validation out.
+    x (N, F); rows: the n rows to train on, with labels y (n,) 1 or -1; x_test (m, F); targets (m,) as in Voc.
+    choose: False skips the cross-validation and returns 0 for it.
     """
     from sklearn.model_selection import StratifiedKFold
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of fits that did not converge, which are counted
+        warnings.simplefilter("ignore")  # fits that do not converge warn, but are counted here
         x, folds = x[rows], []
         svm = train(x, y, cost)
         stopped = int(svm.n_iter_ >= MAX_ITERATIONS)
@@ -222,15 +222,15 @@ def fit(x, rows, y, x_test, targets, cost, mode, choose=True):
 
 
 def fit_all(x, voc, subsets, costs, mode, choose, jobs, name):
-    """An SVM for each (class, rows) in `subsets` at each cost, in parallel processes, each rank its share.
+    """Fits an SVM for each (class, rows) of `subsets` at each cost. Each rank fits its share in processes.
 
     Returns AP by cross-validation and AP on test, (subsets, costs) each, and the number of fits that did not
-    converge, equal on every rank. Difficult images among the rows are negatives; on test they are left out.
+    converge; all equal on every rank. Difficult images are negatives in training and left out on test.
     """
     from joblib import Parallel, delayed
 
     n, tasks = voc.trainval, []
-    x_train, x_test = x[:n], x[n:]  # one object each: joblib shares them by identity
+    x_train, x_test = x[:n], x[n:]  # one object each: joblib shares arrays by identity
     for c, rows in subsets:
         y, truth = np.where(voc.targets[:n][rows, c] == 1, 1, -1), voc.targets[n:, c]
         tasks += [(x_train, rows, y, x_test, truth, cost, mode, choose) for cost in costs]
@@ -249,8 +249,8 @@ def fit_all(x, voc, subsets, costs, mode, choose, jobs, name):
 
 
 def full(x, voc, costs, mode, jobs, name):
-    """The full protocol on unit rows x (N, F): AP (C,) at the cross-validated costs, these costs, AP (C,) at
-    the costs that are best on test, and fits that did not converge."""
+    """Runs the full protocol on unit rows x (N, F). Returns AP (C,) at the cross-validated costs, these
+    costs, AP (C,) at the costs that are best on test, and the number of fits that did not converge."""
     classes = range(len(voc.classes))
     cv, ap, stopped = fit_all(x, voc, [(c, slice(None)) for c in classes], costs, mode, True, jobs, name)
     chosen = cv.argmax(axis=1)
@@ -258,7 +258,7 @@ def full(x, voc, costs, mode, jobs, name):
 
 
 def draw(targets, k, seed, sample, c):
-    """Rows of k positive and 19 k negative images of class c, in order: a function of all arguments."""
+    """Draws rows of k positive and 19 k negative images of class c, sorted. The arguments alone decide."""
     rng = np.random.default_rng((seed, sample, c, k))
     rows = [rng.choice(np.flatnonzero(targets == target), count, replace=False)
             for target, count in ((1, k), (0, 19 * k))]
@@ -266,9 +266,9 @@ def draw(targets, k, seed, sample, c):
 
 
 def low_shot(x, voc, costs, mode, k, samples, seed, jobs, name):
-    """Low-shot training with k positive images a class: mAP (samples, costs); mAP (samples,) at costs that an
-    SVM's own images choose, by 3-fold cross-validation, or nearest to 1 if they are too few for it; and fits
-    that did not converge."""
+    """Trains with k positive images per class. Returns mAP (samples, costs); mAP (samples,) at the costs that
+    3-fold cross-validation on each SVM's own images chooses, or at the cost nearest to 1 if k < 3; and the
+    number of fits that did not converge."""
     shape = samples, len(voc.classes), len(costs)
     subsets = [(c, draw(voc.targets[: voc.trainval, c], k, seed, sample, c))
                for sample in range(samples) for c in range(len(voc.classes))]
@@ -299,12 +299,12 @@ def main(args):
     costs = parse_costs(args.costs)
     fine = min(args.batch_size, args.samples, *args.shots) > 0 and min(args.jobs, args.seed) >= 0
     evaluation.need(fine, args, "batch_size samples shots jobs seed",
-                    "positive numbers are needed, and nothing below 0")
+                    "positive numbers are needed; jobs and seed may be 0")
     require_sklearn()
     if not args.data:
         raise ArgumentError("--data is needed: VOCdevkit")
     trunk, info = evaluation.open_trunk(args, device)
-    if info.get("stem") != "small":  # the protocol's, whatever size the trunk was trained at
+    if info.get("stem") != "small":  # the protocol's sizes, whatever the trunk was trained at
         info.update(resize=args.resize or 256, size=args.size or 224)
     try:
         shapes = pooling.shapes(trunk, info["size"], args.layers)
@@ -344,7 +344,7 @@ def main(args):
 
 
 def shots_of(x, voc, costs, k, args, jobs, layer):
-    """Figures of low-shot training with k positive images, or why there are none."""
+    """Returns the figures of low-shot training with k positive images, or {"skipped": the reason}."""
     for c, name in enumerate(voc.classes):
         for target, count, what in ((1, k, "positive"), (0, 19 * k, "negative")):
             found = int((voc.targets[: voc.trainval, c] == target).sum())
@@ -361,7 +361,7 @@ def shots_of(x, voc, costs, k, args, jobs, layer):
 
 
 def report(record):
-    """The tables, and what in them is chosen on the test set."""
+    """Prints the tables, and says what in them was chosen on the test set."""
     if record["full"]:
         say("\nmAP of all labels   cost by 3-fold   each class's best cost")
         say("layer    features    on trainval       on test (oracle)")
@@ -372,9 +372,9 @@ def report(record):
             say(f"best layer: {best}, {record['full'][best]['map']:.2f} (chosen on the test set)")
         stopped = sum(f["not_converged"] for f in record["full"].values())
         if stopped:
-            say(f"{stopped} fits ended at {MAX_ITERATIONS} iterations, as they do in the benchmark")
+            say(f"{stopped} fits stopped at {MAX_ITERATIONS} iterations, as in the benchmark")
     for layer, shots in record["low_shot"].items():
-        say(f"\nmAP of k positive images a class, {layer}: means of the draws")
+        say(f"\nmAP of k positive images per class, {layer}: means of the draws")
         say("    k   best cost on test (oracle)     std     min     max   cost      cost by 3-fold     std")
         for k, f in shots.items():
             if "skipped" in f:

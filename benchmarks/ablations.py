@@ -1,17 +1,17 @@
-"""Small experiments, with five seeds by default: the six methods as they are, without what prevents collapse,
-DeepCluster-v2 with one improvement less, SwAV with other crops and batches, training anew on SeLa's labels.
+"""Runs small experiments, by default on five seeds: the six methods with and without their guard against
+collapse, DeepCluster-v2 less one improvement, SwAV with other crops and batches, SeLa anew on its labels.
 
-    python -m benchmarks.ablations                         # all: a minute or two a run, on two cores
+    python -m benchmarks.ablations                         # all: a minute or two per run, on two cores
     python -m benchmarks.ablations --only "swav*"          # some of them
     python -m benchmarks.ablations --list
     ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 \\
         python -m benchmarks.ablations --precision float32 --out runs/ablations_float32
-                                                           # the methods as they are, as on an older CPU
+                                                           # the unchanged methods, as on an older CPU
 
-Where an option does it, the run has that option; where none does, a function below takes the place of the
-script's. A run is kept in --out and not made twice, so the same command resumes; nor is a run whose figures
-are in the results file, if it had the same options. Written is what there is of each experiment, from the
-first seed on.
+An experiment changes options of the recipe or, where there is no such option, replaces a function of the
+script by one of those below. Runs are kept in --out, so the same command resumes. A run is not repeated if
+its figures are in the results file for the same options. The results file gets each experiment's seeds up to
+the first that is missing.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def likeliest(memory, prototypes, features, heads, *settings):
 
 
 def labels_of(run, memory, *settings):
-    """The labels (H, N) that another run ended with."""
+    """Replaces sela.py's `assign`: takes the labels (H, N) that another run ended with."""
     found = read_assignments(run / "assignments.npz", data.open_images("shapes", "train"))
     memory.targets.copy_(torch.from_numpy(found))
 
@@ -79,7 +79,7 @@ class LinearHead(deepclusterv2.Model):
         self.projection_head = nn.Linear(self.backbone.feature_dim, config.dim)
 
 
-# name: options given to the method's recipe, functions of its script replaced
+# name: (options that override the method's recipe, functions that replace its script's)
 LARGE = dict(sizes=(24,), scales=(0.4, 1.0))
 RETRAINED = dict(relabellings=1, epochs=6)
 EXPERIMENTS = {
@@ -117,8 +117,8 @@ def arguments():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--only", default="*", help="a pattern of names")
-    parser.add_argument("--list", action="store_true", help="names, and nothing else")
+    parser.add_argument("--only", default="*", help="pattern that the names of experiments must match")
+    parser.add_argument("--list", action="store_true", help="print the names, and stop")
     parser.add_argument("--precision", default="auto", choices=["auto", "float32"])
     parser.add_argument("--out", type=Path, default=Path("runs/ablations"))
     parser.add_argument("--workers", type=int, default=-1)
@@ -126,7 +126,7 @@ def arguments():
 
 
 def folder(out, name, seed):
-    """Where the run of an experiment is kept."""
+    """Returns the folder of an experiment's run."""
     return out / f"{name.replace(', ', '-').replace(' ', '_')}_{seed}"
 
 
@@ -135,12 +135,12 @@ def config_of(name, args, seed):
     given = dict(recipe="shapes", seed=seed, precision=args.precision, workers=args.workers, log_every=13,
                  eval_every=6 if method is sela else 100, out=str(folder(args.out, name, seed)), fresh=True)
     config = dataclasses.replace(recipe(method.Config, method.RECIPES, "shapes"), **given | options)
-    # labels of a run teach a network that starts otherwise
+    # retraining starts from other weights than the run whose labels it takes
     return dataclasses.replace(config, seed=seed + 100) if "anew" in name else config
 
 
 def options_of(name):
-    """A checksum of an experiment's options, but for those of the machine and the seed."""
+    """Returns a checksum of an experiment's options, without those of the machine and the seed."""
     method = METHODS[name.split(",")[0]]
     config = dataclasses.replace(recipe(method.Config, method.RECIPES, "shapes"), **EXPERIMENTS[name][0])
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
@@ -149,7 +149,7 @@ def options_of(name):
 
 
 def measured(file, name):
-    """{seed: figures} that the results file holds of an experiment with the options it has now."""
+    """Returns {seed: figures} of an experiment from the results file, if it has the same options now."""
     saved = json.loads(file.read_text()) if file.exists() else {"settings": {"options": {}}}
     if saved["settings"]["options"].get(name) != options_of(name):
         return {}
@@ -172,15 +172,15 @@ def train(name, args, seed):
 
 
 def figures_of(out):
-    """Of a finished run: {what: figure}. Two are means over the changes from one epoch to the next, but the
-    first: NMI of the clusters, and how far the loss jumps, its mean over the first 13 steps less that over
-    the last 13 of the epoch before, divided by ln K."""
+    """Returns {what: figure} of a finished run. Two are means over all epoch changes but the first: NMI of
+    the clusters before and after, and the jump of the loss / ln K (its mean over the first 13 steps of the
+    new epoch minus that over the last 13 steps of the old one)."""
     with np.load(out / "assignments.npz") as file:
         counts = [np.bincount(head[head >= 0]) for head in file["assignments"]]
     records, curve = metrics(out), curve_of(out)
     losses = [record["loss_per_ln_k"] for record in records if "loss_per_ln_k" in record]
     nmi = [record["nmi_to_previous"] for record in records if "epoch_clusters_used" in record]
-    steps = len(losses) // len(nmi)  # records of an epoch
+    steps = len(losses) // len(nmi)  # records per epoch
     jumps = [losses[start] - losses[start - 1] for start in range(2 * steps, len(losses) - steps + 1, steps)]
     largest = 100 * statistics.mean(c.max() / c.sum() for c in counts)
     used = statistics.mean(int((c > 0).sum()) for c in counts)

@@ -1,4 +1,4 @@
-"""Pictures for the documents: SVG as text, in colours that follow the reader's light or dark page."""
+"""Draws pictures for the documents: SVG as text, whose colours follow the reader's light or dark mode."""
 
 LIGHT = dict(page="#ffffff", ink="#1f2328", grid="#d8dee4", grey="#6e7781")
 LIGHT.update(blue="#0969da", orange="#c4500b", green="#11813a", purple="#8250df")
@@ -7,7 +7,7 @@ DARK.update(blue="#58a6ff", orange="#f0883e", green="#3fb950", purple="#bc8cff")
 
 
 def page(width, height, parts, size=13):
-    """The whole file. Other functions make its parts, each a line; `size` is that of the letters."""
+    """Returns the whole file. parts: lines that the other functions make. size: of the font, in pixels."""
     light, dark = ("".join(f" --{name}: {value};" for name, value in colours.items())
                    for colours in (LIGHT, DARK))
     css = f":root {{{light} }} @media (prefers-color-scheme: dark) {{ :root {{{dark} }} }}"
@@ -19,7 +19,7 @@ def page(width, height, parts, size=13):
 
 
 def scale(low, high, start, end):
-    """A function from values between low and high to places between start and end."""
+    """Returns a function that maps values from low to high linearly to places from start to end."""
     return lambda value: round(start + (end - start) * (value - low) / (high - low), 1)
 
 
@@ -33,7 +33,7 @@ def line(points, colour, dashes=""):
 
 
 def text(x, y, words, anchor="start", colour=""):
-    """Words; coloured ones may stand on lines, which they push aside."""
+    """Returns a line of text. A coloured one has an outline in the page's colour, to be readable on lines."""
     style = ""
     if colour:
         style = f' style="fill: var(--{colour}); stroke: var(--page); stroke-width: 6; paint-order: stroke"'
@@ -41,5 +41,5 @@ def text(x, y, words, anchor="start", colour=""):
 
 
 def level(left, right, y, words):
-    """A line across the picture, with words before it."""
+    """Returns a horizontal grid line, and its label on the left."""
     return [path([(left, y), (right, y)], "stroke: var(--grid)"), text(left - 8, y + 4, words, "end")]

@@ -1,10 +1,10 @@
-"""The pictures and tables of docs/methods.md: one picture for each step from DeepCluster to SwAV, what breaks
-them, what SwAV costs.
+"""Draws the pictures and tables of docs/methods.md: one picture per step from DeepCluster to SwAV, what
+breaks the methods, what SwAV costs.
 
-    python -m benchmarks.figures                 # drawn anew from files in benchmarks/results (see FILES)
-    python -m benchmarks.figures --runs runs     # before that figures.json is made anew
+    python -m benchmarks.figures                 # redraws from the files in benchmarks/results (see FILES)
+    python -m benchmarks.figures --runs runs     # before that, makes figures.json anew
 
-figures.json holds the few hundred numbers that the pictures need of the first seed's runs in RUNS/ablations,
+figures.json holds a few hundred numbers that the pictures need, from the first seed's runs in RUNS/ablations,
 which `python -m benchmarks.ablations` makes.
 """
 
@@ -29,7 +29,7 @@ from common.engine.options import recipe
 from common.multicrop import Augmentation, MultiCrop, collate, to_device
 from common.sinkhorn import sinkhorn
 
-# what it is called here: the file in RESULTS
+# name of a file here: its name in RESULTS
 FILES = {"figures": "figures", "ablations": "ablations_cpu", "float32": "ablations_float32_cpu",
          "multicrop": "multicrop_cpu"}
 PAGE = ROOT / "docs/methods.md"
@@ -40,24 +40,24 @@ BROKEN = [  # the methods without what keeps them from collapse
     "sela, the likeliest label",
     "deepclusterv2, clustered once",
 ]
-STEADY = {"DeepCluster": "deepcluster, 50 clusters", "ODC": "odc"}  # with equally many
+STEADY = {"DeepCluster": "deepcluster, 50 clusters", "ODC": "odc"}  # with equally many clusters
 
 
 def of_method(found, method, words=""):
-    """Experiments with a method that is not broken, of those there are: itself, and what has these words."""
+    """Returns names of the measured, unbroken experiments with a method: itself, and those with `words`."""
     return [name for name in ablations.EXPERIMENTS
             if name == method or (name.startswith(f"{method},") and words in name and name not in BROKEN
             and f"{name}: 20-NN %" in found["ablations"]["figures"])]
 
 
-WIDTH, SIZE = 560, 16  # of a picture and of its letters: on a phone they are two thirds of that
+WIDTH, SIZE = 560, 16  # of a picture and its font, in pixels; a phone shows both at two thirds
 
 
 # ---------------------------------------------------------------------------------------------------- numbers
 
 
 def gather(runs):
-    """What the pictures show: a few hundred numbers of the runs in a folder, and the first step of a SwAV."""
+    """Returns what the pictures show: numbers of the runs in a folder, and scores of SwAV's first step."""
     folders = {name: ablations.folder(runs / "ablations", name, 0)
                for name in ("deepcluster", *STEADY.values(), "sela", "sela, the likeliest label")}
     for name, folder in folders.items():
@@ -80,15 +80,15 @@ def gather(runs):
 
 
 def clusters_of(folder):
-    """The cluster of every image in the first head."""
+    """Returns the cluster of every image in the first head."""
     with np.load(folder / "assignments.npz") as file:
         return file["assignments"][0]
 
 
 @torch.no_grad()
 def first_scores():
-    """Cosines (B, K) of the first batch, in its first crops, and the prototypes, as `python swav.py`
-    begins."""
+    """Returns the cosines (B, K) between the first crops of the first batch of `python swav.py` and its
+    initial prototypes."""
     config = recipe(swav.Config, swav.RECIPES, "shapes")
     torch.manual_seed(config.seed)
     model = swav.Model(config)
@@ -107,12 +107,12 @@ def first_scores():
 
 
 def steps(values, x, y):
-    """Corners of a staircase, one step a value."""
+    """Returns the corners of a staircase with one step per value."""
     return [(x(i + side), y(value)) for i, value in enumerate(values) for side in (0, 1)]
 
 
 def sorted_counts(counts, top, levels, title, below):
-    """Two staircases, the first an area, of counts: [(words, colour, values)]."""
+    """Draws counts, [(words, colour, values)], as two staircases, the first of them as an area."""
     left, right, high, low = 56, WIDTH - 12, 44, 250
     x, y = draw.scale(0, len(counts[0][2]), left, right), draw.scale(0, top, low, high)
     parts = [draw.text(8, 24, title)]
@@ -169,14 +169,14 @@ def sela_picture(found):
 
 
 def swav_picture(found):
-    """Codes of a batch, darker the larger, and over them every prototype's mass, after 0, 1 and 3
-    iterations."""
+    """Draws the codes of a batch after 0, 1 and 3 iterations, larger ones darker, and above them the mass of
+    every prototype."""
     scores = torch.tensor(found["figures"]["swav"], dtype=torch.float64)  # (B, K)
     epsilon = recipe(swav.Config, swav.RECIPES, "shapes").epsilon
     codes = {iterations: sinkhorn(scores, epsilon, iterations) for iterations in (0, 1, 3)}
-    # prototypes by their mass without Sinkhorn
+    # columns: prototypes by their mass without Sinkhorn
     columns = codes[0].sum(0).argsort(descending=True, stable=True)
-    rows = codes[0][:, columns].argmax(1).argsort(stable=True)  # images by their prototype then
+    rows = codes[0][:, columns].argmax(1).argsort(stable=True)  # images by their prototype in that order
     (B, K), cell, left, low = scores.shape, 4, 32, 120
     mass, top = draw.scale(0, float(codes[0].sum(0).max()), low, 60), low + 8
     parts = [f'<text x="-{top + cell * B / 2}" y="22" text-anchor="middle" transform="rotate(-90)">{B} '
@@ -216,14 +216,14 @@ def value(found, benchmark, name):
 
 
 def spread(values, form="{:.1f}"):
-    """Mean, and from the least to the most."""
+    """Formats the mean, and the range from the least to the most."""
     low, mean, high = (form.format(number(values)) for number in (min, statistics.mean, max))
     return mean if low == high else f"{mean} ({low} to {high})"
 
 
 def outcomes(found, names):
-    """What benchmarks.ablations found of experiments, and how far the accuracy of each lies from that of its
-    method as it is, seed by seed; nothing of a method alone."""
+    """Makes the table of experiments that benchmarks.ablations measured. Its last column is the difference of
+    accuracy from the unchanged method, seed by seed. Makes no table of a method alone."""
     if len(names) < 2:
         return "Not measured yet."
     titles = ("experiment", "runs", "loss / ln K", "clusters in use", "the largest has, %", "20-NN, %",
@@ -250,7 +250,7 @@ def break_it(found):
 
 
 def robust(found):
-    """Runs of each method as it is, in bfloat16, and in float32 as on an older CPU."""
+    """Makes the table of each unchanged method's runs in bfloat16, and in float32 as on an older CPU."""
     titles = ("method", "untrained", "bfloat16, from seed 0 on", "float32 with AVX2, from seed 0 on", "mean",
               "farthest from it")
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
@@ -329,7 +329,7 @@ TABLES = {
 
 
 def drawn():
-    """From the files: {name: picture}, and the page with its tables."""
+    """Returns {name: picture} and the page with its tables, made from the result files."""
     found, page = {}, PAGE.read_text()
     for benchmark, name in FILES.items():
         if not (RESULTS / f"{name}.json").exists():
@@ -345,7 +345,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path,
-                        help="folder of the runs (default: draw what was gathered before)")
+                        help="folder of runs to gather from (default: draw what was gathered before)")
     runs = parser.parse_args().runs
     if runs:
         lines = ",\n".join(f" {json.dumps(key)}: {json.dumps(found)}" for key, found in gather(runs).items())

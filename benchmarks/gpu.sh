@@ -1,11 +1,11 @@
 #!/bin/sh
-# Says within 9 minutes what there is to know on one GPU, and stops by itself:
+# Makes all checks that need a GPU on one GPU, in at most 9 minutes, and then stops:
 #
 #     benchmarks/gpu.sh                              # JSON into benchmarks/results
 #     OUT=folder PYTHON=python3.12 benchmarks/gpu.sh
 #
-# Every part has seconds of its own; whatever becomes of one, the others run. A part that needs a GPU is left out
-# without one. gpu_PART.json holds the command, the exit code (124: out of time) and the end of what it said.
+# Each part has a time limit; if one fails, the others still run. A part that needs a GPU is left out without
+# one. gpu_PART.json holds the command, the exit code (124: out of time) and the last lines of the output.
 set -u
 cd "$(dirname "$0")/.."
 export OUT="${OUT:-benchmarks/results}" PYTHONUNBUFFERED=1
@@ -39,7 +39,7 @@ on_gpu() { # NAME SECONDS COMMAND...
   if [ "$gpu" = 1 ]; then part "$@"; else echo "$1: needs a GPU, left out"; fi
 }
 
-demo() { # NAME SECONDS OPTIONS...: trains, then the k-NN of what came out
+demo() { # NAME SECONDS OPTIONS...: trains, then evaluates the run by k-NN
   run=$1 seconds=$2
   shift 2
   part "$run" "$seconds" "$PYTHON" swav.py --out "$runs/$run" --max-steps "$STEPS" --log-every 50 "$@"
@@ -62,7 +62,7 @@ on_gpu step_32 45 $step --name gpu_step_32 --parts eager --batch-size 32
 on_gpu step_128 60 $step --name gpu_step_128 --parts eager kernels --batch-size 128
 on_gpu compiled 100 $step --name gpu_step_compiled --parts compiled --batch-size 128
 
-demo demo_cpu 130 --device cpu --precision float32 & # beside those on the GPU
+demo demo_cpu 130 --device cpu --precision float32 & # runs beside the parts on the GPU
 if [ "$gpu" = 1 ]; then
   demo demo_bfloat16 60 --precision bfloat16
   demo demo_float32 60 --precision float32

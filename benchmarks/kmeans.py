@@ -1,14 +1,14 @@
-"""k-means against faiss-cpu and scikit-learn: same rows, same first centroids, same number of iterations, in
+"""Compares k-means with faiss-cpu and scikit-learn: same rows, first centroids and number of iterations, in
 one run.
 
-    python -m benchmarks.kmeans                                            # on a CPU half an hour
+    python -m benchmarks.kmeans                                            # half an hour on a CPU
     python -m benchmarks.kmeans --problems 20000x128x3000 --iterations 3   # minutes
 
 On a CPU the problems are 200,000 x 128, K 3,000 and 100,000 x 256, K 10,000.
-Each contender averages `iterations` times and then assigns once more. The objective is recomputed from the
-centroids that each returns, in the same way for all. Rates count the products alone, 2 (iterations + 1) N K D
-operations, and are compared with what torch.mm reaches on square matrices in the same rounds. On a GPU ours
-runs alone, with larger problems.
+Each contender updates its centroids `iterations` times and then assigns once more. The objective is
+recomputed from the centroids that each returns, in the same way for all. Rates count matrix products alone, 2
+(iterations + 1) N K D operations, as a share of what torch.mm reaches on square matrices in the same rounds.
+On a GPU ours runs alone, on larger problems.
 """
 
 import argparse
@@ -41,8 +41,8 @@ def arguments():
 
 
 def rows(N, D, seed=0, device="cpu"):
-    """Unit rows near a curved sheet of 16 dimensions: k-means takes more than the iterations timed here to
-    settle on it."""
+    """Draws unit rows (N, D) near a curved surface of 16 dimensions, on which k-means takes more iterations
+    to converge than are timed here."""
     generator = torch.Generator(device).manual_seed(seed)
     weight = torch.randn(16, D, generator=generator, device=device)
     x = (torch.randn(N, 16, generator=generator, device=device) @ weight).tanh_()
@@ -86,7 +86,7 @@ def with_sklearn(x, init, iterations):
 
 
 def square_product(device):
-    """A function that makes a product of square matrices, and its operations."""
+    """Returns a function that multiplies square matrices, and the number of its operations."""
     n = 16384 if device.type == "cuda" else 4096
     a, b, c = (torch.randn(n, n, device=device) for _ in range(3))
     return lambda: torch.mm(a, b, out=c), 2 * n**3
@@ -110,7 +110,7 @@ def race(problem, args, device):
 
     product, operations = square_product(device)
     product()
-    for function in contenders.values():  # libraries take their memory and start their threads
+    for function in contenders.values():  # warm up: libraries take their memory and start their threads
         function(x[: 2 * K], init[: K // 2], 1)
     turns = {name: timed(name, function) for name, function in contenders.items()}
     taken = medians(args.rounds, **turns, product=lambda: seconds(product, device))
@@ -133,17 +133,17 @@ def race(problem, args, device):
 
 
 def peak(problem, threads, device):
-    """Bytes that k-means adds to the size of this process, or to what the GPU holds."""
+    """Returns the bytes that k-means adds to the peak memory of this process or of the GPU."""
     torch.set_num_threads(threads)
     N, D, K = problem
     x = rows(N, D, device=device)
-    kmeans(x[:2000], 10, 1)  # libraries take their own memory
+    kmeans(x[:2000], 10, 1)  # warm up: libraries take their own memory
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         kmeans(x, K, 1)
         return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the largest size so far
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak size
     before = resident()
     kmeans(x, K, 1)
     return resident() - before

@@ -1,12 +1,12 @@
-"""The peer: SwAV as lightly 1.6 has it, with the settings of lightly's own CIFAR-10 benchmark, on a trunk of
+"""Trains the peer: SwAV of lightly 1.6, with the settings of lightly's own CIFAR-10 benchmark, on a trunk of
 ours.
 
     python -m benchmarks.lightly_swav --recipe cifar --data cifar10 --eval-every 5
 
-Its transform, head, prototypes and loss, in its training step: a forward pass for each crop, float32, Adam.
-Ours are what it takes as well: the trunk, the reading of images, their order, the run directory and the k-NN
-evaluation. The options are swav.py's; those of what it does not have (queue, warm-up, momentum, LARC's rates,
---compile) change nothing.
+From lightly come the transform, head, prototypes, loss and training step: one forward pass per crop, float32,
+Adam. From here come the trunk, the reading of images and their order, the run directory and the k-NN
+evaluation. The options are swav.py's. Those that lightly's SwAV lacks (queue, warm-up, momentum, LARC's
+rates, --compile) have no effect.
 """
 
 import math
@@ -30,12 +30,12 @@ from swav import Config
 # not in the package; compared with it in August 2026): two crops of 32 px of 14 to 100 % of the area, colour
 # jitter of strength 0.5, no blur; head 512-512-128 behind a ResNet-18 of 512 features with a 3x3 stem, 512
 # prototypes, never frozen, no queue; Adam with learning rate 1e-3 for a batch of 128 and weight decay 1e-6,
-# cosine over the epochs, one rate an epoch; float32. It reports 81.2 % 200-NN at temperature 0.1 after 200
+# cosine over the epochs, one rate per epoch; float32. It reports 81.2 % 200-NN at temperature 0.1 after 200
 # epochs of 50,000 images.
 # The rest are defaults of the package: SwaVLoss (temperature 0.1, epsilon 0.05, 3 iterations) and
 # SwaVTransform (jitter 0.8 0.8 0.8 0.2 times its strength, with probability 0.8; grey 0.2; ImageNet's mean
 # and standard deviation).
-# Another trunk changes the head's input alone; what evaluations look at is as large as for our recipe.
+# Another trunk changes only the head's input. Evaluations use images of the same size as for our recipe.
 PUBLISHED = dict(arch="resnet10", width=0.5, stem="small", hidden=512, dim=128, crops=(2,), sizes=(32,),
                  eval_size=48)
 PUBLISHED.update(scales=(0.14, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), blur_p=0.0, prototypes=512, queue_length=0,
@@ -60,7 +60,7 @@ class Views:
     def __getitem__(self, key):
         epoch, position, index = key
         index, image = read_or_next(self.images, index)
-        # what its transforms draw from
+        # lightly's transforms draw from torch's global generator
         torch.manual_seed(generator(self.seed, epoch, position).getrandbits(63))
         views = self.transform(image)
         return index, [torch.stack(views)], torch.zeros(len(views), 8)  # (V, 3, s, s)

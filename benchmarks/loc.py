@@ -1,9 +1,9 @@
-"""Lines of each file beside its budget, to notice growth by: python -m benchmarks.loc, or `make loc`."""
+"""Prints the lines of each file beside its budget: python -m benchmarks.loc, or `make loc`."""
 
 import sys
 from pathlib import Path
 
-import swav  # noqa: F401 (what it brings is counted)
+import swav  # noqa: F401 (counts the modules that it imports)
 
 ROOT = Path(__file__).parents[1]
 BUDGETS = {"swav.py": 270, "deepclusterv2.py": 280, "selav2.py": 290, "deepcluster.py": 285, "sela.py": 330,

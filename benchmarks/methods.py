@@ -1,17 +1,17 @@
-"""All methods side by side: same trunk, images, epochs and evaluations, between a floor and a ceiling and
-beside a peer.
+"""Compares all methods side by side: same trunk, images, epochs and evaluations, with floors, a ceiling and a
+peer.
 
     # 10,000 images: hours on two CPU cores
     python -m benchmarks.methods --data list.txt --root train --val val
     # minutes
     python -m benchmarks.methods --data shapes:400 --epochs 1 --out runs/try --results runs/try/methods.json
 
-Every run is made by its own script with its recipe `cifar`, in OUT/NAME_SEED; a finished one is not made
-again, and a stopped one goes on, so the same command resumes. Then each is judged by the evaluation scripts,
-and timed in turns on a machine that should do nothing else. Floors: the network with random weights, and the
-pixels themselves. Ceiling: the network trained with labels. Peer: lightly's SwAV. Whatever finished runs OUT
-holds come into benchmarks/results/methods.json and, from that file, into the table of docs/results.md and the
-figure of learning curves.
+Each run is made by its own script with its recipe `cifar`, in OUT/NAME_SEED. The same command resumes:
+finished runs are not repeated, and stopped ones go on. Then the evaluation scripts judge each run, and all
+are timed in turns, on a machine that should do nothing else. Floors: the network with random weights, and the
+pixels themselves. Ceiling: the network trained with labels. Peer: lightly's SwAV. All finished runs in OUT
+are written to benchmarks/results/methods.json, and from there to the table of docs/results.md and its
+learning curves.
 """
 
 import argparse
@@ -51,11 +51,11 @@ def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="cifar10",
-                        help="labelled images; labels train nothing but the ceiling (default: cifar10)")
+                        help="labelled images; only the ceiling trains on labels (default: cifar10)")
     parser.add_argument("--root", default="", help="folder that relative paths of a list file start from")
     parser.add_argument("--val", default="", help="held-out images (default: the val split of --data)")
-    parser.add_argument("--arch", default="resnet10", help="the trunk of all (default: resnet10)")
-    parser.add_argument("--width", type=float, default=0.5, help="times its published width (default: 0.5)")
+    parser.add_argument("--arch", default="resnet10", help="trunk of all contenders (default: resnet10)")
+    parser.add_argument("--width", type=float, default=0.5, help="factor of the channels (default: 0.5)")
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--methods", nargs="+", default=list(CONTENDERS), choices=CONTENDERS,
                         help="runs to make (default: all)")
@@ -63,10 +63,10 @@ def arguments(argv=None):
                         help="default: 0 1 2 for swav and deepclusterv2, 0 for the others")
     parser.add_argument("--out", type=Path, default=Path("runs/methods"))
     parser.add_argument("--workers", type=int, default=-1)
-    parser.add_argument("--rounds", type=int, default=3, help="in which all are timed; 0: none (default: 3)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of timing; 0: none (default: 3)")
     parser.add_argument("--train-only", action="store_true", help="make the runs, and stop")
     parser.add_argument("--results", type=Path, default=report.RESULTS,
-                        help="docs/results.md follows the default one")
+                        help="file to write; only the default one updates docs/results.md")
     return parser.parse_args(argv)
 
 
@@ -85,7 +85,7 @@ def config_of(name, args, seed):
 
 
 def training(name, args, seed, out, **others):
-    """What follows `python -m` to make a run."""
+    """Returns the words after `python -m` that make a run."""
     names = ("data", "root", "val", "arch", "width", "epochs", "workers")
     options = {key: getattr(args, key) for key in names} | dict(recipe="cifar", seed=seed)
     options |= dict(eval_every=max(1, args.epochs // 4), out=out) | others
@@ -94,27 +94,27 @@ def training(name, args, seed, out, **others):
 
 
 def made(name, args, seed):
-    """The directory of a finished run, or None. Ends the program if it was made with other options."""
+    """Returns the directory of a finished run, or None. Exits if it was made with other options."""
     run = args.out / f"{name}_{seed}"
-    # else its module, which may need a package that is not installed, need not be there
+    # without a run its module is not imported: it may need a package that is not installed
     there = (run / "done.json").exists()
     return run if there and finished(config_of(name, args, seed), run) else None
 
 
 def python(words, **how):
     process = subprocess.run([sys.executable, "-m", *words], text=True, **how)
-    if process.returncode:  # it has said why
+    if process.returncode:  # the process has printed the reason
         sys.exit(process.returncode)
     return process
 
 
 def speeds(names, args, images):
-    """{name: (seconds of the first epoch, of a later one)}: medians of rounds in which all take turns, three
-    epochs each.
+    """Returns {name: (seconds of the first epoch, of a later one)}: medians over rounds in which all take
+    turns, three epochs each.
 
-    Passes over the data, clustering and labelling are in; SeLa labels in every other epoch, so of two later
-    ones the mean counts. Of files an eighth is enough: nearly every part grows with their number. The peer is
-    timed in bfloat16, too.
+    Passes over the data, clustering and labelling are included. The two later epochs are averaged, as SeLa
+    labels only in every other epoch. Files are timed on an eighth of them and scaled up: nearly every part
+    grows with their number. The peer is also timed in bfloat16.
     """
     contenders = {name: (name, {}) for name in names}
     if PEER in names:
@@ -145,22 +145,22 @@ def speeds(names, args, images):
 
 
 class Pixels(nn.Module):
-    """In the place of a trunk: the image itself."""
+    """Stands for a trunk: its features are the image itself."""
 
     def __init__(self):
         super().__init__()
-        self.unused = nn.Parameter(torch.zeros(()))  # tells the precision, as those of a trunk do
+        self.unused = nn.Parameter(torch.zeros(()))  # features.extract reads a parameter's dtype
 
     def forward(self, x):
         return x.flatten(1)
 
 
 def judge(trunk, info, images, queries, folder, linear_words, workers, precision="auto"):
-    """Figures of a trunk's features in percent, as the evaluation scripts find them: 20-NN, a linear
-    classifier (last epoch, the best of its rates), and how k-means with as many clusters as there are
-    classes, fitted to the training images, sorts the held-out ones. Kept in the folder until the trunk there
-    is a younger one. linear_words: what eval_linear.py takes; without any it gets the features. precision:
-    that of the run."""
+    """Returns figures of a trunk's features in percent, as the evaluation scripts compute them: 20-NN, a
+    linear classifier (last epoch, the best of its rates), and agreement of the classes with k-means clusters
+    (one per class; fitted to training images, applied to held-out ones). Keeps them in the folder until
+    backbone.pt there is newer. linear_words: arguments of eval_linear.py; if empty, it gets the saved
+    features. precision: of the run."""
     kept, file = folder / f"figures_{info['size']}.json", folder / f"features_{info['size']}.npz"
     saved = folder / "backbone.pt"
     if kept.exists() and not (saved.exists() and saved.stat().st_mtime > kept.stat().st_mtime):
@@ -191,7 +191,7 @@ def judge(trunk, info, images, queries, folder, linear_words, workers, precision
 
 
 def collect(args, images, queries, seconds):
-    """Everything that methods.json holds, of the finished runs in --out."""
+    """Returns everything that methods.json holds, from the finished runs in --out."""
     found = {}
     for name, title in CONTENDERS.items():
         seeds = sorted(int(path.name.removeprefix(f"{name}_")) for path in args.out.glob(f"{name}_[0-9]*"))
@@ -202,7 +202,7 @@ def collect(args, images, queries, seconds):
             words, precision = [str(folder), "--cache"], config_of(name, args, seed).precision
             figures = judge(trunk, info, images, queries, folder, words, args.workers, precision)
             small = {**info, "resize": 32, "size": 32}
-            if name == PEER:  # its own benchmark looks at images of this size
+            if name == PEER:  # lightly's own benchmark evaluates at this size
                 smaller = [*words, "--resize", "32", "--size", "32"]
                 figures["knn_at_32_px"] = judge(trunk, small, images, queries, folder, smaller, args.workers,
                                                 precision)["knn"]
@@ -218,7 +218,7 @@ def collect(args, images, queries, seconds):
     if not found:
         sys.exit(f"error: {args.out} holds no finished run")
     torch.manual_seed(0)
-    # of the last run: all have the same trunk
+    # info is of the last run: all have the same trunk
     untrained, there = build_backbone(info), args.out / "random_weights"
     floors = {"random weights": judge(untrained, info, images, queries, there, [*words, "--random-init"],
                                       args.workers)}
@@ -245,7 +245,7 @@ def main(args):
     kept = args.out / "speed" / "speed.json"
     seconds = json.loads(kept.read_text()) if kept.exists() else {}
     missing = [name for name in CONTENDERS if name not in seconds and made(name, args, 0)]
-    if missing and args.rounds:  # those that were timed another day are timed again: they must take turns
+    if missing and args.rounds:  # time all again: figures compare only if they took turns
         seconds = speeds([name for name in CONTENDERS if name in seconds or name in missing], args, images)
         kept.write_text(json.dumps(seconds) + "\n")
     results = collect(args, images, queries, seconds)

@@ -1,12 +1,12 @@
-"""What SwAV's abstract claims about cost: small crops are cheap, and no memory of the data is needed.
+"""Measures what SwAV's abstract claims about cost: small crops are cheap, and no memory bank is needed.
 
     python -m benchmarks.multicrop                    # minutes on two CPU cores
 
-Crops: 2 large ones against 4, 2 + 4 and 2 + 6, small ones being 96/224 of a large one's side. FLOPs forward
-and backward of a published step (ResNet-50, head and prototypes; a multiplication with an addition is two),
-time and peak memory of a step in a process of its own.
-State: what each method says at its start that it holds beside the network, with its published recipe,
-extrapolated from two sizes. What crops are worth is in `benchmarks.ablations`.
+Crops: compares 2 large ones with 4, 2 + 4 and 2 + 6; small ones have 96/224 of a large one's side. Counts
+forward and backward FLOPs of a published step (ResNet-50, head and prototypes; a multiply-add is two).
+Measures the time of a step, and its peak memory in a process of its own.
+State: reads what each method reports at its start to hold beside the network, with its published recipe, and
+extrapolates from two sizes. What crops are worth is in `benchmarks.ablations`.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def arguments():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch-size", type=int, default=0,
-                        help="of the timed step (default: the published 256; 8 on a CPU)")
+                        help="batch size of the timed step (default: the published 256; 8 on a CPU)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds; medians are reported (default: 5)")
     return parser.parse_args()
 
@@ -48,15 +48,15 @@ def arguments():
 
 
 def with_crops(config, crops):
-    """The config with these crops; large and small ones' shares of the area are to each other as the
-    published ones are."""
+    """Returns the config with these crops. The ratios of small to large sides and shares of the area are the
+    published ones."""
     low, large = config.scales[0], config.sizes[0]
     sizes, scales = (large, round(large * 96 / 224)), (low, 1.0, low * 0.05 / 0.14, low)
     return replace(config, crops=crops, sizes=sizes[: len(crops)], scales=scales[: 2 * len(crops)])
 
 
 def flops(config, crops, sizes):
-    """Of a step, forward and backward, an image."""
+    """Returns the FLOPs of a step, forward and backward, per image."""
     model, groups = swav.Model(config), [torch.zeros(2 * v, 3, s, s) for v, s in zip(crops, sizes)]
     with FlopCounterMode(display=False) as counter:
         model(groups)[1].sum().backward()
@@ -64,7 +64,7 @@ def flops(config, crops, sizes):
 
 
 def peak(config):
-    """Bytes that two steps add to a process at its largest."""
+    """Returns the bytes that two steps add to a process at its peak."""
     device = distributed.start()
     synthetic, before = Synthetic(config, device), resident("VmRSS")
     if device.type == "cuda":
@@ -74,10 +74,10 @@ def peak(config):
 
 
 def step_times(configs, device, rounds):
-    """{name: seconds of a step}."""
+    """Returns {name: seconds per step}."""
     contenders = {name: ours(config, Synthetic(config, device)) for name, config in configs.items()}
     for run in contenders.values():
-        run(2)  # kernels are chosen, memory is taken
+        run(2)  # warm up: kernels are chosen, memory is taken
     return medians(rounds,
                    **{name: lambda run=run: seconds(run, 3, device) for name, run in contenders.items()})
 
@@ -102,8 +102,8 @@ def costs(args, device):
 
 
 def held(method, images):
-    """Bytes beside the network that the method's script announces for so many images with its default
-    recipe."""
+    """Returns the bytes beside the network that the method's script reports for so many images, with its
+    default recipe."""
     class Announced(BaseException):
         pass
 

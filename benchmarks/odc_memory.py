@@ -1,13 +1,13 @@
-"""What ODC's memory costs a step, by default at ImageNet's size: 1,281,167 embeddings of 256 numbers, 10,000
-clusters, batches of 512 (3 GB).
+"""Measures what ODC's memory costs per step, by default at ImageNet's size: 1,281,167 embeddings of 256
+numbers, 10,000 clusters, batches of 512 (3 GB).
 
     python -m benchmarks.odc_memory
     python -m benchmarks.odc_memory --images 100000 --clusters 1000
 
-A step gathers the batch, blends, finds the new clusters, counts, weighs the loss; every 10 steps all
-centroids are computed from all embeddings, every 50 a cluster is made to fall below the minimum, so that it
-is dissolved and the largest, of 2,000 images, split. The product of the batch with all centroids is timed by
-itself, being the machine's rate of products and nothing else.
+A step reads the batch's embeddings, blends in the new ones, finds the new clusters, counts, and weights the
+loss. Every 10 steps all centroids are computed from all embeddings. Every 50 steps a cluster is made to fall
+below the minimum, so that it is dissolved and the largest, of 2,000 images, is split. The product of the
+batch with all centroids is timed alone, as it only shows the machine's speed.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def main():
     targets = torch.randint(args.clusters, (args.images,), generator=generator, device=device)
     crowded = torch.randperm(args.images, generator=generator,
                              device=device)[: 2000 * (args.steps // 50)].split(2000)
-    for cluster, images in enumerate(crowded):  # those that will be split
+    for cluster, images in enumerate(crowded):  # these clusters will be split
         targets[images] = args.clusters - 1 - cluster
     memory.fill(features)
     memory.begin(targets)

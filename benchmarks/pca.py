@@ -1,11 +1,11 @@
-"""DeepCluster's way from 4,096 features an image to 256 whitened ones: time, memory, and what ImageNet's
-1,281,167 images make of it.
+"""Measures DeepCluster's PCA from 4,096 features per image to 256 whitened ones: time and memory,
+extrapolated to ImageNet's 1,281,167 images.
 
     python -m benchmarks.pca             # 40,000 bfloat16 rows, one minute on a CPU
 
-Measured is `whiten` of deepcluster.py. Time is linear in the rows but for the axes, which are found once;
-memory beyond the features is the result (1 KiB a row), one chunk and two 4,096 x 4,096 float64 matrices with
-what their decomposition needs.
+Calls `whiten` of deepcluster.py. Its time is linear in the rows, except for the axes, which are found once.
+Its memory beyond the features is the result (1 KiB per row), one chunk, and two 4,096 x 4,096 float64
+matrices with the workspace of their decomposition.
 """
 
 import argparse
@@ -28,13 +28,13 @@ def main():
     device = distributed.start()
     torch.set_num_threads(args.threads)
     x = torch.randn(args.rows, 4096, device=device, dtype=torch.bfloat16)
-    whiten(x[:512, :512], 256)  # libraries take their memory and start their threads
+    whiten(x[:512, :512], 256)  # warm up: libraries take their memory and start their threads
     few = seconds(lambda: whiten(x[:4096], 256), device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # forgets the largest size so far
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak size
         before = resident()
     all_of_them = seconds(lambda: whiten(x, 256), device)
     held = (torch.cuda.max_memory_allocated() if device.type == "cuda" else resident()) - before

@@ -1,10 +1,10 @@
-"""What an image costs before the network sees it: decode and crop in a worker, the rest on the device.
+"""Measures what an image costs before the network sees it: decode and crop in a worker, then device work.
 
     python -m benchmarks.pipeline --data /imagenet/val       # a folder of photos; a few hundred are enough
 
-2x224 + 6x96 crops, against lightly's `SwaVTransform`, the usual pipeline on Pillow images: random resized
-crop, flip, colour jitter, grey, blur, to tensor, normalise, for each crop. CPU time of one process, files in
-the page cache. Then our crops from files, from tars, and from these tars through webdataset.
+Compares 2x224 + 6x96 crops with lightly's `SwaVTransform`, the usual Pillow pipeline: for each crop random
+resized crop, flip, colour jitter, grey, blur, to tensor, normalise. Counts CPU time of one process, files in
+the page cache. Then compares our crops from files, from tars, and from these tars by webdataset.
 """
 
 import argparse
@@ -33,7 +33,7 @@ CROPS, SIZES, SCALES = (2, 6), (224, 96), ((0.14, 1.0), (0.05, 0.14))
 
 
 class Usual:
-    """The images through lightly's transform: a list of eight float crops each."""
+    """Map-style set that gives an image to lightly's transform: a list of eight float crops."""
 
     def __init__(self, images):
         self.images, self.transform = images, SwaVTransform()
@@ -49,7 +49,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="a folder of photos")
-    parser.add_argument("--images", type=int, default=200, help="images a round (default: 200)")
+    parser.add_argument("--images", type=int, default=200, help="images per round (default: 200)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds; medians are reported (default: 5)")
     args = parser.parse_args()
     device = distributed.start()
@@ -58,7 +58,7 @@ def main():
     ours, usual = MultiCrop(images, CROPS, SIZES, SCALES, Augmentation(), seed=0), Usual(images)
 
     def cpu_ms(item):
-        """CPU milliseconds an image."""
+        """Returns a function that measures CPU milliseconds per image."""
 
         def measure():
             start = time.process_time()
@@ -79,7 +79,7 @@ def main():
     figures["ours, images a second and core"] = 1000 / our_cpu
     torch.set_num_threads(threads)
 
-    # Workers to main process: what is collated, pickled and copied.
+    # From workers to the main process: collating, pickling and copying.
     batch_size, workers = 32, 2
     loader = data.Loader(ours, workers)
     steps = data.batches(n, batch_size, 0, 0, 0, 1)
@@ -112,7 +112,7 @@ def main():
 
 
 def from_tars(images, ours, n, rounds, shards=4):
-    """Images/s of the same crops from files, from tars read in place, and from these tars by webdataset."""
+    """Returns images/s of the same crops: from files, from tars in place, from these tars by webdataset."""
     figures = {}
     with tempfile.TemporaryDirectory() as folder:
         names = [f"{folder}/{shard}.tar" for shard in range(shards)]
@@ -144,15 +144,15 @@ def from_tars(images, ours, n, rounds, shards=4):
 
 
 def loaded(epoch):
-    """Images a second of an epoch."""
+    """Returns images per second of an epoch."""
     start = time.perf_counter()
     count = sum(len(index) for index, *_ in epoch())
     return count / (time.perf_counter() - start)
 
 
 def waiting(folder):
-    """Share of the time that swav.py itself waits for data: resnet50, 2x224 + 6x96, 2 workers, after its
-    first steps."""
+    """Returns the share of its time that swav.py waits for data after its first steps: resnet50, 2x224 +
+    6x96, 2 workers."""
     with tempfile.TemporaryDirectory() as out:
         command = [sys.executable, "swav.py", "--data", folder, "--recipe", "swav_400ep_8x32", "--workers",
                    "2", "--out", out]

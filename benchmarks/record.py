@@ -1,4 +1,4 @@
-"""What every benchmark shares: rounds that alternate, medians, and a result file that says where it was
+"""Shared by all benchmarks: medians over alternating rounds, and a result file that says where it was
 made."""
 
 import itertools
@@ -20,8 +20,8 @@ RESULTS = Path(os.environ.get("OUT") or Path(__file__).parent / "results")
 
 
 def medians(rounds, **contenders):
-    """{name: median of what contender() returns}. They take turns, so that a slow minute of the machine hits
-    them all."""
+    """Returns {name: median of what contender() returns}. Contenders take turns, so that a slow minute of the
+    machine hits them all."""
     values = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, contender in contenders.items():
@@ -30,11 +30,11 @@ def medians(rounds, **contenders):
 
 
 def finished(config, folder):
-    """Whether a folder has a finished run with the options of config. Ends the program if it was made with
-    others."""
+    """Returns whether a folder has a finished run with the options of config. Exits if it was made with other
+    options."""
     if not (folder / "done.json").exists():
         return False
-    # an older run lacks younger options
+    # fill in options that an older run did not have
     saved = {**asdict(type(config)()), **json.loads((folder / "config.json").read_text())}
     images = {key: (getattr(config, key), saved[key]) for key in ("data", "root", "val")}  # "" is "shapes"
     changed = [f"--{key} {new} (saved {old})" for key, (new, old) in images.items()
@@ -47,18 +47,18 @@ def finished(config, folder):
 
 
 def metrics(folder):
-    """What a run logged, a dict a line."""
+    """Returns what a run logged, one dict per line."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def curve_of(folder):
-    """[(epoch, 20-NN accuracy)] as the run measured it on its way."""
+    """Returns [(epoch, 20-NN accuracy)] as the run measured it during training."""
     return [(record["epoch"], record["knn_top1"]) for record in metrics(folder) if "knn_top1" in record]
 
 
 def last_loss(folder):
-    """Loss / ln K of the last epoch: the mean of its records, each of which is one over the steps since the
-    record before."""
+    """Returns loss / ln K of the last epoch: the mean of its records, weighted by the steps that each
+    covers."""
     logged = [record for record in metrics(folder) if "loss_per_ln_k" in record]
     steps = [after["step"] - before["step"] for before, after in itertools.pairwise([{"step": 0}, *logged])]
     last = [(record["loss_per_ln_k"],
@@ -67,12 +67,12 @@ def last_loss(folder):
 
 
 def resident(which="VmHWM"):
-    """The largest size of this process so far, or with VmRSS its size now, in bytes."""
+    """Returns the peak size of this process in bytes, or with which="VmRSS" its current size."""
     return 1024 * int(Path("/proc/self/status").read_text().split(f"{which}:")[1].split()[0])
 
 
 def machine(device):
-    """The hardware, in words."""
+    """Describes the hardware."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -81,14 +81,14 @@ def machine(device):
 
 
 def computing():
-    """What rounding depends on."""
+    """Returns what rounding depends on."""
     return {"threads": torch.get_num_threads(), "instructions": torch.backends.cpu.get_cpu_capability(),
             "onednn": os.environ.get("ONEDNN_MAX_CPU_ISA", "all of the CPU's"),
             "bfloat16": "avx512_bf16" in Path("/proc/cpuinfo").read_text()}
 
 
 def versions():
-    """{package: version} of what the figures may depend on; None for what is not installed."""
+    """Returns {package: version} of what the figures may depend on; None if it is not installed."""
     found = {"python": platform.python_version()}
     for package in ("torch", "torchvision", "pillow", "lightly"):
         try:
@@ -99,14 +99,14 @@ def versions():
 
 
 def command(words):
-    """The command line `python -m ...` in words, of files and folders only the names."""
+    """Returns the command line `python -m ...`, with files and folders by their last name."""
     return " ".join(["python", "-m", *(Path(word).name if os.path.isabs(word) or os.path.exists(word)
                                        else str(word) for word in words)])
 
 
 def origin(name, device):
-    """What every result file begins with: machine, versions, and the command that this program was started
-    by."""
+    """Returns what every result file begins with: machine, versions, and the command that started this
+    program."""
     return {"machine": machine(device), "computing": computing(), "versions": versions(),
             "command": command([f"benchmarks.{name}", *sys.argv[1:]])}
 
@@ -121,9 +121,9 @@ def rounded(value):
 
 
 def write(name, device, settings, figures, file=""):
-    """Prints the figures, each a number or a list with one for each seed, and writes them to
-    results/NAME_DEVICE.json with versions, machine, command and settings. file: to take in place of the
-    benchmark's NAME."""
+    """Prints the figures, each a number or a list with one per seed, and writes them to
+    results/NAME_DEVICE.json with versions, machine, command and settings. file: replaces NAME in the file's
+    name, if given."""
     record = {**origin(name, device), "settings": settings, "figures": {
         key: [rounded(v) for v in value] if isinstance(value, list) else rounded(value)
         for key, value in figures.items()}}

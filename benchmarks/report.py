@@ -1,5 +1,5 @@
-"""What benchmarks/results/methods.json says, as the table of docs/results.md and as learning curves,
-docs/curves.svg.
+"""Writes the table of docs/results.md and the learning curves docs/curves.svg from
+benchmarks/results/methods.json.
 
 python -m benchmarks.report
 """
@@ -22,7 +22,7 @@ COLUMNS = {"knn": "20-NN", "linear": "linear", "nmi": "NMI", "ami": "AMI", "hung
 
 
 def curve(method):
-    """[(epoch, mean, least, most)] over seeds of the 20-NN accuracies that the runs measured on their way."""
+    """Returns [(epoch, mean, least, most)] over seeds of the 20-NN accuracies measured during training."""
     if len({tuple(epoch for epoch, _ in run["curve"]) for run in method["runs"]}) > 1:
         raise SystemExit(f"error: the runs of {method['title']} were evaluated at different epochs")
     rows = zip(*(run["curve"] for run in method["runs"]))
@@ -34,17 +34,17 @@ def curve(method):
 
 
 def seconds(method, epochs):
-    """Time that so many epochs take. The first has what is done once."""
+    """Returns the time of `epochs` epochs. The first also has what is done only once."""
     return min(epochs, 1) * method["first_epoch_s"] + max(0, epochs - 1) * method["epoch_s"]
 
 
 def epochs_in(method, time):
-    """The inverse of `seconds`."""
+    """Returns the epochs that fit in `time` seconds: the inverse of `seconds`."""
     return min(1, time / method["first_epoch_s"]) + max(0, time - method["first_epoch_s"]) / method["epoch_s"]
 
 
 def accuracy_at(method, epoch):
-    """20-NN accuracy after so many epochs, by straight lines between those measured."""
+    """Returns the 20-NN accuracy after `epoch` epochs, interpolated linearly between measured ones."""
     points = curve(method)
     for (a, low, *_), (b, high, *_) in itertools.pairwise(points):
         if epoch <= b:
@@ -53,7 +53,7 @@ def accuracy_at(method, epoch):
 
 
 def epochs_to(method, accuracy):
-    """Epochs after which the 20-NN accuracy is first reached, by the same lines; None if it never is."""
+    """Returns the epochs until the 20-NN accuracy is first reached, interpolated too; None if it never is."""
     points = curve(method)
     if points[0][1] >= accuracy:
         return 0.0
@@ -64,7 +64,7 @@ def epochs_to(method, accuracy):
 
 
 def shortest(results):
-    """Seconds of the quickest method's whole training; None without times."""
+    """Returns the seconds of the quickest method's whole training; None if there are no times."""
     epochs = results["settings"]["epochs"]
     ours = [m for name, m in results["methods"].items() if name not in ("lightly_swav", "supervised")]
     return min((seconds(m, epochs) for m in ours if "epoch_s" in m), default=None)
@@ -74,7 +74,7 @@ def shortest(results):
 
 
 def table(results):
-    """What was measured, the table, and the peer."""
+    """Returns the page's text: what was measured, the table, and a paragraph on the peer."""
     s, methods, time = results["settings"], results["methods"], shortest(results)
     timed = f" minutes | 20-NN at {time / 60:.0f} minutes |" if time else ""
     lines = [
@@ -106,7 +106,7 @@ def spread(values):
 
 
 def peer(results):
-    """A paragraph on SwAV beside lightly's, where both were run and timed."""
+    """Returns a paragraph that compares SwAV with lightly's, if both were run and timed."""
     ours, theirs = results["methods"].get("swav"), results["methods"].get("lightly_swav")
     epochs = results["settings"]["epochs"]
     if not ours or not theirs or not shortest(results):
@@ -134,7 +134,7 @@ def listed(words):
 
 # ----------------------------------------------------------------------------------------------------- figure
 
-# A colour for what belongs together, the older or foreign one dashed: (colour, dashes).
+# (colour, dashes): related methods share a colour, the older or foreign one is dashed.
 STYLES = {"swav": ("blue", ""), "lightly_swav": ("blue", "6 4")}
 STYLES |= {"deepclusterv2": ("orange", ""), "deepcluster": ("orange", "6 4")}
 STYLES |= {"selav2": ("green", ""), "sela": ("green", "6 4"), "odc": ("purple", "")}
@@ -142,8 +142,8 @@ STYLES |= {"supervised": ("grey", ""), "pixels": ("grey", "1 5")}
 
 
 def figure(results):
-    """Learning curves as SVG: 20-NN accuracy against images seen, means over seeds, shaded what lies between
-    the seeds."""
+    """Draws learning curves as SVG: 20-NN accuracy over images seen. Lines are means over seeds, shades their
+    range."""
     width, height, left, right, top, bottom = 780, 440, 52, 588, 34, 392
     methods, settings, pixels = results["methods"], results["settings"], results["floors"]["pixels"]["knn"]
     curves = {name: curve(method) for name, method in methods.items()}
@@ -171,7 +171,7 @@ def figure(results):
         if name in methods:
             parts += [f'<circle cx="{a}" cy="{b}" r="3" style="fill: var(--{colour})"/>' for a, b in line]
     free = height
-    # names from below, each as near its line as it can be
+    # labels from the bottom up, each as near its line as the one below allows
     for end, name in sorted((points[-1][1], name) for name, points in curves.items()):
         free = min(y(end), free - 17)
         title, (colour, _) = methods[name]["title"] if name in methods else name, STYLES[name]
@@ -190,12 +190,12 @@ def main():
 
 
 def content(results):
-    """What stands in the page between the marks."""
+    """Returns what stands in the page between the marker lines."""
     return f"{table(results)}\n\n![Learning curves]({FIGURE.name})"
 
 
 def between(page, name, content, script="report"):
-    """The page with this content between the two lines that are there for it."""
+    """Returns the page with this content between its two marker lines."""
     begin = f"<!-- {name}: python -m benchmarks.{script} writes what stands here -->\n"
     end = f"<!-- end of {name} -->"
     before, _, rest = page.partition(begin)

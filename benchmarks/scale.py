@@ -1,9 +1,9 @@
-"""What a large data set costs beside its images: an index of ImageNet's 1.28 million members or files, and
-SwAV on an index of 100 million rows, which point at a few images.
+"""Measures what a large data set costs besides its images: an index of ImageNet's 1.28 million tar members or
+files, and SwAV on an index of 100 million rows, which point at a few images.
 
     python -m benchmarks.scale                     # a quarter of an hour, 8 GB of disk in --folder
 
-Private memory is what a process has alone; pages of a mapped index are in the node's page cache once.
+Private memory is not shared with other processes. A mapped index is in the node's page cache once for all.
 """
 
 import argparse
@@ -39,7 +39,7 @@ print(json.dumps([time.perf_counter() - began, private() - before, len(images), 
 
 
 def opened(spec, index=""):
-    """Seconds, bytes of private memory of another process that opens the images."""
+    """Returns seconds and bytes of private memory that another process takes to open the images."""
     command = [sys.executable, "-c", CHILD, str(spec), str(index)]
     seconds, held, count, classes = json.loads(subprocess.check_output(command).splitlines()[-1])
     assert (count, classes) == (IMAGENET, CLASSES)
@@ -53,7 +53,7 @@ def names():
 
 
 def million(folder):
-    """Figures of an index of ImageNet's size, its members and files empty but for a block."""
+    """Measures an index of ImageNet's size, over tar members of one block and over empty files."""
     tar = folder / "million.tar"
     with open(tar, "wb") as file:
         for name in names():
@@ -86,7 +86,7 @@ def tree(pid):
 
 
 def resident(pid):
-    """Bytes of a process and its workers: private, and mapped from files."""
+    """Returns bytes of a process and its workers: private, and mapped from files."""
     found = np.zeros(2)
     for process in tree(pid):
         status = Path(f"/proc/{process}/status").read_text()
@@ -97,8 +97,8 @@ def resident(pid):
 
 
 def run(folder, images, steps):
-    """Of SwAV: seconds until the report before the first step, steps/s, resident bytes at the last log line:
-    private, and of files."""
+    """Runs SwAV. Returns seconds until its report before the first step, steps/s, and resident bytes at the
+    last log line: private, and of files."""
     out = folder / "run"
     shutil.rmtree(out, ignore_errors=True)
     command = [sys.executable, "-u", "swav.py", "--data", folder / "few.tar", "--index", folder / f"{images}",
@@ -117,7 +117,7 @@ def run(folder, images, steps):
 
 
 def synthetic(folder, images):
-    """An index of so many rows, which point at the few images of few.tar."""
+    """Writes an index of so many rows, which point at the few images of few.tar; returns its bytes."""
     few = open_images(folder / "few.tar")
     times = images // len(few)
     length = len(few._arrays["names"])
@@ -137,9 +137,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", default=None, help="for indices and a million files (default: temporary)")
-    parser.add_argument("--images", type=int, default=100_000_000, help="of the large set")
+    parser.add_argument("--images", type=int, default=100_000_000, help="rows of the large index")
     parser.add_argument("--rounds", type=int, default=5, help="runs of each; medians are reported")
-    parser.add_argument("--steps", type=int, default=200, help="of a run")
+    parser.add_argument("--steps", type=int, default=200, help="steps per run")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)

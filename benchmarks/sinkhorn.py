@@ -1,13 +1,13 @@
-"""Balanced assignment of a data set against a float64 NumPy matrix to the published end, and against POT for
-100 iterations.
+"""Compares balanced assignment of a data set with float64 NumPy up to the published stopping rule, and with
+POT for 100 iterations.
 
     python -m benchmarks.sinkhorn                       # 200,000 x 1,000; POT 20,000 x 1,000: minutes
     python -m benchmarks.sinkhorn --samples 20000 --rounds 1                    # a quick look
-    pip install pot                                     # for that row, which is left out without it
+    pip install pot                                     # without it, the comparison with POT is left out
 
-Every run has a fresh process, with the same number of threads and with the same float32 log-probabilities,
-and all count from there to the assignments. Memory is what the process adds at its largest, the
-log-probabilities (N x K x 4 bytes) included.
+Every run has a fresh process with the same threads and the same float32 log-probabilities. Time counts from
+there to the assignments. Memory is what the process adds at its peak, the log-probabilities (N x K x 4 bytes)
+included.
 """
 
 import argparse
@@ -42,8 +42,8 @@ def arguments():
 
 
 def log_probabilities(N, K, spread, seed=0):
-    """Of a linear classifier that prefers some of its classes, on features of 64 dimensions: (N, K)
-    float32."""
+    """Draws log-probabilities (N, K) float32 of a linear classifier that prefers some of its classes, on
+    features of 64 dimensions."""
     generator = torch.Generator().manual_seed(seed)
     weight, bias = torch.randn(64, K, generator=generator) / 8, torch.randn(K, generator=generator) / 2
     scores = torch.empty(N, K)
@@ -57,7 +57,7 @@ def log_probabilities(N, K, spread, seed=0):
 
 
 def reference(scores, tolerance=0.1):
-    """The published iteration, a matrix A of float64 that is read twice in each."""
+    """Runs the published iteration. Each iteration reads a float64 matrix A twice."""
     x = scores.numpy()
     N, K = x.shape
     A = np.empty((N, K))
@@ -99,14 +99,14 @@ def pot(scores, iterations=100):
 
     N, K = scores.shape
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it says that it has not converged
+        warnings.simplefilter("ignore")  # POT warns that it has not converged
         plan = ot.sinkhorn(np.full(N, 1 / N), np.full(K, 1 / K), -scores.numpy().astype(np.float64), 1 / LAM,
                            numItermax=iterations, stopThr=0)
     return torch.from_numpy(plan.argmax(1)), iterations
 
 
 def first_iterations(scores):
-    """Of float32: seconds for 5 iterations and for 25, the labels included."""
+    """Returns seconds for 5 iterations and for 25 in float32, the labels included."""
     taken = []
     for iterations in (5, 25):
         start = time.perf_counter()
@@ -119,13 +119,13 @@ def first_iterations(scores):
 
 
 def measure(contender, problem, threads):
-    """Seconds, bytes added at the largest, and what the contender returns."""
+    """Returns seconds, bytes added at the peak, and what the contender returns."""
     torch.set_num_threads(threads)
-    # libraries take their memory and start their threads
+    # warm up: libraries take their memory and start their threads
     contender(log_probabilities(4 * problem[1], *problem[1:]))
     empty = resident("VmRSS")
     scores = log_probabilities(*problem)
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the largest size so far
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak size
     start = time.perf_counter()
     result = contender(scores)
     return time.perf_counter() - start, resident() - empty, *result
@@ -139,7 +139,7 @@ def fresh(contender, problem, threads):
 
 
 def race(contenders, problem, args):
-    """Figures of all, each beside the first."""
+    """Returns the figures of all contenders, each relative to the first."""
     runs = {name: [] for name in contenders}
 
     def turn(name):
@@ -162,7 +162,7 @@ def race(contenders, problem, args):
 
 
 def imagenet(args, iterations):
-    """One labelling of ImageNet by 10 heads of 3,000 classes, from what 20,000 rows take."""
+    """Extrapolates one labelling of ImageNet by 10 heads of 3,000 classes from the time of 20,000 rows."""
     N = max(4 * CLASSES, min(20_000, args.samples))
     taken = [fresh(first_iterations, (N, CLASSES, args.spread), args.threads)[2] for _ in range(args.rounds)]
     few, many = torch.stack(taken).median(0).values.mul(IMAGENET / N).tolist()

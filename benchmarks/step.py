@@ -1,13 +1,13 @@
-"""SwAV's training step, whole and in parts, beside lightly's: same trunk, batch, crops, synthetic images.
+"""Times SwAV's training step, whole and in parts, beside lightly's: same trunk, batch and synthetic crops.
 
     python -m benchmarks.step                       # the published recipe and the small one
     python -m benchmarks.step --recipes swav_400ep_8x32 --parts eager --batch-size 128
 
-Ours is the loop of swav.py as it ships: uint8 crops come in, jitter, blur and normalisation are part of the
-step, bf16 autocast and channels_last where the hardware has them. lightly's (`SwaVLoss`, `SwaVPrototypes`,
-`SwaVProjectionHead`), where it is installed, gets float crops that are ready and runs in float32 with plain
-SGD, a forward pass for each crop as in its example. On a GPU also: ours compiled, the batch norm that
-synchronises over processes against cuDNN's, memory against batch, k-means and Sinkhorn against the hardware.
+Ours is the loop of swav.py: it takes uint8 crops, so jitter, blur and normalisation are part of the step; it
+uses bf16 autocast and channels_last where the hardware has them. lightly's (`SwaVLoss`, `SwaVPrototypes`,
+`SwaVProjectionHead`), if installed, gets finished float crops and runs in float32 with plain SGD, one forward
+pass per crop as in its example. On a GPU also measures: ours compiled, synchronised batch norm against
+cuDNN's, memory against batch size, k-means and Sinkhorn against the hardware.
 """
 
 import argparse
@@ -40,13 +40,13 @@ def arguments():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--recipes", nargs="+", default=["swav_400ep_8x32", "small"], help="of swav.py")
+    add("--recipes", nargs="+", default=["swav_400ep_8x32", "small"], help="recipes of swav.py")
     add("--batch-size", type=int, default=0,
         help="default: the recipe's; 8 for the published ones on a CPU")
-    add("--steps", type=int, default=3, help="timed steps a round (default: 3)")
+    add("--steps", type=int, default=3, help="timed steps per round (default: 3)")
     add("--rounds", type=int, default=5, help="rounds; medians are reported (default: 5)")
-    add("--parts", nargs="+", choices=PARTS, default=PARTS, help="on a CPU there is eager alone")
-    add("--name", default="step", help="of the result file (default: step)")
+    add("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure; on a CPU only eager")
+    add("--name", default="step", help="name of the result file (default: step)")
     return parser.parse_args()
 
 
@@ -76,7 +76,7 @@ class Synthetic:
 
 
 def seconds(run, count, device):
-    """Seconds a call of run(count) takes for each of its count steps."""
+    """Returns the seconds per step of run(count), which makes `count` steps."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -87,7 +87,7 @@ def seconds(run, count, device):
 
 
 def ours(config, synthetic, compiled=False, convert=None):
-    """A function that makes `count` steps of swav.py."""
+    """Returns a function that makes `count` steps of swav.py."""
     torch.manual_seed(0)
     model = swav.Model(config).to(synthetic.device, memory_format=torch.channels_last)
     model = convert(model) if convert else model
@@ -104,7 +104,7 @@ def ours(config, synthetic, compiled=False, convert=None):
 
 
 def theirs(config, synthetic):
-    """A function that makes `count` steps of lightly's SwAV."""
+    """Returns a function that makes `count` steps of lightly's SwAV."""
     from lightly.loss import SwaVLoss
     from lightly.models.modules import SwaVProjectionHead, SwaVPrototypes
 
@@ -173,7 +173,7 @@ def measure(config, args, device):
 
 
 def eager(config, synthetic, args):
-    """Our step and its parts; lightly's step."""
+    """Times our step and its parts, and lightly's step."""
     device, dim = synthetic.device, config.dim
     model = swav.Model(config).to(device)
     for p in model.parameters():
@@ -192,7 +192,7 @@ def eager(config, synthetic, args):
     for name, part in alone.items():
         contenders[f"{name} alone"] = lambda count, part=part: [part() for _ in range(count)]
     for run in contenders.values():
-        run(2)  # kernels are chosen, memory is taken
+        run(2)  # warm up: kernels are chosen, memory is taken
     taken = medians(args.rounds, **{name: lambda run=run: seconds(run, args.steps, device)
                                     for name, run in contenders.items()})
     figures = {f"{name}, ms a step": 1000 * value for name, value in taken.items()}
@@ -205,13 +205,13 @@ def eager(config, synthetic, args):
 
 
 def norm(config, synthetic, args):
-    """Time of the batch norm over ranks, on its path of many ranks in one process, in units of cuDNN's."""
+    """Returns the time of batch norm over ranks, taking its many-rank path in one process, over cuDNN's."""
     device, figures = synthetic.device, {}
 
     def layer(C, side):
         x = torch.randn(config.batch_size, C, side, side, device=device, dtype=synthetic.dtype)
         x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
-        # No backward(), which would also add to gradients.
+        # grad() instead of backward(), which would also add to the gradients.
         return lambda module: lambda count: [
             torch.autograd.grad(module(x), [x, *module.parameters()], x.detach()) for _ in range(count)]
 
@@ -226,7 +226,7 @@ def norm(config, synthetic, args):
 
 def against(plain, synced, args, device):
     def many(count):
-        # On a GPU a process group of one: gpu.sh has its variables, so each message is sent, to this process.
+        # In gpu.sh's process group of one each message is really sent, to this process itself.
         with mock.patch.object(batchnorm, "world_size", lambda: 2):
             joined = torch.distributed.is_initialized()
             with mock.patch.object(distributed, "world_size", lambda: 1 + joined):
@@ -239,7 +239,7 @@ def against(plain, synced, args, device):
 
 
 def kernels(device, args, rows=160_000, K=3000, D=128):
-    """k-means against the rate of a matrix product, SeLa's Sinkhorn against that of a copy, in float32."""
+    """Compares k-means with the rate of a matrix product, SeLa's Sinkhorn with that of a copy, in float32."""
     x = nn.functional.normalize(torch.randn(rows, D, device=device))
     scores, square = torch.randn(rows, K, device=device), torch.randn(min(rows, 8192), min(rows, 8192),
                                                                       device=device)
@@ -256,7 +256,7 @@ def kernels(device, args, rows=160_000, K=3000, D=128):
     taken = medians(args.rounds, **{name: lambda run=run: seconds(run, args.steps, device)
                                     for name, run in runs.items()})
     product = 2 * len(square) ** 3 / taken["product"]
-    # A copy reads and writes; an iteration of Sinkhorn reads.
+    # A copy reads and writes the matrix, an iteration of Sinkhorn only reads it.
     iterations = (taken["Sinkhorn"] - taken["nothing"]) / 20
     return {"k-means, share of the product's rate": 2 * 6 * rows * K * D / taken["k-means"] / product,
             "Sinkhorn's iteration, share of the copy's bandwidth": taken["copy"] / 2 / iterations,
@@ -264,7 +264,7 @@ def kernels(device, args, rows=160_000, K=3000, D=128):
 
 
 def convolution_gain(args, device):
-    """How much faster the machine convolves in our precision and layout: what a step can gain where it only
+    """Returns how much faster the machine convolves in our precision and layout: the gain of a step that only
     convolves."""
     x, weight = torch.randn(16, 256, 14, 14, device=device), torch.randn(256, 256, 3, 3, device=device)
 
@@ -284,7 +284,7 @@ def convolution_gain(args, device):
 
 
 def peak(config, device):
-    """Peak GPU memory of a step, in GiB."""
+    """Returns the peak GPU memory of a step, in GiB."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     others = torch.cuda.memory_allocated()

@@ -1,11 +1,11 @@
-"""10,000 images of CIFAR-10 as files, 1,000 a class, and 5,000 held-out ones: the size that the figures of
-docs/results.md are made at.
+"""Writes 10,000 images of CIFAR-10 as files, 1,000 per class, and 5,000 held-out ones: the sizes behind the
+figures of docs/results.md.
 
     python -m benchmarks.subset cifar       # downloads CIFAR-10 into cifar/download; PNG files, a few MB
     make results DATA=cifar/list.txt ROOT=cifar/train VAL=cifar/val
 
-The first images of every class in the order of the data set. Those figures are of another choice of as many,
-saved as JPEG, so other decimals are to be expected.
+Takes the first images of each class. The figures of docs/results.md are of another choice of as many, saved
+as JPEG, so expect other decimals.
 """
 
 import argparse
@@ -20,13 +20,13 @@ def arguments():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--images", type=int, default=1000,
-                        help="of a class to train on; half as many are held out (default: 1000)")
+                        help="training images per class; half as many are held out (default: 1000)")
     return parser.parse_args()
 
 
 def save(images, folder, count):
-    """The first `count` images of each class as folder/CLASS/NNNN.png; returns their paths from there, with
-    the class."""
+    """Saves the first `count` images of each class as folder/CLASS/NNNN.png. Returns lines of path and class,
+    relative to folder."""
     taken, lines = Counter(), []
     for image, label in images:
         name, number = images.classes[label], taken[label]

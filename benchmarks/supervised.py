@@ -1,9 +1,9 @@
-"""The ceiling: the trunk of the small recipes trained with labels, on the same crops and for as many epochs
-as swav.py.
+"""Trains the ceiling: the trunk of the small recipes with labels, on the same crops and for as many epochs as
+swav.py.
 
     python -m benchmarks.supervised --recipe cifar --data cifar10 --eval-every 5
 
-A linear classifier on the trunk's features and plain cross-entropy over all crops. The options are swav.py's.
+Trains a linear classifier and the trunk by cross-entropy over all crops. The options are swav.py's.
 """
 
 import torch

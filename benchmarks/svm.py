@@ -1,12 +1,12 @@
-"""What the VOC 2007 SVMs of eval_svm.py cost at full size, from a few of them.
+"""Estimates the time of eval_svm.py's VOC 2007 SVMs at full size from a few of them.
 
     python -m benchmarks.svm                   # 2 classes x 3 costs on 5,011 x 2,048 random features: minutes
-    python -m benchmarks.svm --features 8192   # those of feature5
+    python -m benchmarks.svm --features 8192   # as many as feature5 has
 
-Three costs of the published grid are fitted (the smallest, the middle and the largest one), each with its
-three folds, one at a time on one core; CPU time is counted. That of the other costs is interpolated in the
-logarithm of the cost, and summed over 19 costs and 20 classes. Random features say nothing about the classes,
-so a network's should be quicker to separate.
+Fits three costs of the published grid (the smallest, the middle and the largest), each with its three folds,
+one at a time on one core, and counts CPU time. The time of other costs is interpolated in the logarithm of
+the cost, and summed over 19 costs and 20 classes. Random features say nothing about the classes, so a
+network's should be faster to separate.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def arguments():
 def main():
     args = arguments()
     rng = np.random.default_rng(0)
-    # about as many as VOC's 20 classes have
+    # about the share of positives in VOC's 20 classes
     targets = (rng.random((ROWS + TEST, args.classes)) < 0.07).astype(np.int64)
     # none below 0, as after a ReLU
     x = unit(torch.from_numpy(np.maximum(rng.standard_normal((ROWS + TEST, args.features)), 0)))

@@ -1,11 +1,11 @@
-"""Do released weights give here what their projects have published? For you who have ImageNet.
+"""Checks on ImageNet that released weights give here what their projects have published.
 
     python -m benchmarks.verify --data /imagenet                 # hours on a GPU; downloads 400 MB
-    python -m benchmarks.verify --data /imagenet --limit 1000    # of each set: its figures mean little
+    python -m benchmarks.verify --data /imagenet --limit 1000    # a trial: so few images mean little
 
-SwAV of 800 epochs with the linear classifier that its authors released, then 20 nearest neighbours: every
-weight must find its place, and measured stands beside published. Nothing here was run on ImageNet: no
-released file could be had where this was written.
+Evaluates SwAV of 800 epochs with its authors' linear classifier, then 20 nearest neighbours of several
+trunks. Every weight must find its place. Measured figures stand beside published ones. Not yet run on
+ImageNet: neither it nor a released file was available where this was written.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def arguments(argv=None):
 
 
 def some(images, limit):
-    """So many images of a set, drawn; all of them without a limit."""
+    """Returns `limit` random images of a set, or all of them without a limit."""
     if not 0 < limit < len(images):
         return images
     return Subset(images, np.sort(np.random.default_rng(0).permutation(len(images))[:limit]))

@@ -469,8 +469,8 @@ def test_a_kept_classifier(images, run, imagenet_stem, tmp_path, capsys):
                tmp_path / "four.pth")
     refuses(capsys, eval_linear, [
         ((imagenet_stem, "--head", kept, "--data", images), 4, "was trained on"),
-        ((run, "--head", kept, "--random-init", "--data", images), 2, "--random-init trains, or is another"),
-        ((run, "--head", kept, "--epochs", 3, "--data", images), 2, "--epochs trains"),
+        ((run, "--head", kept, "--random-init", "--data", images), 2, "--random-init is not for --head"),
+        ((run, "--head", kept, "--epochs", 3, "--data", images), 2, "--epochs is not for --head"),
         ((run, "--head", kept, "--layers", "feature1", "--data", images), 4, "has no classifier of feature1"),
         ((run, "--head", tmp_path / "four.pth", "--data", images), 3, "3 classes, the classifier 4"),
         ((run, "--head", run / "backbone.pt", "--data", images), 4, "is no classifier that is known"),
@@ -726,7 +726,7 @@ def test_errors(tmp_path, images, run, imagenet_stem, capsys):
         ((*own, "--save-features", tmp_path / "features"), 2, "an .npz file"),
         ((*own, "--epochs", 4, "--lr", "1e38"), 5, "every classifier"),
         ((*own, "--preset", "mhead_90e", "--cache"), 2, "cached features are those of avgpool"),
-        ((*own, "--crops", 10, "--cache"), 2, "--crops 10: cached features are of one crop an image"),
+        ((*own, "--crops", 10, "--cache"), 2, "--crops 10: cached features have one crop per image"),
         ((*own, "--layers", "feature5"), 2, "feature5 is not in --preset small: choose from avgpool"),
         ((*own, "--size", 30), 2, "--resize 24 is smaller than --size 30"),
         ((*own, "--epochs", 0), 2, "--epochs 0: more than 0 is needed"),

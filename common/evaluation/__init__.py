@@ -1,1 +1,1 @@
-"""What the evaluations share."""
+"""Code shared by the evaluation scripts."""

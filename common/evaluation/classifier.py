@@ -1,4 +1,4 @@
-"""Classifiers that evaluations trained, and a released one: network(images) -> scores of the classes."""
+"""Saves and loads classifiers, trained here or released: network(images) -> scores of the classes."""
 
 import torch
 import torch.nn.functional as F
@@ -9,15 +9,15 @@ from ..engine.errors import CheckpointError, border
 from ..weights import load, released
 from .pooling import pooled
 
-RELEASED = ("linear", "head.fc_cls", "head.fc")  # the layer in SwAV's and in MMSelfSup's files
+RELEASED = ("linear", "head.fc_cls", "head.fc")  # names of the layer in SwAV's and MMSelfSup's files
 
 
 class Classifier(nn.Module):
     """A trunk and a linear layer on its features or pooled maps: (B, 3, s, s) -> scores (B, K), in eval mode.
 
-    classes: their K names, or None. info: of the trunk, with the sizes of the images that it was judged on.
-    about: how it was judged: views (crops an image), probabilities (whether these are averaged, or scores),
-    numbered (whether the names are numbers of a list).
+    classes: the K names, or None. info: of the trunk, with the image sizes of the evaluation. about: how it
+    was evaluated: views (crops per image), probabilities (whether these are averaged, or scores), numbered
+    (whether the names are numbers of a list).
     """
 
     def __init__(self, trunk, layer, weight, bias, classes, info, about):
@@ -27,7 +27,7 @@ class Classifier(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, x):
-        if self.layer == "features":  # what the trunk gives, itself
+        if self.layer == "features":  # the trunk's own output
             maps = self.trunk(x).to(self.weight.dtype)
         else:
             maps = pooled(self.trunk, x, [self.layer])[self.layer].flatten(1)  # (B, F)
@@ -36,7 +36,7 @@ class Classifier(nn.Module):
 
 
 class Averaged(nn.Module):
-    """The mean of a Classifier's scores, or probabilities, over `views` crops of each image, crop-major."""
+    """Averages a Classifier's scores, or probabilities, over `views` crops of each image, crop-major."""
 
     def __init__(self, network, views):
         super().__init__()
@@ -49,7 +49,7 @@ class Averaged(nn.Module):
 
 
 def folded(probe, setting):
-    """(weight (K, F), bias (K,)) of one setting of a Probe of eval_linear.py with its batch norm."""
+    """Folds the batch norm of eval_linear.py's Probe into one setting: (weight (K, F), bias (K,))."""
     weight, bias = probe.weight[:, setting].detach().double(), probe.bias[:, setting].detach().double()
     if probe.norm is not None:
         scale = (probe.norm.running_var.double() + probe.norm.eps).rsqrt()  # (C,)
@@ -65,8 +65,8 @@ def folded(probe, setting):
 def save(path, heads, classes, about, trunk=None, info=None):
     """Writes classifiers [{layer, weight, bias, top1}] of one trunk with the names of the classes.
 
-    about: name and checksum (before any fine-tuning) of the trunk, preset, sizes, and what `Classifier` has.
-    trunk: kept too, under torchvision's names, where it was trained with them.
+    about: name and checksum (before any fine-tuning) of the trunk, preset, sizes, and the keys of
+    Classifier.about. trunk: saved as well, under torchvision's names, if it was trained with them.
     """
     content = {"classifiers": heads, "classes": list(classes), "about": about}
     if trunk is not None:
@@ -75,16 +75,16 @@ def save(path, heads, classes, about, trunk=None, info=None):
 
 
 def load_classifier(path, trunk=None, layer=None, arch=""):
-    """The Classifier in a file that eval_linear.py or eval_semisup.py kept, or that the authors released.
+    """Loads a Classifier that eval_linear.py or eval_semisup.py saved, or that the authors released.
 
-    trunk: the run or file that it was trained on, where the file itself does not have it. layer: which one,
+    trunk: the run or file that it was trained on, if the file itself has no trunk. layer: which classifier,
     of several (default: the best). arch: as in load.load_backbone.
     Raises CheckpointError if the file holds none, or if it was trained on another trunk.
     """
     path = released.local(path)
     saved = load.read(path)
     with border(CheckpointError, f"{path} is no classifier that is known"):
-        whole, known = "info" in saved, "classifiers" in saved  # raises for what is no dict
+        whole, known = "info" in saved, "classifiers" in saved  # raises if it is no dict
         if trunk is None and not whole:
             raise CheckpointError(f"{path} is a classifier alone: the trunk that it belongs to is needed")
         backbone, info = load.load_backbone(path if trunk is None else trunk, arch=arch)
@@ -108,7 +108,7 @@ def load_classifier(path, trunk=None, layer=None, arch=""):
 
 
 def fitting(path, trunk, head, classes, info, about):
-    """The Classifier. Raises CheckpointError unless its weights are finite and fit the trunk."""
+    """Builds the Classifier. Raises CheckpointError unless its weights are finite and fit the trunk."""
     network = Classifier(trunk, head["layer"], head["weight"].float(), head["bias"].float(), classes, info,
                          about)
     if not all(parameter.isfinite().all() for parameter in (network.weight, network.bias)):

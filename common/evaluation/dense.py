@@ -1,5 +1,4 @@
-"""Shared by the evaluations that train on labelled pixels or boxes: checks, the training loop in iterations,
-a sheet of pictures."""
+"""Shared by the evaluations that train on labelled pixels or boxes: checks, training loop, picture sheet."""
 
 import functools
 import math
@@ -22,7 +21,7 @@ LOG_EVERY = 50  # iterations
 
 
 def check(args, p, drawn):
-    """Raises ArgumentError for options that cannot work. drawn: the images need no --data."""
+    """Raises ArgumentError for options that cannot work. drawn: the images are drawn, so need no --data."""
     protocol.need(p.batch_size >= 2, p, "batch_size", "two images per step or more are needed")
     protocol.need(0 < p.lr < math.inf, p, "lr", "more than 0 is needed")
     fine = args.iterations is None or args.iterations >= 1
@@ -35,7 +34,7 @@ def check(args, p, drawn):
 
 
 def magnified(trunk, args):
-    """How many times as large preset `small` shows its images to this trunk: 4 where the stem has stride 4.
+    """Returns the factor by which preset `small` enlarges images for this trunk: 4 if the stem has stride 4.
 
     Raises ArgumentError for a trunk that is no ResNet, or one with a small stem in a full-size preset.
     """
@@ -50,9 +49,9 @@ def magnified(trunk, args):
 
 
 def iterations(loader, n, batch_size, seed, first, last, order=lambda epoch: None):
-    """Batches of the iterations first .. last - 1 of a data.Loader over n images. Iteration t is a step of a
-    pass over the images, so (seed, t) alone decide which images form it, and what is drawn for them. order:
-    that of the images in a pass, by its number, in place of data.batches's own.
+    """Yields the batches of iterations first .. last - 1 of a data.Loader over n images. Iterations go
+    through the images pass by pass, so (seed, iteration) alone decide a batch and what is drawn for it.
+    order(epoch): the order of images in a pass, instead of data.batches's own.
 
     Raises DataError if there are fewer images than one batch.
     """
@@ -69,11 +68,11 @@ def iterations(loader, n, batch_size, seed, first, last, order=lambda epoch: Non
 
 
 def train(model, optimizer, batches, loss_of, rate, iterations, loader, progress):
-    """Trains the model; returns the mean loss since the last line of the log. Goes on where progress.state
-    was.
+    """Trains the model, from progress.state if there is one. Returns the mean loss that the last log line
+    shows.
 
-    batches(first) yields batches from iteration `first` to the last; loss_of(step, batch) is the loss whose
-    gradients DistributedDataParallel averages over ranks; rate(step) is the learning rate.
+    batches(first): yields the batches from iteration `first` to the last. loss_of(step, batch): the loss
+    whose gradients DistributedDataParallel averages over ranks. rate(step): the learning rate.
     Raises Diverged for a loss that is not finite.
     """
     device = next(model.parameters()).device
@@ -110,26 +109,26 @@ def train(model, optimizer, batches, loss_of, rate, iterations, loader, progress
 
 
 def poly(step, steps, base_lr, final_lr=1e-4, power=0.9):
-    """Learning rate of a step (0-based) that falls from base_lr to final_lr, which would be that of step
-    `steps`, or of base_lr if that is lower."""
+    """Returns the learning rate of a step, counted from 0. It falls from base_lr to final_lr, or stays at
+    base_lr if that is lower; step `steps` would have final_lr."""
     final_lr = min(final_lr, base_lr)
     return (base_lr - final_lr) * (1 - step / steps) ** power + final_lr
 
 
 def normalised(pixels, mean, std, dtype):
-    """(B, 3, H, W) uint8 to dtype, channels last, as the trunk was trained."""
+    """Normalises (B, 3, H, W) uint8 as in the trunk's training: to dtype, channels last."""
     mean, std = (_constant(tuple(values), pixels.device, dtype) for values in (mean, std))  # (3, 1, 1)
     return ((pixels.to(dtype) / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
 @functools.cache
 def _constant(values, device, dtype):
-    return torch.tensor(values, dtype=dtype, device=device).view(3, 1, 1)  # it stays on the device
+    return torch.tensor(values, dtype=dtype, device=device).view(3, 1, 1)  # cached: copied to the device once
 
 
 def setting(args, info, device, trunk, name, images, queries):
-    """What a training on labelled pixels or boxes begins with, and seeds torch: how images are looked at,
-    what decides the result, the folder for its files, and the name of what belongs to this run alone."""
+    """Seeds torch for training. Returns how images are read and computed on, what decides the result, the
+    folder for the files, and the base of their names, which --random-init changes."""
     how = dict(device=device, mean=info.get("mean", MEAN), std=info.get("std", STD), workers=args.workers,
                precision=autocast_dtype(args.precision, device))
     decisive = protocol.decisive(args, trunk, precision=how["precision"], data=images.fingerprint,
@@ -139,8 +138,8 @@ def setting(args, info, device, trunk, name, images, queries):
 
 
 def warn_of_unreadable(trained, judged):
-    """Says how many images of both sets cannot be read, and what became of them; of each, those that this
-    rank has met."""
+    """Warns how many images of both sets cannot be read, and what became of them. trained, judged: the
+    unreadable ones that this rank has met."""
     for bad, which, what in ((trained, "--data", "were replaced by their neighbours"),
                              (judged, "the held-out set", "are left out")):
         found = len(distributed.gather_rows(torch.tensor(sorted(bad), dtype=torch.int64)).unique())
@@ -149,7 +148,7 @@ def warn_of_unreadable(trained, judged):
 
 
 def colours(labels):
-    """VOC's colour of each label: (H, W) uint8 -> (H, W, 3) uint8; 0 is black, 255 nearly white."""
+    """Maps labels to VOC's colours: (H, W) uint8 -> (H, W, 3) uint8; 0 is black, 255 nearly white."""
     palette = np.zeros((256, 3), np.uint8)
     for place in range(3):  # bits 0, 3, 6 of the label are the highest bits of red; 1, 4, 7 of green ...
         bits = np.arange(256)[:, None] >> 3 * place + np.arange(3) & 1  # (256, 3)
@@ -158,7 +157,7 @@ def colours(labels):
 
 
 def write_sheet(path, rows, height=192):
-    """Writes pictures [[(H, W, 3) uint8]], those of a row side by side, as one PNG."""
+    """Writes rows of pictures [[(H, W, 3) uint8]] as one PNG, each picture `height` pixels high."""
     rows = [[Image.fromarray(cell) for cell in row] for row in rows or [[np.zeros((1, 1, 3), np.uint8)]]]
     rows = [[cell.resize((min(4 * height, max(1, cell.width * height // cell.height)), height),
                          Image.Resampling.NEAREST) for cell in row] for row in rows]

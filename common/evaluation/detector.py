@@ -1,12 +1,12 @@
-"""Faster and Mask R-CNN on a trunk, as the benchmarks of self-supervised trunks have them.
+"""Faster and Mask R-CNN on a trunk, as benchmarks of self-supervised trunks define them.
 
-torchvision has the parts; what it does otherwise than detectron2 and mmdet is done here: RoIAlign with the
-half-pixel offset, L1 losses and what they are averaged over, anchors that are not rounded, strides that are
-given, initial values, mask targets. What is left as torchvision has it: the best anchors of an object are
-positive however little they overlap; class 0 is the background, and has boxes that nothing trains.
+Uses torchvision's parts, and replaces what differs from detectron2 and mmdet: RoIAlign gets the half-pixel
+offset; box losses are L1; losses are divided by the same counts; anchors are not rounded; strides are given;
+initial values and mask targets are the same. Two differences stay: the best anchors of an object are positive
+however little they overlap it, and class 0 is the background, whose boxes are never trained.
 
-Losses and batch norm are those of the images of all ranks, and what is drawn for an image is a function of
-its seed: on images of one size two ranks train as one does. Others are padded to the largest of a rank.
+Losses and batch norm cover the images of all ranks, and each image's seed decides what is drawn for it. So on
+images of one size two ranks train as one does. Images of other sizes are padded to the largest on a rank.
 """
 
 import torch
@@ -28,15 +28,15 @@ from .. import distributed
 
 
 def mean_over_ranks(total, count):
-    """total / count, both summed over ranks, as the mean over ranks of what is returned: such a mean is what
-    DistributedDataParallel makes of gradients."""
+    """Scales this rank's total so that its mean over ranks is total / count, both summed over ranks.
+    DistributedDataParallel takes this mean of the gradients."""
     count = distributed.all_sum(torch.as_tensor(count, dtype=total.dtype, device=total.device))
     return total * distributed.world_size() / count.clamp(min=1)
 
 
 class Anchors(AnchorGenerator):
-    """Anchors around the corners of the maps' cells. sides: a tuple for each map. Not rounded, and with the
-    strides as given: torchvision's are 61 pixels where a map of 25 rows was pooled to 13."""
+    """Anchors around the corners of the maps' cells, not rounded, with the given strides. torchvision divides
+    sides instead: its stride is 61 pixels where a map of 25 rows was pooled to 13. sides: a tuple per map."""
 
     def __init__(self, sides, strides, ratios=(0.5, 1.0, 2.0)):
         super().__init__(sides, (ratios,) * len(sides))
@@ -57,8 +57,8 @@ class Anchors(AnchorGenerator):
 class AlignedPool(nn.Module):
     """RoIAlign with the half-pixel offset: maps {name: (B, F, h, w)}, boxes [(n, 4)] -> (R, F, size, size).
 
-    strides: {name: pixels}. Of several maps a box takes number floor(4 + log2(sqrt(area) / 224)), where the
-    map of stride 4 is number 2.
+    strides: {name: pixels}. With several maps, a box is pooled from level floor(4 + log2(sqrt(area) / 224)),
+    where the map of stride 4 is level 2.
     """
 
     def __init__(self, strides, size):
@@ -81,8 +81,8 @@ class AlignedPool(nn.Module):
 
 
 class Sampler:
-    """Up to `count` anchors or regions of each image, at most `share` of them positive: masks of the positive
-    and of the negative ones. Draws follow `seeds`, a number an image, and no global generator."""
+    """Draws up to `count` anchors or regions of each image, at most `share` of them positive. Returns masks
+    of the positive and of the negative ones. Only `seeds`, one per image, decide the draws."""
 
     def __init__(self, count, share):
         self.count, self.share, self.seeds = count, share, ()
@@ -100,7 +100,7 @@ class Sampler:
 
 
 class Proposer(RegionProposalNetwork):
-    """over_all: the losses are averaged over all that could be sampled (detectron2), not over what was."""
+    """RPN. over_all: divides the losses by all that could be sampled (detectron2), not by all that were."""
 
     over_all = False
 
@@ -116,7 +116,7 @@ class Proposer(RegionProposalNetwork):
 
 
 class Heads(RoIHeads):
-    """Classes, boxes and, where there is a head for them, masks of proposals."""
+    """Predicts classes, boxes and, if there is a mask head, masks of proposals."""
 
     def forward(self, maps, proposals, sizes, targets=None):
         if self.training:
@@ -136,7 +136,7 @@ class Heads(RoIHeads):
         return found, {}
 
     def box_losses(self, scores, deltas, labels, wanted):
-        """scores (R, C), deltas (R, 4C), labels (R,) 0 for background, wanted (R, 4); means over R."""
+        """Averages over R: scores (R, C), deltas (R, 4C), labels (R,) 0 for background, wanted (R, 4)."""
         positive = labels.nonzero()[:, 0]
         of_class = deltas.unflatten(1, (-1, 4))[positive, labels[positive]]  # (positive, 4)
         return {"class": mean_over_ranks(F.cross_entropy(scores, labels, reduction="sum"), len(labels)),
@@ -146,14 +146,14 @@ class Heads(RoIHeads):
         return self.mask_predictor(self.mask_head(self.mask_roi_pool(maps, boxes)))
 
     def mask_loss(self, maps, proposals, matched, labels, targets):
-        """Cross-entropy of the true class's mask of each positive region, mean over their pixels."""
+        """Returns the cross-entropy of each positive region's true-class mask, averaged over all pixels."""
         rows = [label.nonzero()[:, 0] for label in labels]
         boxes = [box[row] for box, row in zip(proposals, rows)]
         logits, wanted = self.masks(maps, boxes), []
         for target, box, match, row in zip(targets, boxes, matched, rows):
             regions = torch.cat([match[row, None].to(box), box], dim=1)  # (n, 5)
             masks = target["masks"][:, None].to(box)
-            # mmdet's: the mask is resized as the features are, and cut at one half
+            # as in mmdet: pool the mask like the features, then threshold it at one half
             wanted.append(roi_align(masks, regions, logits.shape[-1], aligned=True)[:, 0] >= 0.5)
         classes = torch.cat([label[row] for label, row in zip(labels, rows)])
         logits = logits[torch.arange(len(classes), device=classes.device), classes]  # (positive, 28, 28)
@@ -162,8 +162,8 @@ class Heads(RoIHeads):
 
 
 class LowPrecision(nn.Module):
-    """A part that computes in bfloat16 where `low` says so; what it returns is as exact as what it is given.
-    Boxes and losses are outside: in bfloat16 they would err by pixels."""
+    """Runs a part in bfloat16 if `low`, and returns the input's dtype. Boxes and losses stay outside: in
+    bfloat16 they would err by pixels."""
 
     def __init__(self, part, low):
         super().__init__()
@@ -176,7 +176,7 @@ class LowPrecision(nn.Module):
 
 
 class Stages(nn.Module):
-    """Maps of a trunk by name, or the pyramid of them."""
+    """Returns the named maps of a trunk, or the feature pyramid of these maps."""
 
     def __init__(self, trunk, names, pyramid=None):
         super().__init__()
@@ -189,9 +189,9 @@ class Stages(nn.Module):
 
 
 class Detector(nn.Module):
-    """x (B, 3, H, W), padded to the right and below; sizes [(h, w)] of the images in it. In training, with
-    targets [{"boxes", "labels", "seed", maybe "masks"}]: {name: loss}, whose sum is to be minimised; else
-    what is found in each image: boxes, scores, labels, maybe masks."""
+    """Takes x (B, 3, H, W), padded to the right and below, and sizes [(h, w)] of its images. In training,
+    with targets [{"boxes", "labels", "seed", maybe "masks"}], returns {name: loss}, to be summed; else a dict
+    per image: boxes, scores, labels, maybe masks."""
 
     def __init__(self, backbone, rpn, roi_heads):
         super().__init__()
@@ -209,8 +209,8 @@ class Detector(nn.Module):
 
 def assemble(backbone, channels, anchors, pool, head, features, classes, before, after, rois, over_all,
              masks=()):
-    """before, after: proposals of an image, before and after the suppression of those that overlap, (in
-    training, at test). rois: regions an image to train on. masks: pool, head and predictor of masks."""
+    """Builds the Detector. before, after: proposals (in training, at test), per map before non-maximum
+    suppression and per image after it. rois: regions per image to train on. masks: pool, head, predictor."""
     cut = [dict(zip(("training", "testing"), numbers)) for numbers in (before, after)]
     rpn_head = RPNHead(channels, anchors.num_anchors_per_location()[0])
     rpn = Proposer(anchors, rpn_head, 0.7, 0.3, 256, 0.5, *cut, nms_thresh=0.7)
@@ -225,8 +225,8 @@ def assemble(backbone, channels, anchors, pool, head, features, classes, before,
 
 
 def c4(trunk, classes, sides, size, low=False, **counts):
-    """Faster R-CNN on a ResNet up to layer3; layer4 is moved into the head, with one more batch norm behind
-    it (MoCo's protocol). sides: of the anchors, in pixels; size: of the regions, in cells."""
+    """Builds Faster R-CNN on a ResNet up to layer3. Moves layer4 into the head and adds a batch norm (MoCo's
+    protocol). sides: of the anchors, in pixels; size: side of a pooled region, in cells."""
     layer4, stride = trunk.layer4, 16 if trunk.conv1.stride == (2, 2) else 4
     trunk.layer4 = nn.Identity()
     head = nn.Sequential(layer4, nn.BatchNorm2d(trunk.feature_dim), nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -236,8 +236,8 @@ def c4(trunk, classes, sides, size, low=False, **counts):
 
 
 def fpn(trunk, classes, sides, size, low=False, **counts):
-    """Mask R-CNN on a pyramid of a ResNet's four stages, batch norm in all parts (MMSelfSup's): four
-    convolutions and one hidden layer in the box head, four convolutions in the mask head."""
+    """Builds Mask R-CNN on a pyramid of a ResNet's four stages, with batch norm in all parts (MMSelfSup's).
+    The box head has four convolutions and a hidden layer, the mask head four convolutions."""
     strides = {"layer1": 4, "layer2": 8, "layer3": 16, "layer4": 32}
     inputs, norm = [trunk.feature_dim // 2**i for i in (3, 2, 1, 0)], nn.BatchNorm2d
     pyramid = FeaturePyramidNetwork(inputs, 256, LastLevelMaxPool(), norm_layer=norm)
@@ -254,7 +254,7 @@ def norms(model):
 
 
 def groups(model, decay, norm_decay):
-    """Parameter groups: what belongs to batch norm, found by type, has a weight decay of its own."""
+    """Returns parameter groups: batch norm's parameters, found by type, have a weight decay of their own."""
     own = [p for module in norms(model) for p in module.parameters()]
     ids = set(map(id, own))
     others = [p for p in model.parameters() if id(p) not in ids]
@@ -263,11 +263,11 @@ def groups(model, decay, norm_decay):
 
 @torch.no_grad()
 def reestimate(net, batches):
-    """Running means and variances become plain means over batches, (x, sizes, targets), in train mode."""
+    """Replaces running statistics by plain means over batches (x, sizes, targets), in train mode."""
     momenta = [(module, module.momentum) for module in norms(net)]
     for module, _ in momenta:
         module.reset_running_stats()
-        module.momentum = None  # torch's word for a plain mean
+        module.momentum = None  # makes torch average plainly
     net.train()
     for batch in batches:
         net(*batch)

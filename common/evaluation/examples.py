@@ -1,4 +1,4 @@
-"""Images with their objects as a detector takes them: resized by a loader's workers, then made a batch."""
+"""Prepares images with objects for a detector: loader workers resize them, `batch` makes them one tensor."""
 
 import numpy as np
 import torch
@@ -9,11 +9,11 @@ from . import dense
 
 
 class Examples:
-    """Map-style set for data.Loader, whose `collate` is below: an image, scaled so that its short side is one
-    of `sizes` and its long one at most `longest`; what is drawn for it is a function of (seed, epoch,
-    position).
+    """Map-style set for data.Loader with `collate` (below). Scales an image so that its short side is one of
+    `sizes` and its long side at most `longest`. (seed, epoch, position) alone decide what is drawn.
 
-    seed None: nothing is drawn, for a test: the last of sizes, no flip. masks: with those of the objects.
+    seed None: draws nothing, for a test: the last of sizes, no flip. masks: whether to return those of the
+    objects.
     """
 
     def __init__(self, images, sizes, longest, seed=None, masks=False):
@@ -24,8 +24,8 @@ class Examples:
         return len(self.images)
 
     def __getitem__(self, key):
-        """index, pixels (3, h, w) uint8, and of the target: original (H, W), boxes (n, 4) in pixels of what
-        comes, labels (n,), maybe masks (n, h, w), and a seed for what the detector samples."""
+        """Returns index, pixels (3, h, w) uint8 and the target: original (H, W), boxes (n, 4) in pixels of
+        the scaled image, labels (n,), maybe masks (n, h, w), and a seed for the detector's sampling."""
         epoch, position, index = key
         index, image = read_or_next(self.images, index)
         if image is None:
@@ -53,7 +53,7 @@ class Examples:
         return index, to_tensor(image), target
 
     def objects(self, i):
-        """Boxes, labels and masks or None of the objects to train on: difficult ones are, crowds are not."""
+        """Returns boxes, labels and masks (or None) to train on: with difficult objects, without crowds."""
         found = self.images.objects(i)
         single = ~found["crowd"]
         masks = None
@@ -66,15 +66,15 @@ BILINEAR = Image.Resampling.BILINEAR
 
 
 def nothing():
-    """The target of what could not be read: a training goes on until all ranks look whether any has such. It
-    has an object, or a mask head's batch norm might see none."""
+    """Returns a target for an unreadable image: training goes on until the next check on all ranks. It has
+    one object, as a mask head's batch norm must not see zero."""
     return {"original": (32, 32), "boxes": np.float32([[0, 0, 32, 32]]), "labels": np.ones(1, np.int64),
             "masks": np.ones((1, 32, 32), np.uint8), "seed": 0}
 
 
 def scaled(image, short, longest):
-    """(width, height) of an image whose short side becomes `short`, or less if the long one would be beyond
-    `longest`."""
+    """Returns the (width, height) of an image whose short side becomes `short`, or less if the long side
+    would exceed `longest`."""
     scale = min(short / min(image.size), longest / max(image.size))
     return tuple(max(1, int(side * scale + 0.5)) for side in image.size)
 
@@ -85,8 +85,8 @@ def collate(samples):
 
 
 def batch(pixels, targets, how, dtype):
-    """(x (B, 3, H, W) normalised, sizes [(h, w)], targets of tensors): images are padded by zeros to the
-    right and below, to the largest of the batch and a multiple of 32."""
+    """Returns (x (B, 3, H, W) normalised, sizes [(h, w)], targets as tensors). Pads images with zeros to the
+    right and below, to the largest of the batch, rounded up to a multiple of 32."""
     device = how["device"]
     sizes = [tuple(image.shape[1:]) for image in pixels]
     height, width = (-(-max(sides) // 32) * 32 for sides in zip(*sizes))
@@ -101,10 +101,10 @@ def batch(pixels, targets, how, dtype):
 
 
 def in_pairs(wide, seed, epoch):
-    """A random order of all images, in which places 2i and 2i + 1 are alike, both wide or both high, so that
-    little is padded where a process has two; but for one pair at most, and the last of an odd number.
+    """Returns a random order of all images. Places 2i and 2i + 1 are both wide or both high, so that a
+    process with two images pads little; at most one pair is mixed, and an odd last image is alone.
 
-    wide (N,) bool. The order is a function of (seed, epoch).
+    wide (N,) bool. (seed, epoch) alone decide the order.
     """
     rng = np.random.default_rng((seed, epoch))
     order = rng.permutation(len(wide))

@@ -1,4 +1,4 @@
-"""What a detector finds in held-out images, its figures, and pictures of it."""
+"""Runs a detector on held-out images, computes its average precision and draws what it finds."""
 
 import contextlib
 import io
@@ -13,16 +13,16 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 from .. import data, distributed
 from . import boxes, dense, examples
 
-TOGETHER = 4  # images at a time
+TOGETHER = 4  # images per group
 SHOWN = 6  # images in the sheet of predictions
 
 
 @torch.inference_mode()
 def detect(model, images, p, how, fetch=next):
-    """What is found in the images of all ranks, on rank 0: rows (n, 7) of image, class from 1, score, box in
-    its pixels; masks, encoded as COCO's, or []; and on every rank the images that cannot be read.
+    """Returns the detections of all ranks, on rank 0: rows (n, 7) of image, class from 1, score, box in
+    pixels of the original image; masks in COCO's encoding, or []; and, on every rank, the unreadable images.
 
-    Images lie in groups that do not depend on the number of ranks, so neither does what is found.
+    Images form groups that do not depend on the number of ranks, so neither do the detections.
     """
     dtype, device, masks = next(model.parameters()).dtype, how["device"], model.roi_heads.has_mask()
     loader = data.Loader(examples.Examples(images, p.sizes, p.longest), how["workers"],
@@ -31,7 +31,7 @@ def detect(model, images, p, how, fetch=next):
               for first in range(0, len(images), TOGETHER)]
     mine = range(distributed.rank(), -(-len(groups) // distributed.world_size()) * distributed.world_size(),
                  distributed.world_size())
-    # Ranks take equally many groups: past the end the last one comes again, for nothing.
+    # All ranks take equally many groups, as `fetch` is collective: past the end the last one is repeated.
     source = loader.epoch(0, [groups[min(number, len(groups) - 1)] for number in mine])
     rows, encoded, bad = [torch.zeros(0, 7, dtype=torch.float64)], [], set()
     model.eval()
@@ -40,9 +40,9 @@ def detect(model, images, p, how, fetch=next):
         if number >= len(groups):
             continue
         wanted = [i for i, _ in groups[number]]
-        bad |= {i for i, got in zip(wanted, index.tolist()) if i != got}  # its neighbour came
+        bad |= {i for i, got in zip(wanted, index.tolist()) if i != got}  # replaced by a neighbour
         trio = [part for part in zip(wanted, pixels, targets) if part[0] not in bad]
-        for _, alike in itertools.groupby(trio, lambda part: part[1].shape):  # nothing is padded
+        for _, alike in itertools.groupby(trio, lambda part: part[1].shape):  # of one size: little padding
             numbers, some, of_some = zip(*alike)
             x, sizes, _ = examples.batch(some, of_some, how, dtype)
             for i, size, target, found in zip(numbers, sizes, of_some, model(x, sizes)):
@@ -62,7 +62,7 @@ def detect(model, images, p, how, fetch=next):
 
 
 def encode(masks):
-    """Masks (n, H, W) bool as pycocotools has them, each as text in ASCII without the end of a line."""
+    """Encodes masks (n, H, W) bool with pycocotools, each as one line of ASCII text."""
     from pycocotools import mask
 
     columns = np.asfortranarray(masks.cpu().numpy().transpose(1, 2, 0).astype(np.uint8))
@@ -70,7 +70,7 @@ def encode(masks):
 
 
 def figures(images, rule, rows, masks, bad):
-    """{"ap", "ap50", "ap75", "class_ap50", maybe "mask_ap" ..} in percent, of the images that can be read."""
+    """Returns {"ap", "ap50", "ap75", "class_ap50", maybe "mask_ap" ..} in percent over readable images."""
     order = np.argsort(rows[:, 0], kind="stable")
     rows, masks = rows[order], [masks[i] for i in order] if masks else []
     if rule is None:
@@ -115,7 +115,7 @@ def by_pycocotools(images, rows, masks, bad):
 
 
 def write_pictures(path, images, rows, bad):
-    """Writes image, the same with its objects, and with what is found, of the first that can be read."""
+    """Writes a sheet of the first readable images: each alone, with its objects, and with its detections."""
     sheet = []
     for i in [i for i in range(min(len(images), 10 * SHOWN)) if i not in bad][:SHOWN]:
         image, truth = images.read(i), images.objects(i)

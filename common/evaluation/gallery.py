@@ -1,4 +1,4 @@
-"""One page of clusters, in itself: rows of thumbnails, typical and random ones. No network, no framework."""
+"""Writes one self-contained page of clusters: rows of typical and random thumbnails. Needs no network."""
 
 import base64
 import io
@@ -11,18 +11,18 @@ from PIL import Image, ImageOps
 
 from ..engine.files import writing
 
-SIDES = {3_000: 96, 24_000: 48}  # up to so many thumbnails, a side of so many pixels; more are not read
-LIMIT = 26_000_000  # bytes of thumbnails, as base64, and their names in a page
+SIDES = {3_000: 96, 24_000: 48}  # most thumbnails on the page: their side in pixels
+LIMIT = 26_000_000  # most bytes of thumbnails (as base64) and their names on a page
 
 
 def write(path, images, clusters, scores, k, about, samples=12, seed=0):
-    """Writes the page; returns (its size in bytes, thumbnails of each kind a cluster has at most).
+    """Writes the page. Returns (its size in bytes, most thumbnails of each kind per cluster).
 
     images: a set of common/data.py; clusters (N,): the cluster of each image, below 0 for none; scores (N,):
-    higher is more typical of its cluster, NaN where not known; k: number of clusters, also the empty ones.
-    about: {"title": str, "notes": [str], "figures": [[name, value, chance level]]}, shown as they are.
-    samples: thumbnails of each kind a cluster, fewer if the page would become too large for a browser; of
-    more than 12,000 clusters it shows the largest.
+    higher is more typical of its cluster, NaN if unknown; k: number of clusters, empty ones included. about:
+    {"title": str, "notes": [str], "figures": [[name, value, chance level]]}, shown unchanged. samples:
+    thumbnails of each kind per cluster, fewer if the page would be too large for a browser. Of more than
+    12,000 clusters only the largest are shown.
     """
     rng = np.random.default_rng(seed)
     labels = np.full(len(clusters), -1) if images.labels is None else np.asarray(images.labels)
@@ -64,7 +64,7 @@ def write(path, images, clusters, scores, k, about, samples=12, seed=0):
                           "labels": most_frequent(labels[rows]), "typical": entries(typical),
                           "random": entries(random)}
                          for (c, rows), (typical, random) in zip(members, picked)]}
-    # "<" would let a file name end the script, and is legal in JSON as an escape; all else is ASCII.
+    # Escapes "<", as a file name could end the script with it. JSON allows the escape; all else is ASCII.
     text = json.dumps(page, separators=(",", ":")).replace("<", "\\u003c")
     template = Path(__file__).with_name("gallery.html").read_text(encoding="utf-8")
     with writing(path, text=True) as file:
@@ -73,7 +73,7 @@ def write(path, images, clusters, scores, k, about, samples=12, seed=0):
 
 
 def choose(rows, scores, samples, rng):
-    """Of the images of a cluster those with the highest scores, best first, and random ones of the others."""
+    """Picks the images of a cluster with the highest scores, best first, and random ones of the others."""
     known = rows[~np.isnan(scores[rows])]
     typical = known[np.argsort(-scores[known], kind="stable")[:samples]]
     others = np.setdiff1d(rows, typical)
@@ -84,7 +84,7 @@ def thumbnail(images, i, side):
     """The central square of an image as a JPEG file, or b"" if it cannot be read."""
     try:
         image = ImageOps.fit(images.read(i), (side, side), Image.Resampling.LANCZOS)
-    except Exception:  # Pillow's plug-ins raise a dozen kinds for damaged files
+    except Exception:  # Pillow raises many kinds of errors for damaged files
         return b""
     file = io.BytesIO()
     image.save(file, "JPEG", quality=80)
@@ -92,8 +92,8 @@ def thumbnail(images, i, side):
 
 
 def header(jpeg):
-    """What thumbnails of one size and quality share: its length in bytes, and it with a comment that makes
-    the length a multiple of 3, so that base64 of it and of the rest, side by side, is that of the file."""
+    """Returns the length of the header that all thumbnails share, and that header with a comment that pads it
+    to a multiple of 3 bytes. So base64 of header and rest, joined, is base64 of the file."""
     length = max(0, jpeg.find(b"\xff\xda"))
     fill = (-length - 4) % 3
     comment = b"\xff\xfe" + (2 + fill).to_bytes(2, "big") + bytes(fill)
@@ -101,7 +101,7 @@ def header(jpeg):
 
 
 def most_frequent(labels, most=8):
-    """[class, images] of the labels in a cluster, the most frequent first, without those that are -1."""
+    """Returns [class, images] of the labels in a cluster, the most frequent first, without labels of -1."""
     values, times = np.unique(labels[labels >= 0], return_counts=True)
     order = np.argsort(-times, kind="stable")[:most]
     return np.stack([values, times], axis=1)[order].tolist()

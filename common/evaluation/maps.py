@@ -1,6 +1,6 @@
-"""Images with a map of labels, as a network takes them: random crops to train, whole ones to test.
+"""Prepares images with label maps for segmentation: random crops for training, whole images for test.
 
-After the pipelines of mmsegmentation that the published protocols name.
+Follows the mmsegmentation pipelines that the published protocols name.
 """
 
 import numpy as np
@@ -15,7 +15,7 @@ IGNORED = 255  # the label of pixels that are left out
 
 
 class Pairs:
-    """A set whose read(i) is (image, labels): both can be read, or neither. checked(...): as tensors."""
+    """A set whose read(i) returns (i, image, labels). If one of the two cannot be read, neither is used."""
 
     def __init__(self, images):
         self.images = images
@@ -27,8 +27,8 @@ class Pairs:
         return i, self.images.read(i), self.images.label_map(i)
 
     def checked(self, i, image, labels):
-        """(3, H, W) and (H, W) uint8. Raises WorkerError, which its rank says, unless the labels are those of
-        such an image."""
+        """Returns (3, H, W) and (H, W) uint8. Raises WorkerError, which this rank reports, if the labels do
+        not fit the image or the classes."""
         path, classes = self.images.paths[i], len(self.images.classes)
         if labels.shape != image.size[::-1]:
             sides = f"{labels.shape[1]}x{labels.shape[0]}, the image {image.width}x{image.height}"
@@ -39,8 +39,8 @@ class Pairs:
 
 
 def fit(pixels, sides, nearest=False):
-    """uint8 (..., H, W) scaled to fit into sides (long, short), with its aspect; not antialiased, as OpenCV
-    does it."""
+    """Scales uint8 (..., H, W) to fit into sides (long, short), keeping its aspect ratio. Does not antialias,
+    like OpenCV."""
     height, width = pixels.shape[-2:]
     scale = min(max(sides) / max(height, width), min(sides) / min(height, width))
     size = [max(1, int(side * scale + 0.5)) for side in (height, width)]
@@ -51,10 +51,10 @@ def fit(pixels, sides, nearest=False):
 
 class Crops:
     """Map-style set like multicrop's: [(epoch, position, index)] -> index, [crop (1, 3, s, s), labels (1, s,
-    s)] uint8, (height, width) (1, 2) of what is image in the crop; the rest is padding, its label 255.
+    s)] uint8, and (1, 2): height and width of the image inside the crop. The rest is padding with label 255.
 
-    p: a preset of eval_segmentation.py. In this order: scaled to base times a ratio, cropped, flipped half of
-    the time, colours distorted, padded.
+    p: a preset of eval_segmentation.py. Steps in order: scale to base times a random ratio, crop, flip half
+    of the time, distort colours, pad.
     """
 
     def __init__(self, images, p, seed):
@@ -78,7 +78,7 @@ class Crops:
         ratio, size = rng.uniform(*self.p.ratios), self.p.crop
         sides = [int(side * ratio) for side in self.p.base]
         pixels, labels = fit(pixels, sides), fit(labels, sides, nearest=True)
-        for _ in range(11):  # the last is kept, whatever it is
+        for _ in range(11):  # tries for a crop of mixed classes; the last is kept anyway
             top, left = (rng.randint(0, max(0, side - size)) for side in labels.shape)
             part = labels[top : top + size, left : left + size]
             counts = part[part != IGNORED].long().bincount()
@@ -94,14 +94,14 @@ class Crops:
 
 
 def distort(pixels, rng):
-    """Photometric distortion of (H, W, 3) uint8: brightness, contrast, saturation and hue, each half of the
-    time; the contrast, with equal chance, before the two or behind them. Hue has Pillow's 256 steps."""
+    """Distorts (H, W, 3) uint8 photometrically: brightness, contrast, saturation and hue, each half of the
+    time. Contrast comes, with equal chance, before or after the last two. Hue has Pillow's 256 steps."""
 
     def changed(x, factor=1.0, shift=0.0):
         return (x.astype(np.float32) * factor + shift).clip(0, 255).astype(np.uint8)
 
     brightness, contrast = rng.uniform(-32, 32), rng.uniform(0.5, 1.5)
-    saturation, hue = rng.uniform(0.5, 1.5), rng.randrange(-18, 18)  # of 180
+    saturation, hue = rng.uniform(0.5, 1.5), rng.randrange(-18, 18)  # hue: a full turn is 180
     brighter, contrasted, first, saturated, turned = (rng.random() < 0.5 for _ in range(5))
     pixels = changed(pixels, shift=brightness) if brighter else pixels
     pixels = changed(pixels, contrast) if contrasted and first else pixels
@@ -116,7 +116,7 @@ def distort(pixels, rng):
 
 
 class Whole:
-    """The same of a whole image, for test: scaled to base; its labels stay as they are."""
+    """Returns the same for a whole test image, scaled to base. Its labels keep their size."""
 
     def __init__(self, images, p):
         self.pairs, self.p = Pairs(images), p

@@ -1,7 +1,7 @@
-"""Figures: accuracies counted over all ranks, and the agreement of two labellings.
+"""Computes accuracy over all ranks, and the agreement of two labellings.
 
-Labellings are (N,) with any whole numbers, also negative ones; the names of the labels do not matter. NMI is
-that of the training log.
+A labelling is (N,) with any integers, negative ones too; only which items share a label matters. NMI is the
+same as in the training log.
 """
 
 import numpy as np
@@ -15,22 +15,22 @@ from ..engine.log import mutual_information, nmi
 
 
 def accuracy(scores, labels):
-    """(top-1, top-5) in percent of the rows of all ranks; top-5 is None below five classes.
+    """Returns (top-1, top-5) in percent over the rows of all ranks. top-5 is None below five classes.
 
-    scores (n, C) and labels (n,): this rank's rows; those with label -1 are left out. An image counts once,
-    on one rank, whatever the number of ranks. A row with a score that is not finite is wrong.
+    scores (n, C) and labels (n,): this rank's rows; those with label -1 are left out. Each image is on one
+    rank, so it counts once for any number of ranks. A row with a score that is not finite is wrong.
     """
     return ranked_accuracy(ranked(scores)[:, None], labels)[0]
 
 
 def ranked(scores):
-    """The up to five best classes (..., 5), best first, by scores (..., C); -1 where one is not finite."""
+    """Returns the (up to) five best classes (..., 5) of scores (..., C), in order; -1: one is not finite."""
     ranking = scores.topk(min(5, scores.shape[-1])).indices
     return torch.where(scores.isfinite().all(dim=-1, keepdim=True), ranking, -1)
 
 
 def ranked_accuracy(ranking, labels):
-    """[(top-1, top-5)] of H classifiers as `accuracy` has it, from their best classes (n, H, up to 5)."""
+    """Returns [(top-1, top-5)] of H classifiers, as `accuracy`, from their best classes (n, H, up to 5)."""
     asked = (labels >= 0).to(ranking.device)
     hits = ranking[asked] == labels.to(ranking.device)[asked][:, None, None]  # (n, H, 5)
     counts = distributed.all_sum(torch.stack([hits[..., 0].sum(0), hits.sum((0, 2))]))  # (2, H)
@@ -40,7 +40,7 @@ def ranked_accuracy(ranking, labels):
 
 
 def contingency(a, b):
-    """How often each value of a meets each value of b: (values in a, values in b) int64, sparse."""
+    """Counts how often values of a and b meet: (values in a, values in b) int64, sparse."""
     a, b = np.asarray(a), np.asarray(b)
     if a.ndim != 1 or a.shape != b.shape or not len(a):
         shapes = f"got shapes {a.shape} and {b.shape}"
@@ -56,19 +56,19 @@ def ami(a, b):
     mutual, h_a, h_b, size_a, size_b = mutual_information(a, b)
     mean, n = (h_a + h_b) / 2, size_a.sum()
     if len(size_a) == len(size_b) and len(size_a) in (1, n):
-        return 1.0  # all in one, or each alone, in both: equal, though chance would do no worse
+        return 1.0  # both have all items in one cluster, or each alone: equal, where the formula is 0 / 0
     expected = expected_information(size_a, size_b)
     return float((mutual - expected) / (mean - expected))
 
 
 def expected_information(size_a, size_b):
-    """Mean mutual information of all pairs of labellings with these cluster sizes (hypergeometric model)."""
+    """Returns the mean mutual information of all labellings with these sizes (hypergeometric model)."""
     n, total = size_a.sum(), 0.0
     f = gammaln(np.arange(n + 1) + 1)  # logarithms of the factorials
     size_a, times_a = np.unique(size_a, return_counts=True)
     size_b, times_b = np.unique(size_b, return_counts=True)
     for a, times in zip(size_a, times_a):
-        # The overlap of two clusters, but for where its probability is below exp(-45), by Chernoff's bounds.
+        # Range of the overlap of two clusters; Chernoff's bounds cut off probabilities below exp(-45).
         mean = a * size_b / n
         first = np.maximum(np.maximum(1, a + size_b - n), np.floor(mean - np.sqrt(90 * mean)))
         last = np.minimum(np.minimum(a, size_b), np.ceil(mean + 15 + np.sqrt(225 + 90 * mean)))
@@ -83,7 +83,7 @@ def expected_information(size_a, size_b):
 
 
 def ari(a, b):
-    """Adjusted Rand index, of pairs of items that are together: 1 if equal, 0 on average by chance."""
+    """Adjusted Rand index over pairs of items that share a cluster: 1 if equal, 0 on average by chance."""
     counts = contingency(a, b)
     sizes = counts.data, counts.sum(axis=1), counts.sum(axis=0)
     together, in_a, in_b = ((x * (x - 1.0) / 2).sum() for x in sizes)
@@ -96,7 +96,7 @@ def ari(a, b):
 
 def hungarian_accuracy(a, b):
     """Share of items that the best one-to-one matching of clusters with classes gets right. Clusters beyond
-    the number of classes stay without one."""
+    the number of classes stay unmatched."""
     counts = contingency(a, b).toarray()
     return float(counts[linear_sum_assignment(counts, maximize=True)].sum() / counts.sum())
 

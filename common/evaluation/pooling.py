@@ -1,17 +1,17 @@
-"""The pooled maps that probes look at, for one pass through the trunk. Torch alone: one file to lift.
+"""Pools the feature maps of a trunk for probes, several layers per forward pass. Needs torch alone: copy it.
 
     maps = pooled(trunk, x, ["feature1", "avgpool"])  # (B, 64, 12, 12) and (B, 2048, 1, 1) of a ResNet-50
 
-Feature1 .. Feature5 are the maps of Goyal et al. 2019 (arXiv 1905.01235), pooled to about 9,000 numbers by
-windows that belong to an input of 224 pixels and a stem of stride 4; conv1 .. conv5 are those of AlexNet,
-averaged as in DeepCluster's evaluation, or their maxima (conv1_max .. conv5_max) as in SeLa's.
+feature1 .. feature5 are the maps of Goyal et al. 2019 (arXiv 1905.01235), average-pooled to about 9,000
+numbers. Their windows are for inputs of 224 pixels and a stem of stride 4. conv1 .. conv5 are AlexNet's maps,
+average-pooled as in DeepCluster's evaluation; conv1_max .. conv5_max are max-pooled as in SeLa's.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-# Layer: map in stages(x), its side for 224 pixels; kernel, stride and padding of the pooling (zeros count).
+# layer: (map in stages(x), its side for 224 pixels, pooling kernel, stride and padding; padded zeros count)
 LAYERS = {
     "feature1": ("conv1", 112, (10, 10, 4)),  # before the max-pool
     "feature2": ("layer1", 56, (16, 8, 0)),
@@ -30,11 +30,11 @@ FEATURES = ("feature1", "feature2", "feature3", "feature4", "feature5")
 
 
 def pooled(trunk, x, layers):
-    """{layer: (B, C, h, w)} in float32 (float64 for float64 maps) of the named layers, see LAYERS.
+    """Returns {layer: (B, C, h, w)} of the named layers (see LAYERS): float32, or float64 for float64 maps.
 
-    Raises ValueError for a layer that the trunk lacks, or whose map has another side than its windows need.
+    Raises ValueError if the trunk lacks a layer, or if its map does not have the side that the pooling needs.
     """
-    if not hasattr(trunk, "stages"):  # of the user's own
+    if not hasattr(trunk, "stages"):  # a trunk of the user's own
         if set(layers) != {"avgpool"}:
             raise ValueError(f"{layers[0]} needs a trunk with stages(x), this one has avgpool alone")
         y = trunk(x)[:, :, None, None]
@@ -61,12 +61,12 @@ def pooled(trunk, x, layers):
 
 
 def side_by_side(maps):
-    """Pooled maps as rows (B, sum of F), each layer flattened channel-major as nn.Flatten does."""
+    """Joins pooled maps to rows (B, sum of F), each layer flattened as by nn.Flatten (channels first)."""
     return torch.cat([y.flatten(1) for y in maps.values()], dim=1)
 
 
 class Reading(nn.Module):
-    """A frozen trunk, and what `read` makes of its pooled maps {layer: (B, C, h, w)}, in float32."""
+    """A frozen trunk, then `read`: a function of its pooled maps {layer: (B, C, h, w)}, outside autocast."""
 
     def __init__(self, trunk, layers, read=side_by_side):
         super().__init__()
@@ -81,7 +81,7 @@ class Reading(nn.Module):
 
 @torch.inference_mode()
 def shapes(trunk, size, layers):
-    """{layer: (C, h, w)} of what `pooled` gives, or raises, for images of `size` pixels: from a black one."""
+    """Returns {layer: (C, h, w)} as `pooled` does for images of `size` pixels: tries it on a black one."""
     parameter, training = next(trunk.parameters()), trunk.training
     try:
         x = torch.zeros(1, 3, size, size, dtype=parameter.dtype, device=parameter.device)

@@ -1,4 +1,4 @@
-"""How far an evaluation that trains has come: kept in a file, so that the same command goes on."""
+"""Saves how far a training evaluation has come, so that the same command resumes."""
 
 import hashlib
 import time
@@ -12,12 +12,12 @@ END = object()
 
 
 class Progress:
-    """The file FOLDER/NAME_WHAT_progress.pt. A stop signal and every --save-every minutes write it.
+    """Owns the file FOLDER/NAME_WHAT_progress.pt, written at a stop signal and every --save-every minutes.
 
-    what: {name: value} of all that decides the result; other values have another file. state: what was kept
-    by the same command, or None. A loop draws its batches from `steps`, its evaluations from `fetch`, both on
-    all ranks equally often; no collective may be in what they wait for. `keep` says where it is: a function
-    that returns tensors and plain values, equal on all ranks.
+    what: {name: value} of all that decides the result; other values use another file. state: what the same
+    command saved, or None. Training loops take batches from `steps`, evaluations from `fetch`, on all ranks
+    equally often; what yields the batches must not run collectives. keep: set by the caller, a function that
+    returns the state to save: tensors and plain values, equal on all ranks.
     """
 
     def __init__(self, folder, name, what, minutes, fresh):
@@ -25,7 +25,7 @@ class Progress:
         self.path, self.minutes = folder / f"{name}_{digest}_progress.pt", minutes
         self.stops, self.saved_at, self.trouble = Stops(), time.monotonic(), None
         self.keep, self.number = None, 0
-        restarted = distributed.restarts() > 0  # by torchrun, which repeats --fresh
+        restarted = distributed.restarts() > 0  # by torchrun, which repeats the command with --fresh
         self.state = None if fresh and not restarted else distributed.from_main(self._read)
 
     def _read(self):
@@ -43,7 +43,7 @@ class Progress:
             self.number += 1
 
     def fetch(self, source, *end):
-        """The next batch, or end."""
+        """Returns next(source, *end). Saves before, if due; after a stop signal saves and raises Stopped."""
         batch = self.stops.wait(next, source, *end)
         due = distributed.rank() == 0 and time.monotonic() - self.saved_at >= 60 * self.minutes
         stop, due = distributed.any_rank(self.stops.count > 0, due)
@@ -57,12 +57,12 @@ class Progress:
         return batch
 
     def save(self):
-        state = self.keep()  # on every rank: it may gather
+        state = self.keep()  # called on every rank, as it may gather
         self.trouble = self.write(checkpoint.save, self.path, {"format": 1, "state": state})
         self.saved_at = time.monotonic()
 
     def write(self, write, path, *what):
-        """Calls write(path, *what) on rank 0. A full disk is a warning; returns what was wrong."""
+        """Calls write(path, *what) on rank 0. If that fails, warns and returns the reason, else None."""
         trouble = distributed.from_main(self._write, write, path, *what)
         if trouble and trouble != self.trouble:
             say(f"warning: {path} cannot be written: {trouble}")
@@ -76,13 +76,13 @@ class Progress:
         return None
 
     def keep_result(self, write, path, *what):
-        """Writes what was trained. Where it cannot be written, the file of the progress stays."""
+        """Writes the trained classifier. If that fails, `finish` keeps the progress file."""
         self.trouble = self.write(write, path, *what)
         if not self.trouble:
             say(f"classifier: {path}")
 
     def finish(self):
-        """Removes the file of the progress, if what was trained is kept."""
+        """Removes the progress file, unless the trained classifier could not be written."""
         if self.trouble:
             return
         if distributed.rank() == 0:

@@ -1,4 +1,4 @@
-"""What the evaluations share: their options, the trunk and the images that these name, their record."""
+"""Shared by the evaluation scripts: options, opening of the trunk and the images, writing of the record."""
 
 import argparse
 import json
@@ -20,10 +20,10 @@ PRECISIONS = ("auto", "bfloat16", "float32")
 
 
 def parser(description, data_help, val_help, batch_size=None, precisions=PRECISIONS, crops=True):
-    """A parser of the options that have one name and meaning in every evaluation.
+    """Returns a parser with the options that have one name and meaning in every evaluation.
 
-    batch_size: the default, where --batch-size says how many images a process looks at in one pass. crops:
-    whether images are looked at as centre crops, so that --resize and --size mean something.
+    batch_size: default of --batch-size, the images per forward pass and process; None: no such option. crops:
+    whether the evaluation uses centre crops, and so has --resize and --size.
     """
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=description, formatter_class=raw, allow_abbrev=False)
@@ -43,11 +43,11 @@ def parser(description, data_help, val_help, batch_size=None, precisions=PRECISI
         add("--size", type=int,
             help="side of the images in pixels (default: as trained, 224 for another project's)")
     add("--arch", default="", metavar="MODULE:FUNCTION",
-        help="the function of your own that makes the trunk, if it is of one: no file may name it")
+        help="your own function that makes the trunk; has to be typed: no file may choose code to run")
     add("--random-init", action="store_true", help="replace the trunk's weights by random ones: the floor")
     if batch_size:
         add("--batch-size", type=int, default=batch_size,
-            help="images at a time on each process (default: %(default)s)")
+            help="images per forward pass on each process (default: %(default)s)")
     add("--precision", default="auto", choices=precisions,
         help="arithmetic of the trunk (default: auto, bfloat16 where the hardware has it)")
     add("--workers", type=int, default=-1,
@@ -57,23 +57,23 @@ def parser(description, data_help, val_help, batch_size=None, precisions=PRECISI
     return parser
 
 
-def add_presets(parser, presets, table, length=("--epochs", "passes over the images; drops of the rate keep "
-                                                            "their place among them")):
-    """The options of scripts that train by one of several published protocols. length: the option that says
-    how long, and its help."""
+def add_presets(parser, presets, table, length=("--epochs", "passes over the images; drops of the learning "
+                                                            "rate scale along")):
+    """Adds the options of scripts that train by a published protocol. length: name and help of the option
+    that sets the length of training."""
     add = parser.add_argument
     add("--preset", default="small", choices=presets,
-        help="protocol; options given win over it (default: small)")
+        help="protocol; options on the command line override it (default: small)")
     add("--list-presets", action="version", version=table,
         help="print the presets with their published figures, and stop")
     add(length[0], type=int, help=length[1])
-    add("--batch-size", type=int, help="images a step over all processes")
+    add("--batch-size", type=int, help="images per step over all processes")
     add("--seed", type=int, default=0, help="seed of weights, draws, order and crops (default: 0)")
     add("--out", default="", metavar="DIR",
-        help="for classifier, record, and how far it has come (default: the run's directory, of a file one "
+        help="folder for classifier, record and saved state (default: the run's directory; for a file one "
              "in runs/)")
     add("--save-every", type=float, default=10.0, help="minutes between saves; 0: each step (default: 10)")
-    add("--fresh", action="store_true", help="start over, where the same command would go on")
+    add("--fresh", action="store_true", help="start over instead of resuming")
 
 
 def start(args):
@@ -81,41 +81,41 @@ def start(args):
     fine = min(args.resize, args.size, args.workers + 1) >= 0
     need(fine, args, "resize size workers", "0 or more is needed")
     fine = max(args.resize, args.size) <= 10_000 and args.workers <= 1024
-    need(fine, args, "resize size workers", "at most 10000 pixels and 1024 workers can be")
+    need(fine, args, "resize size workers", "at most 10000 pixels and 1024 workers are possible")
     need(getattr(args, "save_every", 0) >= 0, args, "save_every", "0 or more is needed")
     return distributed.start(args.device)
 
 
 def need(fine, options, names, needed):
-    """Raises ArgumentError, with the values of the named options and what is needed, unless they are fine."""
+    """Raises ArgumentError unless `fine`. Its message shows the named options and what is needed."""
     if not fine:
         values = {name.replace("_", "-"): words(getattr(options, name)) for name in names.split()}
         raise ArgumentError(f"{' '.join(f'--{name} {value}' for name, value in values.items())}: {needed}")
 
 
 def words(value):
-    """A value as it is typed."""
+    """Formats a value as it is typed on the command line."""
     if isinstance(value, (tuple, list)):
         return " ".join(map(words, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def given(args, names):
-    """{name: value} of the named options that were given; several values as a tuple."""
+    """Returns {name: value} of the named options that were given; lists become tuples."""
     values = {name: getattr(args, name) for name in names}
     return {name: tuple(value) if isinstance(value, list) else value
             for name, value in values.items() if value is not None}
 
 
 def kept_rates(preset, rates, batch_size, wanted):
-    """A warning: the rates of a preset belong to its batch_size and do not follow the one that is wanted."""
+    """Returns a warning: a preset's rates are for its batch_size, and are not scaled to the `wanted` one."""
     rule = words([lr * wanted / batch_size for lr in rates])
     return (f"warning: --lr {words(rates)} of {preset} belongs to batch {batch_size} and is kept: "
             f"for {wanted} the linear rule asks for --lr {rule}")
 
 
 def is_features(args):
-    """Whether the trunk's place is taken by a file of kept features; they need no images."""
+    """Returns whether a file of features stands for the trunk; if so, refuses options that need a trunk."""
     if not args.trunk.endswith(".npz"):
         return False
     for name in ("data", "val", "root", "index", "resize", "size", "arch", "random_init"):
@@ -125,21 +125,21 @@ def is_features(args):
 
 
 def name(info):
-    """A line on what is evaluated."""
+    """Describes what is evaluated."""
     return f"{info['arch']} x{info.get('width') or 1:g}, {info['method']}" if info.get("arch") else "features"
 
 
 def loaded(load, *arguments, arch):
-    """load(*arguments, arch=arch): what rank 0 has loaded, or, of a trunk of one's own, which cannot be sent,
-    what each rank has."""
+    """Returns load(*arguments, arch=arch). Rank 0 loads and sends it, but each rank loads a trunk of the
+    user's own, which cannot be sent."""
     return load(*arguments, arch=arch) if arch else distributed.from_main(load, *arguments)
 
 
 def open_trunk(args, device):
-    """(trunk, info) that the arguments name, on the device; with --random-init its weights are random.
+    """Returns (trunk, info) as the arguments name them, on the device. With --random-init weights are random.
 
-    Raises CheckpointError if it gives features that are not finite, ArgumentError if it does not take images
-    of this size.
+    Raises CheckpointError if its features are not finite, ArgumentError if it cannot take images of this
+    size.
     """
     trunk, info = loaded(weights.load_backbone, args.trunk, arch=args.arch)
     if args.random_init:
@@ -159,15 +159,15 @@ def open_trunk(args, device):
 
 
 def sized(args, info):
-    """info with the sizes of images that were given in place of the trunk's own."""
+    """Returns info with the sizes of images that were given, instead of the trunk's own."""
     return {**info, "resize": args.resize or info["resize"], "size": args.size or info["size"]}
 
 
 def open_labelled(args, info):
-    """(training images, images to judge by), both with labels numbered alike, and looked at as the trunk was
-    trained; read by the first process of each node.
+    """Opens (training images, images to evaluate on). Both number the labels alike and convert pixels as in
+    the trunk's training. The first process of each node reads them.
 
-    Without --data they are those of the run that the trunk belongs to.
+    Without --data, uses the data of the run that the trunk belongs to.
     """
     return distributed.from_first(_open_labelled, args, info)
 
@@ -188,8 +188,8 @@ def _open_labelled(args, info):
 
 
 def open_known(args, info, classes, count, numbered=False):
-    """The images to judge by, with labels numbered as those of a classifier. classes: its `count` names
-    (numbered: numbers of a list), or None, where it has them in the order of the names. info: the trunk's."""
+    """Opens the images to evaluate on, with labels numbered as a classifier's. classes: its `count` names
+    (numbered: they are numbers of a list); None: its classes are sorted by name. info: the trunk's."""
     spec, root, val = sources(args)
     if not spec and not val:
         raise ArgumentError("--val is needed: labelled images to judge by")
@@ -206,37 +206,37 @@ def open_known(args, info, classes, count, numbered=False):
 
 
 def seen(path):
-    """What tells a file from what it was before, without reading it."""
+    """Identifies a version of a file by size and time, without reading it."""
     return f"{path} {os.stat(path).st_size} {os.stat(path).st_mtime_ns}"
 
 
 def _folder(images):
-    """Where the paths, whose fingerprint a set has, start."""
+    """Returns the folder from which the paths of a set start, or None."""
     return os.path.realpath(images.root) if hasattr(images, "root") else None
 
 
 def sources(args):
-    """(data, root, val) that the arguments name, or else the run of the trunk; data is "" if neither does."""
+    """Returns (data, root, val) of the arguments, else of the trunk's run. data is "" if neither has it."""
     run = config(args.trunk)
-    if args.data:  # comes without the root and the held-out images of what the run was trained on
+    if args.data:  # root and val of the run belong to its own data, so they are not used
         return args.data, args.root, args.val
     spec, val = run.get("data") or ("shapes" if run else ""), args.val or run.get("val", "")
     for option, named, typed in (("--data", spec, ""), ("--val", val, args.val)):
-        if data.is_own(named) and not typed:  # a file must not say what is run
+        if data.is_own(named) and not typed:  # a file must not choose code to run
             typed = f"{option} {named:.200}"
             raise ArgumentError(f"{args.trunk} names {typed}, which is code of its own: type {typed}")
     return spec, args.root or run.get("root", ""), val
 
 
 def how(args, info):
-    """(index, range, exif) for open_images: the folder for the index of tars, and how a trunk's info, or what
-    is known of a set, says that images look."""
+    """Returns (index, range, exif) for open_images: the folder for the index of tars, and how pixels are
+    converted according to info (a trunk's, or vars() of a set)."""
     index = args.index or (args.trunk if os.path.isdir(args.trunk) else "")
     return index, tuple(info.get("range", ())), info.get("exif", False)
 
 
 def config(folder):
-    """What the config.json of a run says; {} where there is none."""
+    """Reads the config.json of a run; {} if there is none."""
     path = Path(folder, "config.json")
     with border(CheckpointError, f"{path} cannot be used"):
         run = json.loads(path.read_text()) if path.is_file() else {}
@@ -247,7 +247,7 @@ def config(folder):
 
 
 class Subset:
-    """The images `index` (n,) of a set, as a set."""
+    """A set of the images at `index` (n,) of another set."""
 
     def __init__(self, images, index):
         self.images, self.index = images, index
@@ -262,8 +262,8 @@ class Subset:
 
 
 def extraction(args, info, device, batch_size=256):
-    """The keywords of features.extract that the arguments and the trunk's info set. Raises ArgumentError for
-    images larger than what they are cut from: the rest would be black."""
+    """Returns the keyword arguments of features.extract. Raises ArgumentError if the crop is larger than the
+    resized image: its border would be black."""
     if info["resize"] < info["size"]:
         raise ArgumentError(f"--resize {info['resize']} is smaller than --size {info['size']}")
     return dict(resize=info["resize"], size=info["size"], device=device, mean=info.get("mean", MEAN),
@@ -272,8 +272,8 @@ def extraction(args, info, device, batch_size=256):
 
 
 def folder(args, name, decisive):
-    """Where an evaluation keeps its files: --out, the run's directory, or for a file one in runs/, named by
-    the evaluation, the file and its checksum. Raises ArgumentError if it cannot be written."""
+    """Returns the folder for an evaluation's files: --out, the run's directory, or for a file one in runs/,
+    named by evaluation, file and checksum. Raises ArgumentError if it cannot be written."""
     trunk = Path(args.trunk)
     stem = trunk.name.removeprefix("released:").partition(".")[0]
     path = trunk if trunk.is_dir() else Path("runs", f"{name}_{stem}_{decisive['trunk'][:8]}")
@@ -282,7 +282,7 @@ def folder(args, name, decisive):
 
 
 def writable(path):
-    """The folder, made. Raises ArgumentError if it cannot be written: that is seen before the work."""
+    """Makes and returns the folder. Raises ArgumentError if it cannot be written, before any work is done."""
     with border(ArgumentError, f"--out {path} cannot be written"):
         path.mkdir(parents=True, exist_ok=True)
         (path / ".writable").touch()
@@ -291,8 +291,8 @@ def writable(path):
 
 
 def decisive(args, trunk, **others):
-    """{name: value} of what decides the result: the options but those of machine and files, the trunk's
-    checksum, and others."""
+    """Returns {name: value} of all that decides the result: options except those of machine and files, the
+    trunk's checksum, and others."""
     free = {"trunk", "arch", "data", "val", "root", "index", "out", "save_every", "fresh", "workers",
             "device", "head"}
     options = {name: value for name, value in vars(args).items() if name not in free}
@@ -300,13 +300,13 @@ def decisive(args, trunk, **others):
 
 
 def check_readable(loader):
-    """Raises DataError if a loader of --data, on any rank, could read none of TRIES images in a row."""
+    """Raises DataError if a loader of --data, on any rank, failed on TRIES images in a row."""
     if distributed.all_max(torch.tensor(int(loader.lost))):
         raise DataError(f"{TRIES} images of --data in a row cannot be read")
 
 
 def warn_of_unreadable(images, labels, option):
-    """Says how many images of a set were left out. labels: this rank's, as features.extract returned them."""
+    """Warns how many images of a set were left out. labels: this rank's, from features.extract."""
     missing = int((images.labels < 0).sum())  # STL-10 has images without a label
     unreadable = int(distributed.all_sum((labels < 0).sum())) - missing
     if unreadable:
@@ -314,8 +314,8 @@ def warn_of_unreadable(images, labels, option):
 
 
 def finish(args, info, name, record, folder=None):
-    """The end of an evaluation: prints its record and writes NAME.json into folder (default: the run's, if
-    the trunk is one). A full disk is a warning: the figures have been printed."""
+    """Prints an evaluation's record and writes it to NAME.json in folder (default: the run's, if the trunk is
+    a run). If that fails, only warns: the figures have been printed."""
     record = {"trunk": args.trunk, **{key: info.get(key) for key in ("method", "arch", "epoch")}, **record}
     say(json.dumps(record))
     if folder or Path(args.trunk).is_dir():

@@ -1,4 +1,4 @@
-"""What is kept in .npz files: features of two sets, and the clusters of a run's images."""
+"""Reads and writes .npz files: features of two sets, and a run's clusters of its images."""
 
 import contextlib
 import json
@@ -12,13 +12,13 @@ from ..engine.errors import DataError, border, say
 from ..engine.files import writing
 
 SPLITS = ("train", "val")
-LABELS = 1_000_000  # more would be numbers of something else than classes
+LABELS = 1_000_000  # larger labels cannot be numbers of classes
 
 
 def save(path, train, val, info):
     """Writes features and labels of all ranks to one .npz file, which `load` and NumPy read: train_features
     (N, D) float32, train_labels (N,), val_features, val_labels, and info, a dict, as JSON. train, val: this
-    rank's (features, labels). Rank 0 holds all rows while it writes, the others those of one rank more."""
+    rank's (features, labels). Rank 0 holds all rows meanwhile, every other rank those of one more rank."""
     arrays = {}
     for split, (features, labels) in zip(SPLITS, (train, val)):
         arrays |= {f"{split}_features": features.float(), f"{split}_labels": labels}
@@ -38,11 +38,11 @@ def _write(path, arrays, info):
 
 
 def load(path):
-    """((features, labels) to train on, those to judge by, info) of a file that `save` or numpy.savez wrote:
-    this rank's rows. info["classes"] is one more than the largest label to train on.
+    """Returns (train (features, labels), val (features, labels), info) from a file that `save` or numpy.savez
+    wrote: this rank's rows. info["classes"] is the largest training label plus one.
 
-    Raises DataError if it is no such file, if a label to judge by is not among those to train on, or if a row
-    with a label is not finite.
+    Raises DataError if it is no such file, if a validation label is not among the training labels, or if a
+    row with a label is not finite.
     """
     place = distributed.rank(), distributed.world_size()
     shapes, features, labels, spoilt = [], [], [], []
@@ -60,13 +60,13 @@ def load(path):
                 raise ValueError(f"{split}_labels are up to {y.max()}, 0 to {LABELS - 1} is needed")
             labels.append(torch.from_numpy(y))
         info = dict(json.loads(str(arrays["info"]))) if "info" in arrays else {}
-        format(info.get("width") or 1, "g")  # as it will be shown
+        format(info.get("width") or 1, "g")  # raises unless it can be shown later
     if shapes != [(*y.shape, shapes[0][-1]) for y in labels]:
         needed = "features (N, D) with labels (N,) are needed, of one D for train and val"
         found = ", ".join(str(tuple(shape)) for shape in (*shapes, *(y.shape for y in labels)))
         raise DataError(f"{path}: {needed}: found {found}")
     for split, rows, y in zip(SPLITS, spoilt, labels):
-        if len(rows := np.flatnonzero(rows & (y.numpy() >= 0))):  # those of unreadable images have label -1
+        if len(rows := np.flatnonzero(rows & (y.numpy() >= 0))):  # unreadable images: NaN and label -1
             few = f"row {rows[0]} of {split}_features is not finite, nor are {len(rows) - 1} others"
             raise DataError(f"{path}: {few}")
     unknown = sorted(set(labels[1].tolist()) - set(labels[0].tolist()) - {-1})
@@ -80,16 +80,16 @@ def load(path):
 
 @contextlib.contextmanager
 def _arrays(path, what):
-    """The arrays of an .npz file. What is raised while they are read becomes DataError, in one line."""
+    """Opens the arrays of an .npz file. Any error while they are read becomes a DataError of one line."""
     with border(DataError, what), np.load(path, allow_pickle=False) as arrays:
-        if name := arrays.zip.testzip():  # NumPy compares a checksum only where it reads a record to its end
+        if name := arrays.zip.testzip():  # NumPy checks a checksum only when it reads a record to its end
             raise ValueError(f"the checksum of {name} does not agree")
         yield arrays
 
 
 def read_assignments(path, images):
-    """The clusters of a set's images in each head, (H, N) int32, -1 for none, from a run's assignments.npz:
-    matched by path.
+    """Reads the clusters of a set's images in each head, (H, N) int32, from a run's assignments.npz, matched
+    by path. -1: none yet.
 
     Raises DataError if path is no such file, or if it lacks an image of the set.
     """
