@@ -24,14 +24,14 @@ demo: .venv/run  ## train SwAV on embedded images, k-NN before and after: two mi
 test: .venv/dev lint  ## lint and tests, CPU only, no network: a quarter of an hour on two cores
 	$(BIN)/python -m pytest -n 2
 
-test-all: .venv/dev lint  ## the sweeps too
+test-all: .venv/dev lint  ## all CPU tests, with the slow sweeps
 	$(BIN)/python -m pytest -n 2 -m "not gpu"
 
 .venv/bench: .venv/run
 	$(BIN)/pip install --quiet --disable-pip-version-check lightly==1.6.0 faiss-cpu scikit-learn pot webdataset
 	@touch $@
 
-bench: .venv/bench  ## against lightly, faiss, scikit-learn, POT: PHOTOS=folder for the input pipeline (results in benchmarks/results)
+bench: .venv/bench  ## compare with lightly, faiss, scikit-learn, POT; PHOTOS=folder adds the input pipeline (results in benchmarks/results)
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.kmeans
 	$(BIN)/python -m benchmarks.pca
@@ -40,24 +40,24 @@ bench: .venv/bench  ## against lightly, faiss, scikit-learn, POT: PHOTOS=folder 
 	$(BIN)/python -m benchmarks.scale
 	$(if $(PHOTOS),$(BIN)/python -m benchmarks.pipeline --data $(PHOTOS),@echo "make bench PHOTOS=folder also measures the input pipeline")
 
-results: .venv/bench  ## all methods side by side, hours: DATA=folder or list, ROOT=, VAL= (default: cifar10); writes the table of docs/results.md
+results: .venv/bench  ## compare all methods and write the table of docs/results.md, takes hours: DATA=folder or list, ROOT=, VAL= (default: cifar10)
 	$(BIN)/python -m benchmarks.methods $(if $(DATA),--data $(DATA)) $(if $(ROOT),--root $(ROOT)) $(if $(VAL),--val $(VAL))
 
-figures: .venv/run  ## what breaks the methods, what SwAV costs, and the pictures of docs/methods.md, hours
+figures: .venv/run  ## measure what breaks the methods and what SwAV costs, draw the pictures of docs/methods.md, takes hours
 	$(BIN)/python -m benchmarks.ablations
 	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m benchmarks.ablations --precision float32 --out runs/ablations_float32
 	$(BIN)/python -m benchmarks.multicrop
 	$(BIN)/python -m benchmarks.figures --runs runs
 
-verify: .venv/run  ## released weights against their published figures: IMAGENET=folder LIMIT=images
+verify: .venv/run  ## compare released weights with their published figures: IMAGENET=folder LIMIT=images
 	$(BIN)/python -m benchmarks.verify --data $(IMAGENET) $(if $(LIMIT),--limit $(LIMIT))
 
 lint: .venv/dev
 	$(BIN)/ruff check .
 
-diff:  ## changed lines between neighbouring methods, after `diff --ignore-all-space`
+diff:  ## count the lines that differ between neighbouring methods, ignoring white space
 	@set -- swav selav2  selav2 deepclusterv2  deepclusterv2 deepcluster  deepcluster odc  deepcluster sela; while [ $$# -gt 0 ]; do \
 	  printf '%s -> %s: ' $$1.py $$2.py; diff -w $$1.py $$2.py | grep -c '^[<>]'; shift 2; done
 
-loc: .venv/run  ## lines of each file against its budget
+loc: .venv/run  ## compare each file's number of lines with its budget
 	@$(BIN)/python -m benchmarks.loc

@@ -1,11 +1,11 @@
-"""The trunks in torchvision's own networks, for any project: nothing of this repository is imported, but for
-released:NAME.
+"""Loads trunks into torchvision's own networks, for any project. Imports nothing of this repository, except
+for released:NAME.
 
     network = torch.hub.load("path/to/this/repository", "resnet50", checkpoint="runs/swav", source="local")
     features = network(images)  # (B, 2048), of normalised images: the network is in eval mode
 
-checkpoint: a run directory, a backbone.pt, what `python -m common.weights FILE --to torchvision` or `--to
-model` wrote, or released:NAME (`python -m common.weights --list`), of which the trunk is used.
+checkpoint: a run directory, a backbone.pt, a file that `python -m common.weights FILE --to torchvision` or
+`--to model` wrote, or released:NAME (see `python -m common.weights --list`), whose trunk alone is used.
 """
 
 import zipfile
@@ -30,10 +30,10 @@ def resnet50(checkpoint):
 
 
 def _load(arch, checkpoint):
-    """torchvision's network with a checkpoint's weights, in eval mode: its `fc` is the cluster head where the
-    file has one, else the identity.
+    """Returns torchvision's network with a checkpoint's weights, in eval mode. Its `fc` is the cluster head
+    if the file has one, else the identity.
 
-    Raises ValueError if the file is damaged, holds another network, or a weight that is not finite.
+    Raises ValueError if the file is damaged, holds another network, or has a weight that is not finite.
     """
     if str(checkpoint).startswith("released:"):
         from common.weights import load_backbone
@@ -75,11 +75,11 @@ def _filled(arch, saved, path):
 
 
 def _read(path):
-    """The dict in a file. torch.load alone compares no checksums; what others wrote may have none."""
+    """Returns the dict in a file. Compares checksums, which torch.load does not; some files have none."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as file:
             records = file.infolist()
-            folders = any(record.external_attr & 0x10 for record in records)  # which torch would not read
+            folders = any(record.external_attr & 0x10 for record in records)  # torch skips these
             if folders or sum(record.file_size for record in records) > path.stat().st_size:
                 raise ValueError("its list of records is wrong")
             if any(record.CRC for record in records) and (name := file.testzip()):

@@ -129,7 +129,7 @@ def test_a_set_of_8_bits_is_as_it_was(tmp_path, capsys):
         for i, name in enumerate(images.paths):
             assert images.read(i).tobytes() == Image.open(tmp_path / name).convert("RGB").tobytes(), name
     said = capsys.readouterr().out
-    assert said.count("\n") == 1 and "--range is for grey of more than 8 bits alone" in said
+    assert said.count("\n") == 1 and "--range is only for grey of more than 8 bits" in said
     assert data.open_images(tmp_path).range == () and capsys.readouterr().out == ""
 
 

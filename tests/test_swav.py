@@ -114,7 +114,7 @@ def test_report_warns_of_what_will_not_work(tmp_path, capsys):
     assert swav_here("--data", "shapes:64", *run, "--prototypes", 30) == 0
     out = capsys.readouterr().out
     assert "--prototypes 30 are more than the 4 rows" in out
-    assert "--prototypes 30 leaves 2.1 images a cluster: take 6" in out
+    assert "--prototypes 30 means 2.1 images per cluster: take at most 6" in out
     assert "--batch-size 4 is far from the recipe's" in out
 
 

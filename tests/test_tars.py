@@ -217,7 +217,7 @@ def test_no_room_for_what_ranks_map_is_said(packed, monkeypatch):
     images = opened(packed, "folder")
     with monkeypatch.context() as patch:
         patch.setattr("common.sources.packed.save", full)
-        with pytest.raises(DataError, match="cannot hold what is known of the images: No space left"):
+        with pytest.raises(DataError, match="cannot hold the list of the images: No space left"):
             pickle.dumps(images)
     assert len(pickle.loads(pickle.dumps(images))) == 36
 
@@ -312,7 +312,7 @@ def test_a_member_larger_than_the_file(tmp_path):
 
 def test_packed_tars_and_what_is_no_tar(tmp_path):
     whole = tar_of(tmp_path / "a.tar", ("x/1.png", jpeg(1))).read_bytes()
-    for name, content, message in (("b.tar", gzip.compress(whole), "is no tar, or a packed or damaged one"),
+    for name, content, message in (("b.tar", gzip.compress(whole), "is no tar, or a compressed or damaged"),
                                    ("b.tar.gz", gzip.compress(whole), "b.tar.gz is packed: unpack it"),
                                    ("c.tar", bytes(100), "is no tar"), ("d.tar", b"", "is no tar"),
                                    ("e.tar", os.urandom(5000), "is no tar")):

@@ -1,7 +1,7 @@
-"""Writes and reads a run's checkpoint, and writes backbone.pt: each takes its name once it is whole.
+"""Writes and reads a run's checkpoint, and writes backbone.pt. A file gets its name only once it is complete.
 
-Both are what torch.save writes: a zip, with a CRC of each record. torch.load does not compare the CRCs:
-`verified` does. Then weights_only=True loads tensors and plain values, and runs no code.
+Both are zip files of torch.save, with a CRC of each record. torch.load does not check the CRCs, so `verified`
+does. Loading uses weights_only=True, which reads tensors and plain values and runs no code.
 """
 
 import errno
@@ -17,18 +17,17 @@ from .files import writing
 
 
 def save(path, state):
-    """Writes state (tensors, numbers, strings, lists, tuples and dicts) to path, keeping the file that was
-    there as previous_path(path). The name never points at half a file. Raises OSError, with the old files
-    intact."""
+    """Writes state (tensors, numbers, strings, lists, tuples and dicts) to path. The old file stays as
+    previous_path(path). path never names an incomplete file. After an OSError the old files are intact."""
     write(path, state, keep=previous_path(path))
 
 
 def write(path, content, keep=None):
-    """Writes what torch.save writes. keep: see `writing`."""
+    """Writes content with torch.save. keep: see `writing`."""
     with writing(path, sync=True, keep=keep) as file:
         try:
             torch.save(content, file)
-        except RuntimeError as error:  # of torch's own count of bytes, after the file's OSError
+        except RuntimeError as error:  # torch, of its byte count, after a failed write: raise its OSError
             raise error.__context__ or error from None
 
 
@@ -37,18 +36,18 @@ def previous_path(path):
 
 
 def load(path, expect=None):
-    """The state that `save` wrote, also in older runs, whose files go on for 40 bytes after the zip. expect:
-    {key: value} that the state must hold, else CheckpointError says what differs.
+    """Returns the state that `save` wrote. Files of older versions, with 40 bytes after the zip, work too.
 
-    Raises Damaged if the file is not what was written, FileNotFoundError if there is none.
+    expect: {key: value} that the state must hold, else CheckpointError says what differs. Raises Damaged if
+    the file is not what was written, FileNotFoundError if there is none.
     """
     with open(path, "rb") as file:
         try:
             state = torch.load(verified(file), map_location="cpu", weights_only=True)
         except Exception as error:  # zipfile and torch raise many kinds for what they refuse
-            # zipfile's own, for a file that is cut, have no number
+            # For a truncated file zipfile raises OSError without errno, or with EINVAL.
             if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
-                raise  # a disk's bad moment does not damage a file
+                raise  # the disk could not be read; the file may be intact
             if out_of_memory(error):
                 raise
             raise Damaged(f"{path} is damaged, or no checkpoint: {reason(error)}") from None
@@ -63,10 +62,10 @@ def load(path, expect=None):
 
 
 def newest(path, expect=None):
-    """What `load` gives for path; for a damaged file, what it gives for the one before; None if there is
-    neither.
+    """Loads path or, if it is damaged or missing, the previous file. Returns None if there is neither.
 
-    A damaged file is set aside as damaged_NAME, or the next save would keep it as the previous one.
+    Renames a damaged file to damaged_NAME, or the next save would keep it as the previous one. Raises
+    CheckpointError if every file that is there is damaged, or if one differs from expect (see `load`).
     """
     damage = []
     for candidate in (path, previous_path(path)):
@@ -89,14 +88,14 @@ def newest(path, expect=None):
 
 
 def verified(file):
-    """The open file, at its start. Raises what zipfile raises unless it is a zip whose records lie in it as
-    they are, not packed, and agree with their CRCs; one in which none is set passes with a warning."""
+    """Returns the open file, rewound, if it is a zip of uncompressed records that match their CRCs; else
+    raises what zipfile raises. If no record has a CRC, only warns."""
     with zipfile.ZipFile(file) as records:
         written = [record for record in records.infolist() if record.file_size]
         if not written or any(record.external_attr & 0x10 for record in written):
-            raise zipfile.BadZipFile("its list of records is wrong")  # torch would not read a folder
+            raise zipfile.BadZipFile("its list of records is wrong")  # torch skips what is marked as a folder
         size = os.fstat(file.fileno()).st_size
-        if (held := sum(record.file_size for record in written)) > size:  # packed, maybe to gigabytes
+        if (held := sum(record.file_size for record in written)) > size:  # compressed: may be gigabytes
             raise zipfile.BadZipFile(f"its records hold {held:,} bytes, the file itself has {size:,}")
         if not any(record.CRC for record in written):
             say(f"warning: {file.name} has no checksums: damage to it would not be seen")
@@ -107,12 +106,11 @@ def verified(file):
 
 
 def export_backbone(path, backbone, info, clusters=None, labels=None):
-    """Writes a trunk as {"state_dict", "info"}: torchvision's parameter names, and what is needed to rebuild
-    it.
+    """Writes a trunk as {"state_dict", "info"}: tensors under torchvision's names, and how to rebuild it.
 
-    info: dict with arch, width, stem, channels, sobel, mean, std, resize, size, range, exif (how images
-    looked: see open_images), method, recipe, epoch.
-    clusters: the Model that the trunk is of; its projection and heads are written too, for `load_model`.
+    info: dict with arch, width, stem, channels, sobel, mean, std, resize, size, range and exif (how images
+    were converted: see open_images), method, recipe, epoch.
+    clusters: the Model that has this trunk. Its projection and heads are written too, for `load_model`.
     labels: see `export_model`.
     """
     content = {"state_dict": cpu_state(backbone), "info": info}
@@ -125,6 +123,6 @@ def export_backbone(path, backbone, info, clusters=None, labels=None):
 
 
 def cpu_state(module):
-    """A state dict on the CPU, its floating-point tensors in float32."""
+    """Returns a state dict on the CPU, with floating-point tensors in float32."""
     return {name: tensor.detach().cpu().float() if tensor.is_floating_point() else tensor.cpu()
             for name, tensor in module.state_dict().items()}

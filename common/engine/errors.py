@@ -1,5 +1,5 @@
-"""What a user can cause: the kinds of error with their exit codes, and the one line that says so. Imports
-nothing of ours."""
+"""Defines the errors that a user can cause, with their exit codes, and prints each as one line. Imports no
+other module of the project."""
 
 import atexit
 import contextlib
@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 
 class UserError(ValueError):
-    """What a user can cause. exit_code: see `launch`. speaks: whether this rank says it; None: rank 0."""
+    """An error of the user's. exit_code: see `launch`. speaks: whether this rank prints it; None: rank 0."""
 
     speaks = None
 
@@ -26,7 +26,7 @@ class ArgumentError(UserError):
 
 
 class JobError(ArgumentError):
-    """The environment describes no job of several processes. Each process says so: it knows of no other."""
+    """The environment describes no valid group of processes. Each process prints it: it knows no other."""
 
     speaks = True
 
@@ -38,7 +38,7 @@ class DataError(UserError):
 
 
 class WorkerError(DataError):
-    """A loader worker of this rank has failed; the other ranks know nothing of it."""
+    """A loader worker of this rank has failed. This rank prints it: the others do not know of it."""
 
     speaks = True
 
@@ -50,56 +50,56 @@ class CheckpointError(UserError):
 
 
 class Damaged(CheckpointError):
-    """A file that is not whole, or not what was written."""
+    """A checkpoint file that is incomplete or has changed since it was written."""
 
 
 class Diverged(UserError):
-    """A loss, weights or features are not finite any more."""
+    """A loss, a weight or a feature is no longer finite."""
 
     exit_code = 5
 
 
 class Stopped(Exception):
-    """Not an error: the run ends early, with everything saved."""
+    """Ends a run early, with everything saved. It is not an error."""
 
 
 @contextlib.contextmanager
 def border(kind, what):
-    """Put it around code that reads foreign bytes (files, JSON, environment variables): whatever is raised
-    there becomes one line, an error of `kind` that begins with `what`. A UserError passes."""
+    """Wraps code that reads external input (files, JSON, environment variables). Any exception becomes an
+    error of class `kind`, in one line that begins with `what`. A UserError passes unchanged."""
     try:
         yield
-    except (UserError, torch.OutOfMemoryError):  # the memory of a GPU is never the fault of a file
+    except (UserError, torch.OutOfMemoryError):  # no file is to blame for a full GPU
         raise
-    except Exception as error:  # each library raises its own kinds, and a damaged file raises any
+    except Exception as error:  # libraries raise their own kinds, and a damaged file may raise any
         raise kind(f"{what}: {reason(error)}") from None
 
 
 def out_of_memory(error):
-    """Whether it says that there is not enough memory, of a GPU or else."""
+    """Tells whether an exception means that memory is full, a GPU's or the computer's."""
     if isinstance(error, RuntimeError):
         return re.search("can't allocate memory|out of memory|overflow", str(error)) is not None
     return isinstance(error, MemoryError)
 
 
 def reason(error):
-    """Why something was refused, in one line."""
-    if isinstance(error, pickle.UnpicklingError):  # torch's own words advise against weights_only=True
+    """Returns in one line what an exception says."""
+    if isinstance(error, pickle.UnpicklingError):  # torch's own message advises weights_only=False
         return "it is not what torch.save writes"
     words = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
     return words.splitlines()[0].removesuffix(": ")
 
 
 def say(text):
-    """Prints a line on rank 0. A full disk or a closed pipe behind the log is no reason to end a training."""
+    """Prints a line on rank 0. Ignores write errors: a full disk or a closed pipe must not end a training."""
     if not dist.is_initialized() or dist.get_rank() == 0:
         with contextlib.suppress(OSError):
             print(text, flush=True)
 
 
 def fail(message, code, speaks=None):
-    """Ends this process with an exit code. One line says why, on rank 0 alone, or on those where `speaks` is
-    true: for what other ranks do not know of. torchrun then ends those."""
+    """Ends this process with an exit code. Prints why in one line: only on rank 0, or where `speaks` is true,
+    for an error that other ranks do not know of. torchrun then ends the other ranks."""
     if speaks or (speaks is None and os.environ.get("RANK", "0") == "0"):
         with contextlib.suppress(OSError):
             print(f"error: {message}", file=sys.stderr, flush=True)
@@ -109,9 +109,9 @@ def fail(message, code, speaks=None):
 
 
 def open_streams():
-    """Lets any text be printed wherever stdout and stderr go: to an ASCII terminal, a full disk, a pipe that
-    nobody reads, or nowhere."""
-    while (number := os.open(os.devnull, os.O_RDWR)) < 3:  # closed by the shell: the next file would get it
+    """Makes it safe to print any text wherever stdout and stderr go: an ASCII terminal, a full disk, a pipe
+    that nobody reads, or nowhere."""
+    while (number := os.open(os.devnull, os.O_RDWR)) < 3:  # fills closed 0 to 2: a later file would get it
         pass
     os.close(number)
     for name in ("stdout", "stderr"):
@@ -123,7 +123,7 @@ def open_streams():
 
 
 def _flush():
-    """What cannot be written at the end is dropped; otherwise Python would exit with 120."""
+    """Drops output that cannot be written at exit. Otherwise Python would exit with code 120."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

@@ -1,4 +1,4 @@
-"""Files of a run directory: each takes its name once it is whole."""
+"""Writes the files of a run directory. Each gets its name only once it is complete."""
 
 import contextlib
 import csv
@@ -15,11 +15,11 @@ from .errors import ArgumentError
 
 @contextlib.contextmanager
 def writing(path, text=False, sync=False, keep=None):
-    """A file to write. It takes the name `path` once it is whole; until then, and if anything goes wrong, the
-    file that was there stays as it is.
+    """Opens a file to write, which gets the name `path` once it is complete. Until then, and if anything goes
+    wrong, the old file stays as it was.
 
-    text: a text file, in which undecodable paths may be written. sync: wait until it is on the disk. keep:
-    the name that the file that was there gets.
+    text: a text file; paths that cannot be decoded may be written to it. sync: wait until it is on the disk.
+    keep: new name for the old file.
     """
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
@@ -35,7 +35,7 @@ def writing(path, text=False, sync=False, keep=None):
         os.replace(partial, path)
         if sync:
             folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)  # the new names themselves reach the disk
+            os.fsync(folder)  # so that the new names reach the disk, too
             os.close(folder)
     finally:
         partial.unlink(missing_ok=True)
@@ -47,8 +47,8 @@ def write_json(path, content):
 
 
 def write_assignments(folder, table, images):
-    """Writes the cluster of every image in each head, table (H, N), -1 if not seen yet: assignments.npz and
-    assignments.csv, both with the paths."""
+    """Writes assignments.npz and assignments.csv: the path of every image and its cluster in each head.
+    table: (H, N) int32, -1 for an image not seen yet."""
     paths = np.frombuffer("\0".join(images.paths).encode(errors="surrogateescape"), np.uint8)
     with writing(folder / "assignments.npz") as file:
         np.savez_compressed(file, assignments=table.numpy(), paths=paths)
@@ -63,15 +63,15 @@ def _started_by():
 
 
 def same_parent(folder):
-    """Whether the process that had a run directory last was started by the process that started this one."""
+    """Tells whether the last owner of a run directory has the same parent process, and node, as this one."""
     lock = folder / "lock"
     return lock.exists() and lock.read_text().endswith(_started_by())
 
 
 def claim(folder, fresh):
-    """Makes a run directory this process's own; returns the lock, an open file. fresh: empties it.
+    """Locks a run directory for this process, and deletes incomplete files; fresh: also the former run's.
 
-    Raises ArgumentError if another run has it, or if it cannot be written.
+    Returns the lock, an open file. Raises ArgumentError if another run holds it, or if writing fails.
     """
     stale = "*.partial"
     if fresh:

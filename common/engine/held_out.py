@@ -1,4 +1,4 @@
-"""The images to judge by, and their classes beside those of the training images."""
+"""Opens the images to evaluate on, and numbers their classes as those of the training images."""
 
 import os
 from pathlib import Path
@@ -11,7 +11,7 @@ from .errors import ArgumentError, DataError
 
 
 def held_out(config, images):
-    """The images that --eval-every judges by, with classes numbered as those of the training images."""
+    """Returns the images that --eval-every classifies, with the class numbers of the training images."""
     spec = config.val or config.data or "shapes"
     if not config.val and not has_split(spec, "val"):
         needed = f"--eval-every needs held-out images, and {spec} has no val split"
@@ -25,8 +25,8 @@ def held_out(config, images):
 
 
 def open_queries(spec, val="", root="", index="", range=(), exif=False):
-    """The images to judge by: those that `val` names (its "val" split, if it has one), else the "val" split
-    of spec. index, range, exif: see open_images."""
+    """Opens the images to evaluate on: those that `val` names (its "val" split, if it has one), else the
+    "val" split of spec. index, range, exif: see open_images."""
     if val and is_list(val):
         return look(open_list(Path(val), root, "val"), val, range, exif)
     split = "val" if not val or has_split(val, "val") else "train"
@@ -38,16 +38,15 @@ def is_list(spec):
 
 
 def has_split(spec, split):
-    """Whether open_images(spec, split) would find something to open."""
+    """Tells whether spec has this split: it is a named set, or a folder that holds a folder `split`."""
     return str(spec).partition(":")[0] in ("shapes", *NAMED) or os.path.isdir(os.path.join(spec, split))
 
 
 def match_classes(queries, bank):
-    """Numbers the labels of `queries` as those of `bank`, so that both have one table of classes.
+    """Renumbers the labels of `queries` in place, so that both sets have the classes of `bank`.
 
-    Classes are matched by name. Where one of the two is a list with numbers and the other has names, number i
-    is the i-th name in the order of its bytes, as everywhere for ImageNet. Raises DataError for a class that
-    bank lacks.
+    Classes are matched by name. If one set is a list with numbers and the other has names, number i is the
+    i-th name in byte order, as is usual for ImageNet. Raises DataError for a class that bank lacks.
     """
     number = {name: i for i, name in enumerate(bank.classes)}
     asked = [queries.classes[i] for i in queries.labels.unique().tolist() if i >= 0]
@@ -56,7 +55,7 @@ def match_classes(queries, bank):
             number = {str(i): i for i in range(len(bank.classes))}
         elif len(queries.classes) == len(bank.classes):
             number = {name: i for i, name in enumerate(queries.classes)}
-    votes = set(bank.labels.unique().tolist())  # the numbers of a list may have gaps
+    votes = set(bank.labels.unique().tolist())  # numbers in a list may have gaps
     unknown = [name for name in asked if number.get(name) not in votes]
     if unknown:
         example = f" ({', '.join(bank.classes[:2])}, ...)"

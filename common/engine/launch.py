@@ -1,4 +1,4 @@
-"""How a script starts and ends: device, checks, seeds, training images, the network in place, exit codes."""
+"""Starts and ends a script: device, option checks, seeds, images, network on the device, exit codes."""
 
 import os
 import warnings
@@ -13,15 +13,15 @@ from .errors import ArgumentError, DataError, Stopped, UserError, fail, out_of_m
 
 
 def launch(main, config):
-    """Runs main(config) and turns what a user can cause into one line and an exit code: 2 arguments, 3 data,
-    4 checkpoint, 5 diverged; 0 for a finished or politely stopped run."""
+    """Runs main(config). Turns an error that a user can cause into one line and an exit code: 2 arguments, 3
+    data, 4 checkpoint, 5 diverged. A run that finished, or saved and stopped, exits with 0."""
     try:
         main(config)
     except Stopped as reason:
         say(reason)
     except UserError as error:
         fail(error, error.exit_code, error.speaks)
-    except KeyboardInterrupt:  # before the run has begun to listen
+    except KeyboardInterrupt:  # before Run handles the signals
         fail("interrupted", 130)
     except OSError as error:
         if error.filename is None:
@@ -35,7 +35,7 @@ def launch(main, config):
                  f"--checkpointing ({cause})", 1, speaks=True)
         if "use_deterministic_algorithms" in str(error):
             fail(f"--deterministic cannot be kept: {cause}", 2)
-        # raised wherever this process was when its worker died; no other rank knows
+        # A worker's death is raised wherever this process is at that moment; other ranks do not know of it.
         if "DataLoader worker (pid" in cause:
             fail(f"a loader worker died, out of memory? lower --workers, or enlarge /dev/shm ({cause})", 3,
                  speaks=True)
@@ -46,13 +46,13 @@ def launch(main, config):
 
 
 def setup(config):
-    """Call it first: joins the other processes, checks the shared options, seeds the weights, opens the
-    images. Returns device and images.
+    """Joins the other processes, checks the shared options, seeds the weights and opens the images. Call it
+    first. Returns device and images.
 
-    Raises ArgumentError for options that cannot work, DataError where there are fewer images than one batch.
+    Raises ArgumentError for options that cannot work, DataError if there are fewer images than one batch.
     """
     device = distributed.start(config.device)
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # no file, no line
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # without file and line
     options.check(config, distributed.world_size())
     repeatable(config.deterministic)
     torch.manual_seed(config.seed)
@@ -67,9 +67,9 @@ def setup(config):
 
 
 def own_trunk(config, device):
-    """The trunk that --arch package.module:function makes, on the device; None where --arch is a name.
+    """Returns the trunk that --arch package.module:function makes, on the device; None for a built-in --arch.
 
-    Raises ArgumentError unless it makes (B, feature_dim) of images of all sizes of the run.
+    Raises ArgumentError unless it maps images of every size in the run to (B, feature_dim).
     """
     if not data.OWN.fullmatch(config.arch):
         return None
@@ -79,16 +79,16 @@ def own_trunk(config, device):
     own.check(trunk, config.arch, sorted({*config.sizes, config.eval_size or config.sizes[0]}), device)
     if getattr(config, "sobel", False):
         config.sobel = False
-        say(f"--arch {config.arch} sees the images' colours: --sobel is of the trunks that are here")
+        say(f"--arch {config.arch} sees the images' colours: --sobel is for built-in trunks only")
     return trunk.train()
 
 
 def prepare(model, config, device):
-    """Moves the model to the device, channels last; compiles or checkpoints its trunk where options say so.
-    Returns the network to train: the model, or on several ranks DistributedDataParallel around it.
+    """Moves the model to the device, channels last. Compiles its trunk or checkpoints its activations, if the
+    options say so. Returns the network to train: the model, on several ranks in DistributedDataParallel.
 
-    Call it before the optimizer is made. Weights that no loss trains must have requires_grad_(False) by then.
-    Gradients are averaged over ranks, so a loss's mean over ranks must be the loss of the whole batch.
+    Call it before making the optimizer. By then weights that no loss trains must have requires_grad_(False).
+    Gradients are averaged over ranks, so the mean of the ranks' losses must be the loss of the whole batch.
     """
     dtype = torch.float64 if config.precision == "float64" else torch.float32
     model.to(device, dtype, memory_format=torch.channels_last)
@@ -103,10 +103,10 @@ def prepare(model, config, device):
 
 
 def report(run, published, assigned, temporary=0):
-    """Says what is about to happen, and warns of settings that will not work.
+    """Prints what is about to run, and warns of settings that will not work.
 
-    published: the recipe before the command line changed it. assigned: rows that one assignment gives
-    clusters to (batch + queue, or the data set). temporary: bytes per image held while clusters are made.
+    published: the recipe before the command line changed it. assigned: number of rows that are assigned to
+    clusters together (batch + queue, or the data set). temporary: bytes per image held while they are.
     """
     c, n, k, ranks = run.config, len(run.images), run.config.prototypes, distributed.world_size()
     named = run.images.labels is not None
@@ -121,30 +121,30 @@ def report(run, published, assigned, temporary=0):
     say(f"  data     {n} images of {c.data or 'shapes'}, {labels}; crops {crops}")
     say(f"  model    {c.arch} x{c.width:g}, {c.stem} stem, {millions:.2f} M parameters; "
         f"{dtype} on {ranks} x {run.device.type}")
-    say(f"  steps    {run.steps_per_epoch} an epoch, {c.epochs} epochs, {run.total} in all; "
+    say(f"  steps    {run.steps_per_epoch} per epoch, {c.epochs} epochs, {run.total} in all; "
         f"batch {c.batch_size}, lr {c.lr:g}{base}")
-    say(f"  balance  K {k}: {n / k:.3g} images and {assigned / k:.3g} assigned rows a cluster")
-    say(f"  memory   {held / n:.0f} bytes an image, {held / 2**20:.3g} MiB on each rank beside the model"
+    say(f"  balance  K {k}: {n / k:.3g} images and {assigned / k:.3g} assigned rows per cluster")
+    say(f"  memory   {held / n:.0f} bytes per image, {held / 2**20:.3g} MiB on each rank beside the model"
         + "; no image's cluster is kept: --assignments on keeps them" * (not run.kept))
     if k > assigned:
         say(f"warning: --prototypes {k} are more than the {assigned} rows (batch + queue) that share them: "
             f"take at most {assigned}")
     if n / k < 10:
-        say(f"warning: --prototypes {k} leaves {n / k:.1f} images a cluster: take {max(2, n // 10)} or fewer")
+        say(f"warning: --prototypes {k} means {n / k:.1f} images per cluster: take at most {max(2, n // 10)}")
     if not published.batch_size / 4 <= c.batch_size <= published.batch_size * 4:
         say(f"warning: --batch-size {c.batch_size} is far from the recipe's {published.batch_size}: "
             "--lr and --prototypes may need tuning")
 
 
 def held_bytes(run, temporary):
-    """Bytes that the method's memory and the log hold on this rank. temporary: as in report."""
+    """Counts the bytes that the method's memory and the log hold on this rank. temporary: as in `report`."""
     tensors = [x for part in (run.memory, run.meter) if part is not None for x in vars(part).values()]
     return (sum(x.nbytes for x in tensors if hasattr(x, "nbytes"))
             + temporary * len(run.images) // distributed.world_size())
 
 
 def repeatable(wanted):
-    """What --deterministic means: the same bits on a GPU too, or RuntimeError at an operation that cannot."""
+    """Applies --deterministic: the same bits on GPUs too. Non-deterministic operations raise RuntimeError."""
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(wanted)
@@ -152,7 +152,7 @@ def repeatable(wanted):
 
 
 def autocast_dtype(precision, device):
-    """The dtype that --precision means; "auto": bfloat16 where the hardware is made for it, else float32."""
+    """Returns the dtype that --precision means. "auto": bfloat16 where it is fast, else float32."""
     if precision != "auto":
         return getattr(torch, precision)
     if device.type == "cuda":

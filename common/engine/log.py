@@ -1,4 +1,4 @@
-"""The log of a run: is it healthy (the same figures for every method), and where that is written."""
+"""Measures whether a run is healthy, by the same figures for every method, and writes the log."""
 
 import contextlib
 import functools
@@ -14,31 +14,31 @@ from .. import distributed
 from .errors import ArgumentError, say
 from .files import writing
 
-STUCK_STEPS = 1000  # after so many steps at ln K the remedies are printed
-COLLAPSED_STEPS = 100  # after so many steps without spread in the features, too
-STUCK, COLLAPSED = 0.999, 0.05  # loss / ln K at or above; feature std x sqrt(D) below (0: all equal)
+STUCK_STEPS = 1000  # warn after so many steps with a loss of ln K
+COLLAPSED_STEPS = 100  # or after so many steps with features that have no spread
+STUCK, COLLAPSED = 0.999, 0.05  # loss / ln K is at or above; feature std x sqrt(D) is below (0: all equal)
 
 
 class Meter:
-    """Health figures since the last log step, and the cluster that every image was last seen in.
+    """Collects health figures since the last log step, and keeps the last cluster of every image.
 
-    Counts on the device; reads, summed over ranks, on log steps alone. So a step never waits for it.
-    clusters: K; heads: H; n: images in the data set, 0 to keep no clusters. assignments (H, n) int32: -1 for
+    Counts on the device. Only log steps read the counts and sum them over ranks, so no other step waits.
+    clusters: K. heads: H. n: images in the data set, 0 to keep no clusters. assignments (H, n) int32: -1 for
     an image not seen yet.
     """
 
     def __init__(self, clusters, n, heads=1, device=None):
         self.clusters, self.n = clusters, n
-        self.assignments = torch.full((heads, n), -1, dtype=torch.int32)  # up to the last epoch, all ranks
+        self.assignments = torch.full((heads, n), -1, dtype=torch.int32)  # of past epochs, all ranks
         self.current = torch.full((heads, n), -1, dtype=torch.int32, device=device)  # this epoch, this rank
         self.histogram = torch.zeros(heads, clusters, dtype=torch.float64, device=device)
-        self.sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, finite losses, other losses
+        self.sums = torch.zeros(3, dtype=torch.float64, device=device)  # of losses; counts: finite, other
         self.stuck = self.collapsed = self.warned = 0
 
     @torch.no_grad()
     def count(self, loss, index, assignments):
-        """Counts one step. loss: scalar on the device; index (B,) of the images; assignments (B,) or (H, B)
-        of one crop of each image, below 0 for none."""
+        """Counts one step. loss: scalar on the device. index (B,): the images. assignments (B,) or (H, B):
+        the cluster of one crop of each image, below 0 for none."""
         assignments = assignments.view(-1, len(index))  # (H, B)
         if self.n:
             self.current[:, index.to(self.current.device, non_blocking=True)] = assignments.int()
@@ -47,13 +47,13 @@ class Meter:
         self.sums += torch.stack([torch.where(finite, loss, 0), finite, ~finite]).double()
 
     def mean_loss(self):
-        """Mean loss over steps and ranks since the last log step, or None if any of them was not finite."""
+        """Returns the mean loss over steps and ranks since the last log step, None if any was not finite."""
         total, finite, broken = distributed.all_sum(self.sums).tolist()
         return None if broken else total / max(1, finite)
 
     @torch.no_grad()
     def read(self, z):
-        """Figures since the last log step, which start anew. z (B, D): embeddings of the last batch."""
+        """Returns the figures since the last log step and resets them. z (B, D): the last embeddings."""
         log_k = math.log(max(2, self.clusters))
         loss = self.mean_loss()
         counts = distributed.all_sum(self.histogram)  # (H, K)
@@ -69,7 +69,7 @@ class Meter:
                 "feature_std": math.sqrt(variance.clamp(min=0).mean().item() * z.shape[1])}
 
     def warning(self, figures, steps):
-        """What is wrong, the first time that figures, read after `steps` more steps, have long been bad."""
+        """Returns a warning, once per run, if figures stay bad. steps: number since the last figures."""
         self.stuck = self.stuck + steps if figures["loss_per_ln_k"] >= STUCK else 0
         self.collapsed = self.collapsed + steps if figures["feature_std"] < COLLAPSED else 0
         if self.warned or (self.stuck < STUCK_STEPS and self.collapsed < COLLAPSED_STEPS):
@@ -80,9 +80,9 @@ class Meter:
         return f"stuck: the loss has been ln K for {self.stuck} steps, so nothing is learnt"
 
     def end_epoch(self, assignments=None):
-        """Takes the epoch's assignments over; returns how many clusters the first head uses and how much it
-        changed, or None for what is not kept. assignments (H, n), below 0 for none: in place of those that
-        the steps have counted."""
+        """Stores the epoch's assignments. Returns for the first head the number of clusters used and the NMI
+        with the epoch before, None where unknown. assignments (H, n), below 0 for none, replace those that
+        `count` has collected."""
         if not self.n:
             return {"epoch_clusters_used": None, "nmi_to_previous": None}
         if assignments is not None:
@@ -96,7 +96,7 @@ class Meter:
         return {"epoch_clusters_used": len(new[new >= 0].unique()), "nmi_to_previous": change}
 
     def state_dict(self):
-        """What all ranks counted, the same on every rank."""
+        """Returns what all ranks together have counted, equal on every rank."""
         return {"assignments": self.assignments, "current": distributed.all_max(self.current).cpu(),
                 "histogram": distributed.all_sum(self.histogram).cpu(),
                 "sums": distributed.all_sum(self.sums).cpu(),
@@ -104,16 +104,16 @@ class Meter:
 
     def load_state_dict(self, state):
         self.assignments.copy_(state["assignments"])
-        self.current.copy_(state["current"])  # on every rank: the maximum over ranks counts
-        if distributed.rank() == 0:  # on one rank: the sum counts
+        self.current.copy_(state["current"])  # on every rank: the maximum over ranks is read
+        if distributed.rank() == 0:  # on one rank: the sum over ranks is read
             self.histogram.copy_(state["histogram"])
             self.sums.copy_(state["sums"])
         self.stuck, self.collapsed, self.warned = state["warnings"]
 
 
 def mutual_information(a, b):
-    """Of two labellings (N,) with any whole numbers: their mutual information and their entropies in nats,
-    and how often each value of a, and of b, occurs (NumPy arrays)."""
+    """Returns, for two labellings (N,) with any whole numbers, their mutual information and their entropies
+    in nats, then how often each value of a, and of b, occurs (NumPy arrays). Raises ValueError."""
     a, b = (torch.as_tensor(x).cpu().numpy() for x in (a, b))
     if a.ndim != 1 or a.shape != b.shape or not len(a):
         raise ValueError("two labellings of the same items, (N,) with N >= 1, are needed: "
@@ -127,9 +127,9 @@ def mutual_information(a, b):
 
 
 def nmi(a, b, geometric=False):
-    """Normalised mutual information of two labellings (N,): 0 independent, 1 equal.
+    """Normalised mutual information of two labellings (N,): 0 if independent, 1 if equal up to names.
 
-    The mean of the entropies that it is divided by is arithmetic, or geometric as in DeepCluster's paper.
+    It is divided by the arithmetic mean of the entropies, or the geometric one as in DeepCluster's paper.
     """
     mutual, h_a, h_b, size_a, size_b = mutual_information(a, b)
     if len(size_a) == len(size_b) == 1:
@@ -139,7 +139,7 @@ def nmi(a, b, geometric=False):
 
 
 def step_line(record, epochs, total, clusters, left):
-    """What the terminal shows of a step's record. left: seconds."""
+    """Formats a step's record for the terminal. left: seconds until the run ends."""
     return (f"epoch {record['epoch']:.2f}/{epochs} step {record['step']}/{total}"
             f" loss {record['loss']:.4f} ({record['loss_per_ln_k']:.3f} ln K) lr {record['lr']:.3g}"
             f" used {record['clusters_used']:.0f}/{clusters} entropy {record['assignment_entropy']:.2f}"
@@ -149,9 +149,9 @@ def step_line(record, epochs, total, clusters, left):
 
 
 class Log:
-    """Records to metrics.jsonl and TensorBoard, lines to the terminal. Rank 0 alone writes.
+    """Writes records to metrics.jsonl and TensorBoard, and lines to the terminal. Only rank 0 writes.
 
-    A progress bar stands on a terminal where tqdm is installed, plain lines elsewhere.
+    Shows a progress bar on a terminal if tqdm is installed.
     """
 
     def __init__(self, out, total, tensorboard=False):
@@ -164,7 +164,7 @@ class Log:
             self.events = functools.cache(lambda: SummaryWriter(out))  # opened at the first record
 
     def write(self, record, line):
-        """Appends one record, with its step; shows one line. Raises OSError where the disk is full."""
+        """Appends one record, which has a "step", and shows one line. Raises OSError if the disk is full."""
         for name, value in record.items():
             if self.events is not None and name not in ("step", "epoch") and value is not None:
                 self.events().add_scalar(name, value, record["step"])
@@ -173,13 +173,13 @@ class Log:
             with open(self.path, "a") as file:
                 file.write(json.dumps(record) + "\n")
         except OSError:
-            os.truncate(self.path, size)  # whole lines, or nothing
+            os.truncate(self.path, size)  # keep complete lines only
             raise
         finally:
             self.show(line, record["step"])
 
     def tick(self):
-        """Moves the progress bar by a step."""
+        """Advances the progress bar by one step."""
         if self.bar is not None:
             with contextlib.suppress(OSError):  # the terminal is gone
                 self.bar.update()
@@ -196,13 +196,13 @@ class Log:
             (say if self.bar is None else self.bar.write)(line)
 
     def rewind(self, step):
-        """Drops the records after the step that a run resumes at, and lines that are no records, such as one
-        that a kill cut short. Returns the records that stay."""
+        """Deletes records after the step at which a run resumes, and lines that are not records, such as one
+        cut short by a kill. Returns the other records."""
         if not self.path.exists():
             return []
         kept, lines = [], self.path.read_bytes().splitlines(keepends=True)
         for line in lines:
-            with contextlib.suppress(Exception):  # whatever a damaged line holds
+            with contextlib.suppress(Exception):  # a damaged line may raise anything
                 record = json.loads(line)
                 if record["step"] <= step and line.endswith(b"\n"):
                     kept.append((record, line))

@@ -21,24 +21,24 @@ from .stops import Stops
 from .unreadable import Unreadable
 
 NOT_OURS = "is not what a run has written"
-MANY = 20_000_000  # of more images "auto" keeps no clusters
+MANY = 20_000_000  # with more images, "auto" keeps no clusters
 
 
 class Run:
-    """One run directory: logs, saves, resumes, stops.
+    """Owns one run directory: logs, saves, resumes, stops.
 
-    A loop uses images, device, steps, autocast, log, features and timed; docs/copy.md has ten lines that
-    stand in for them in another project.
+    A training loop uses only images, device, steps, autocast, log, features and timed. docs/copy.md shows ten
+    lines that replace them in another project.
 
-    config: a RunOptions. clusters: that the log counts in each of `heads`, or config.prototypes.
-    model: has `backbone`, the trunk that is saved and evaluated; eval_cluster.py also wants `prototypes` (one
-        linear layer, or several) and maybe `projection_head` (linear layers, batch norm, ReLU).
-    memory: all else that the next step depends on, or None. All ranks call its state_dict(), which may
-        gather, and load_state_dict(). The state holds tensors and plain values, in data-set order, so that
-        another number of ranks can load it.
-    remedy: what to advise when the log warns. assignments: "on", "off", or "auto", whether the cluster of
-    each image is kept. about: more that backbone.pt says of the trunk: sobel=True.
-    All epochs have len(images) // batch_size steps.
+    config: a RunOptions. clusters: number per head that the log counts (default: config.prototypes).
+    model: has `backbone`, the trunk that is saved and evaluated. eval_cluster.py also needs `prototypes` (one
+        or several linear layers), and uses a `projection_head` (linear layers, batch norm, ReLU).
+    memory: everything else that the next step depends on, or None. All ranks call its state_dict(), which may
+        gather over ranks, and load_state_dict(). The state holds tensors and plain values, in data-set order,
+        so that another number of ranks can load it.
+    remedy: advice that follows a warning of the log. assignments: whether to keep the cluster of each image:
+    "on", "off" or "auto". about: more entries for the info in backbone.pt, such as sobel=True.
+    Every epoch has len(images) // batch_size steps.
     """
 
     def __init__(self, config, method, images, model, optimizer, memory=None, remedy="", heads=1,
@@ -70,14 +70,14 @@ class Run:
             self.queries = distributed.from_first(held_out, c, images)
         self.fresh, self.trunk = distributed.from_main(self._beginning)
         self.log_file = Log(self.out, self.total, c.tensorboard)
-        distributed.from_main(self._claim)  # last: with --fresh it deletes
+        distributed.from_main(self._claim)  # last, since --fresh deletes files
         self.stops = Stops()
         self._restart_clock()
 
     def _beginning(self):
-        """Whether to start over, and the trunk to start from."""
+        """Returns whether to start over, and the state dict of the trunk to start from, or None."""
         c, several = self.config, int(os.environ.get("LOCAL_WORLD_SIZE", 1)) < distributed.world_size()
-        # Rank 0 may be on another node now.
+        # A restart by torchrun goes on despite --fresh. Rank 0 may now be on another node.
         restarted = distributed.restarts() > 0 and (same_parent(self.out) or several)
         fresh = c.fresh and not restarted
         if not c.init_from or (not fresh and (self.out / "checkpoint.pt").exists()):
@@ -92,9 +92,9 @@ class Run:
     # ---- the loop
 
     def epochs(self):
-        """Yields the epochs still to do. Resumes before the first one, and saves after the last one.
+        """Yields the epochs still to run. Resumes before the first one, and saves after the last one.
 
-        A resumed run enters the epoch that it stopped in once more. So memory must say what was done at its
+        A resumed run enters the epoch in which it stopped again. So memory must record what was done at its
         start, as in `if memory.epoch < epoch: assign(...)`, and draw from a generator seeded by the epoch.
         """
         evaluated = self._resume()
@@ -113,11 +113,11 @@ class Run:
         say(f"done: {self.step} steps; trunk in {self.out / 'backbone.pt'}{clusters}")
 
     def steps(self, loader, batches, epoch, extra=False):
-        """Yields (step, batch) for the rest of the epoch; step counts from the start of training, from 0.
+        """Yields (step, batch) for the rest of the epoch. step counts from 0 at the start of training.
 
-        Before each step all ranks may save, or save and stop. extra: a pass that does not train, under an
-        epoch number of its own, from config.epochs on. Its steps do not count. A stop in it saves nothing,
-        since it may move running statistics; so the run is saved before it.
+        Before each step all ranks may save, or save and stop. extra: a pass that does not train. It has an
+        epoch number of its own, at least config.epochs, and its steps do not count. It may change running
+        statistics, so the run is saved before it, and a stop during it saves nothing.
         """
         first, number = self.step - epoch * self.steps_per_epoch, self.step
         if extra:
@@ -132,7 +132,7 @@ class Run:
             asked = time.perf_counter()
             batch = self._fetch(source, loader, extra)
             self.waited += 0 if extra else time.perf_counter() - asked
-            torch.manual_seed(self.config.seed << 32 | number)  # dropout depends on the step's number alone
+            torch.manual_seed(self.config.seed << 32 | number)  # so dropout depends on the step only
             yield number, batch
             number += 1
             self.step += not extra
@@ -140,12 +140,12 @@ class Run:
             self.unreadable.add(loader.bad)
 
     def autocast(self):
-        """Context in which the network computes as --precision says."""
+        """Returns a context in which the network computes with --precision."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
     @contextlib.contextmanager
     def timed(self, name):
-        """Says how long the block took."""
+        """Prints how long the block took."""
         began = time.perf_counter()
         yield
         if self.device.type == "cuda":
@@ -153,10 +153,10 @@ class Run:
         say(f"{name} in {time.perf_counter() - began:.1f} s")
 
     def features(self, model):
-        """What model, in eval mode, makes of the centre crops of this rank's rows of the data set: (n, D).
+        """Returns model(centre crop), in eval mode, of this rank's rows of the data set: (n, D).
 
-        A row of NaN is an image that cannot be read. Too many of them, or weights or other rows that are not
-        finite, end the run. It may be saved during the pass: change memory and model only after it.
+        The row of an image that cannot be read is NaN. Too many of them, or weights or other rows that are
+        not finite, end the run. The run may be saved meanwhile: change memory and model only afterwards.
         """
         self._stop_unless_finite(list(model.parameters()))
         found = set()
@@ -170,8 +170,8 @@ class Run:
                                 workers=self.config.workers, precision=self.dtype, fetch=self._fetch, **how)
 
     def _fetch(self, source, loader=None, extra=False):
-        """The next batch. Before it is used all ranks save if it is time, or save and stop. A stop signal
-        also ends the wait for it: no step has begun, so nothing is lost."""
+        """Returns the next batch, after all ranks have saved, if it is time, or saved and stopped. A stop
+        signal interrupts the wait for the batch. No step has begun by then, so nothing is lost."""
         batch = self.stops.wait(next, source)
         minutes = (time.monotonic() - self.saved_at) / 60
         due = distributed.rank() == 0 and self.step > 0 and minutes >= self.config.save_every
@@ -197,11 +197,11 @@ class Run:
         raise Stopped(f"stopped {why}: saved in {self.out}, {how} goes on from there")
 
     def log(self, loss, lr, z, index, assignments, **figures):
-        """Counts a step; every --log-every steps writes a record. Call it in every step, on every rank.
+        """Counts a step, and writes a record every --log-every steps. Call it in every step, on every rank.
 
-        loss: scalar on the device, a mean cross-entropy over the K clusters, which is compared with ln K.
-        z (B, D): unit embeddings of one crop of each image; their spread tells a collapse. index (B,): the
-        images. assignments (B,) or (H, B): their clusters, below 0 for none; assignments.csv gets the last
+        loss: scalar on the device, a mean cross-entropy over the K clusters. It is compared with ln K.
+        z (B, D): unit embeddings of one crop of each image. Their spread reveals a collapse. index (B,): the
+        images. assignments (B,) or (H, B): their clusters, below 0 for none. assignments.csv gets the last
         one of each image. figures: more numbers to record; tensors may stay on the device.
         """
         self.meter.count(loss, index, assignments)
@@ -232,7 +232,7 @@ class Run:
         self.waited, self.timed_steps, self.clock = 0.0, 0, time.perf_counter()
 
     def _stop_unless_finite(self, weights=()):
-        """Ends the run if a loss was not finite; before a save also if a weight is not."""
+        """Raises Diverged if a loss since the last log step, or one of the weights, is not finite."""
         spoilt = torch.stack([~w.isfinite().all() for w in weights]).any() if weights else torch.tensor(False)
         if self.meter.mean_loss() is None or distributed.all_max(spoilt.float()):
             last = self.out / "checkpoint.pt"
@@ -242,9 +242,9 @@ class Run:
                            f"{kept}; a lower --lr may help")
 
     def end_epoch(self, epoch, assignments=None):
-        """Writes the assignments and how they changed; then what --keep-every and --eval-every ask for.
+        """Writes the assignments and logs how they changed. Then obeys --keep-every and --eval-every.
 
-        assignments (H, N): clusters of the whole data set, below 0 for none; else those that steps logged.
+        assignments (H, N): clusters of the whole data set, below 0 for none (default: those given to `log`).
         """
         self.unreadable.add(self.loader.bad)
         figures = self.meter.end_epoch(assignments)
@@ -262,9 +262,9 @@ class Run:
         self._restart_clock()
 
     def evaluate(self, epoch):
-        """When --eval-every says so: 20-NN accuracy on the held-out images; the bank is the training images.
+        """Logs the 20-NN accuracy of the held-out images among the training images, as --eval-every says.
 
-        A run that is stopped or killed in it begins it again. It is saved before: it may not live to the end.
+        The run is saved first. If it is stopped or killed meanwhile, it resumes with this evaluation.
         """
         c = self.config
         if self.queries is None or (epoch % c.eval_every and epoch < c.epochs):
@@ -284,7 +284,7 @@ class Run:
     # ---- files
 
     def save(self, final=False):
-        """Writes checkpoint.pt and backbone.pt. A full disk is a warning, at the end an error."""
+        """Writes checkpoint.pt and backbone.pt. A full disk is a warning; if final, a CheckpointError."""
         self._stop_unless_finite(list(self.model.parameters()))
         state = {"format": 1, "method": self.method, "config": asdict(self.config), "step": self.step,
                  "data": self.images.fingerprint, "torch": str(torch.__version__),
@@ -293,17 +293,17 @@ class Run:
         problem = self._write(self._save, state)
         self.saved_at = time.monotonic()
         if not self.trouble:
-            self.said.clear()  # since the save before nothing failed: a disk that is full once more is said
+            self.said.clear()  # nothing failed since the last save, so the next problem is printed again
         self.trouble = False
         if problem and final:
             raise CheckpointError(f"{problem}: the end of the run is not saved")
 
     def _write(self, write, *arguments):
-        """Calls what writes to the run directory, on rank 0. Returns the problem, or None."""
+        """Calls write, which writes to the run directory, on rank 0. Returns the problem, or None."""
         return distributed.from_main(self._survive, write, *arguments)
 
     def _survive(self, write, *arguments):
-        """A full disk ends no training: it is a warning, said once."""
+        """Calls write. An OSError, as of a full disk, becomes a warning, printed once: training goes on."""
         try:
             write(*arguments)
         except OSError as error:
@@ -322,8 +322,8 @@ class Run:
         checkpoint.export_backbone(path, self.model.backbone, info)
 
     def _resume(self):
-        """Loads the newest whole checkpoint, else the trunk of --init-from. Returns whether the evaluation
-        that is due at its step has been made."""
+        """Loads the newest intact checkpoint, else the trunk of --init-from. Returns whether the evaluation
+        at the checkpoint's step has been made."""
         state, evaluated = distributed.from_main(self._read)
         if state is None:
             if self.trunk:

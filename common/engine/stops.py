@@ -1,4 +1,4 @@
-"""Stop signals: counted when they come, obeyed before the next step."""
+"""Counts stop signals as they arrive. The run obeys them before its next step."""
 
 import contextlib
 import os
@@ -6,24 +6,24 @@ import signal
 
 
 class Stops:
-    """Takes SIGINT, SIGTERM, SIGUSR1 and SIGHUP (unless nohup ignores it): count says how many came."""
+    """Handles SIGINT, SIGTERM, SIGUSR1 and SIGHUP (unless nohup ignores it). count: how many arrived."""
 
     def __init__(self):
         self.count, self._waiting = 0, False
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup's
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # by nohup
                 signal.signal(number, self._on_signal)
 
     def _on_signal(self, number, frame):
         self.count += 1
-        if self.count == 1:  # often it comes twice: to every process, and once more from torchrun
-            with contextlib.suppress(OSError):  # nobody may read it any more
+        if self.count == 1:  # it often arrives twice: sent to all processes, and again by torchrun
+            with contextlib.suppress(OSError):  # stderr may be a closed pipe
                 os.write(2, b"signal received: saving and stopping before the next step (Ctrl-\\ quits)\n")
         if self._waiting:
             raise KeyboardInterrupt
 
     def wait(self, function, *arguments):
-        """function(*arguments), such as next(batches). A signal ends the wait for it: then None."""
+        """Returns function(*arguments), such as next(batches), or None if a signal comes first."""
         with contextlib.suppress(KeyboardInterrupt):
             try:
                 self._waiting = True

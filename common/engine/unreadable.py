@@ -1,4 +1,4 @@
-"""The images that cannot be read: counted over ranks, named in a file, too many of them end the run."""
+"""Counts the unreadable images of all ranks, lists them in a file, and ends a run that has too many."""
 
 import threading
 
@@ -8,14 +8,14 @@ from .. import distributed
 from .errors import DataError, reason, say
 from .files import writing
 
-SECONDS = 10  # that finding the reasons may take at once
+SECONDS = 10  # limit of one search for reasons
 
 
 class Unreadable:
-    """What has been found so far, the same on every rank.
+    """Holds the unreadable images found so far, the same on every rank.
 
-    limit: as many are put up with; -1: one in a thousand, at least 10. path: bad_images.txt. write: calls
-    what writes a file, on rank 0, which alone knows the reasons.
+    limit: how many are tolerated; -1: one in a thousand, at least 10. path: bad_images.txt. write: calls a
+    function that writes a file, on rank 0. Only rank 0 knows the reasons.
     """
 
     def __init__(self, images, limit, path, write):
@@ -23,7 +23,7 @@ class Unreadable:
         self.limit = limit if limit >= 0 else max(10, len(images) // 1000)
 
     def add(self, found):
-        """found: indices that this rank has met. Says if some are new; raises DataError for too many."""
+        """Adds indices that this rank has found. Warns of new ones. Raises DataError if they are too many."""
         new = torch.tensor(sorted(found - self.found), dtype=torch.int64)
         new = set(distributed.gather_rows(new).tolist()) - self.found
         if not new:
@@ -43,7 +43,7 @@ class Unreadable:
     def _name(self):
         new = sorted(self.found - self.reasons.keys())
         self.reasons |= dict.fromkeys(new, "not tried again")
-        # It was a worker that met the reason. A thread looks for it, since the read may hang.
+        # The error occurred in a worker. Read again for its reason, in a thread, since the read may hang.
         looking = threading.Thread(target=self._look, args=(new,), daemon=True)
         looking.start()
         looking.join(SECONDS)

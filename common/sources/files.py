@@ -1,4 +1,4 @@
-"""Image files: those below a folder, and what is in them."""
+"""Finds the image files below a folder, and decodes them."""
 
 import contextlib
 import errno
@@ -19,22 +19,22 @@ from . import packed
 
 EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".ppm", ".pgm", ".bmp", ".webp", ".tif", ".tiff",
               ".gif", ".avif", ".jp2"}
-# Pillow's formats of these endings alone: EPS, whatever its name is, would start Ghostscript.
+# Only Pillow's formats with these endings: an EPS file, whatever its name is, would start Ghostscript.
 FORMATS = sorted({kind for ending, kind in Image.registered_extensions().items() if ending in EXTENSIONS})
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # one long text may fill what all have: 64 MB
-# What systems put beside photos: thumbnails, indices, deleted files. So do hidden files and folders.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # one text may use the limit for all: 64 MB
+# Left out, as are hidden files and folders: what systems put beside photos (thumbnails, deleted files).
 FOREIGN = {"@eaDir", "#recycle", "__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found",
            "Thumbs.db", "desktop.ini"}
-# a network file system's bad moments; 121: EREMOTEIO, which Linux alone has
+# passing errors of network file systems; 121: EREMOTEIO, which only Linux defines
 RETRIED = {errno.EIO, errno.EAGAIN, errno.ETIMEDOUT, errno.ESTALE, 121}
 TURN = Image.Transpose
 UPRIGHT = {2: TURN.FLIP_LEFT_RIGHT, 3: TURN.ROTATE_180, 4: TURN.FLIP_TOP_BOTTOM, 5: TURN.TRANSPOSE,
-           6: TURN.ROTATE_270, 7: TURN.TRANSVERSE, 8: TURN.ROTATE_90}  # by the orientation in EXIF
+           6: TURN.ROTATE_270, 7: TURN.TRANSVERSE, 8: TURN.ROTATE_90}  # by EXIF orientation
 
 
 class Files:
-    """Image files. Paths are packed into arrays, so a million of them cost a worker nothing. Pickled is the
-    name of a file of these arrays, which ranks and workers map."""
+    """A set of image files. Paths are packed into arrays, so a million of them cost a worker nothing.
+    Pickling writes these arrays to a file, which ranks and workers memory-map, and passes on its name."""
 
     range, exif = (), False  # see open_images
 
@@ -45,7 +45,7 @@ class Files:
         if labels is not None:
             arrays["labels"] = np.array(labels, np.int64)
         digest = hashlib.sha256(b"\0".join(encoded)).hexdigest()
-        # numbered: the classes have no names
+        # numbered: the classes have numbers only, no names
         self._hold(arrays, dict(root=str(root), classes=list(classes), numbered=numbered,
                                 fingerprint=f"{len(encoded)} files {digest[:16]}"))
 
@@ -54,11 +54,11 @@ class Files:
         self._about, self._arrays, self._file = list(about), arrays, file
         self._labels = torch.from_numpy(arrays["labels"]) if "labels" in arrays else None
         self.paths = _Paths(self)
-        self.refused = {}  # why, by index: in the process that found out
+        self.refused = {}  # {index: reason} of what this process could not read
 
     @classmethod
     def of(cls, arrays, about, file=None):
-        """The set of these arrays, which a file may hold."""
+        """Makes the set of these arrays. file: the one that they lie in, if any."""
         images = cls.__new__(cls)
         images._hold(arrays, about, file)
         return images
@@ -68,13 +68,13 @@ class Files:
         return cls.of(*packed.mapped(file), file)
 
     def save(self, file):
-        """Writes the arrays and what is known of them to an open file."""
+        """Writes the arrays and the set's other attributes to an open file."""
         packed.save(file, self._arrays, {name: getattr(self, name) for name in self._about})
 
     def __reduce__(self):
         if self._file is None:
-            with border(DataError, f"{tempfile.gettempdir()} cannot hold what is known of the images"):
-                # Without a name it is gone when this process ends, however it ends.
+            with border(DataError, f"{tempfile.gettempdir()} cannot hold the list of the images"):
+                # A file without a name disappears when this process ends, however it ends.
                 proc = os.path.exists("/proc/self/fd")
                 self._open = (tempfile.TemporaryFile if proc else tempfile.NamedTemporaryFile)()
                 self.save(self._open)
@@ -98,8 +98,8 @@ class Files:
         return os.fsdecode(self._arrays["names"][ends[i - 1] if i else 0 : ends[i]].tobytes())
 
     def read(self, i):
-        """The image as RGB. One that could not be read is not touched again: a bad disk takes seconds each
-        time."""
+        """Returns image i as RGB. One that could not be read is not tried again: a bad disk takes seconds per
+        attempt."""
         if i in self.refused:
             raise OSError(0, self.refused[i])
         try:
@@ -109,20 +109,20 @@ class Files:
             raise
 
     def source(self, i):
-        """What `decode` reads an image from."""
+        """Returns what `decode` reads image i from."""
         return os.path.join(self.root, self.path(i))
 
     def sample(self, i):
-        """Some pixels, if it is grey of more than 8 bits; else None."""
+        """Returns some pixels of image i if it is grey with more than 8 bits, else None."""
         return decode(self.source(i), make=deep_pixels)
 
 
 def measure(images, name):
-    """Sets the range of a set that has none: that of the grey images of more than 8 bits among 256 of it.
-    Says which share of their pixels it cuts. The same files give the same range, so a resumed run has it."""
+    """Sets images.range, if unset, from the grey images of more than 8 bits among 256 of the set. Prints
+    which share of their pixels lies outside. The same files give the same range, also in a resumed run."""
     found = []
     for i in np.unique(np.linspace(0, len(images) - 1, 256).astype(int)).tolist():
-        with contextlib.suppress(Exception):  # said when the image is needed
+        with contextlib.suppress(Exception):  # reported when the image is used
             found.append(images.sample(i))
     found = [pixels for pixels in found if pixels is not None]
     if found:
@@ -132,11 +132,11 @@ def measure(images, name):
         say(f"{name}: grey of more than 8 bits goes from {low:g} (black) to {high:g} (white); "
             f"{cut:.2g} % of the pixels of {len(found)} images lie beyond")
     elif images.range:
-        say(f"warning: {name}: --range is for grey of more than 8 bits alone, and of 256 images none is")
+        say(f"warning: {name}: --range is only for grey of more than 8 bits, but none of 256 images is such")
 
 
 class _Paths:
-    """The paths of a Files set as a sequence of strings, made when asked for."""
+    """A sequence of a set's paths, each made when it is asked for."""
 
     def __init__(self, files):
         self.files = files
@@ -151,25 +151,25 @@ class _Paths:
 
 
 def decode(source, range=(), exif=False, make=None):
-    """The first frame of an image file as an 8-bit RGB PIL image, or what make(image as Pillow opens it) is.
+    """Returns the first frame of an image file as an 8-bit RGB PIL image, or make(image as opened by Pillow).
     source: its path, or a function that returns an open file.
 
-    range: what becomes black and white of grey of more than 8 bits (16, floating point); default, the image's
-    own. CMYK, palette, grey and alpha are converted. exif: it is turned upright, and transparency falls on
-    white; otherwise orientation is ignored and transparency dropped, as in the papers. Files over Pillow's
-    limit of 179 million pixels are refused. Raises what Pillow raises for a file that it cannot read, OSError
-    for what is no regular file: opening a pipe would wait for ever.
+    range: (low, high), the values that become black and white in grey of more than 8 bits (16, floating
+    point); default: the image's own. CMYK, palette, grey and alpha are converted. exif: turn the image
+    upright and put transparency on white; otherwise orientation is ignored and transparency dropped, as in
+    the papers. Files over Pillow's limit of 179 million pixels are refused. Raises what Pillow raises for an
+    unreadable file, OSError for anything but a regular file: opening a pipe would wait for ever.
     """
     for attempt in (1, 2, 3):
         try:
             with warnings.catch_warnings():
-                # damaged EXIF, large images: thousands of lines in a real data set
+                # damaged EXIF and large images cause thousands of lines in a real data set
                 warnings.simplefilter("ignore")
                 if not callable(source) and not stat.S_ISREG(os.stat(source).st_mode):
                     raise OSError(0, "not a regular file")
                 with Image.open(source() if callable(source) else source, formats=FORMATS) as image:
                     return make(image) if make else _to_rgb(image, range, exif)
-        except UnidentifiedImageError:  # its own words show where the bytes lie in memory
+        except UnidentifiedImageError:  # Pillow's message contains a memory address
             raise UnidentifiedImageError("cannot identify the image file") from None
         except OSError as error:
             if error.errno not in RETRIED or attempt == 3:
@@ -180,14 +180,14 @@ def decode(source, range=(), exif=False, make=None):
 def _to_rgb(image, range=(), exif=False):
     turn = None
     if exif:
-        image.load()  # EXIF may lie behind the pixels, and Pillow itself turns a TIFF
-        with contextlib.suppress(Exception):  # damaged EXIF raises many kinds
+        image.load()  # EXIF may follow the pixels; loading a TIFF turns it
+        with contextlib.suppress(Exception):  # damaged EXIF may raise anything
             turn = UPRIGHT.get(image.getexif().get(0x0112))
-    if _is_deep(image):  # Pillow itself clips these to white or black
+    if _is_deep(image):  # Pillow's convert would clip these to white or black
         low, high = range or _limits(deep_pixels(image))
-        width = max(high - low, 1e-45)  # all may be equal; float32 has no smaller number
+        width = max(high - low, 1e-45)  # not 0 where all are equal; float32's smallest number
         pixels = np.asarray(image)
-        parts = np.array_split(pixels, pixels.size // 2**20 + 1)  # in float64 the whole takes 25 bytes each
+        parts = np.array_split(pixels, pixels.size // 2**20 + 1)  # the whole takes 25 bytes per pixel
         parts = (((part.astype(np.float64) - low) / width).clip(0, 1) for part in parts)
         parts = [(np.nan_to_num(part) * 255).round().astype(np.uint8) for part in parts]  # NaN: black
         image = Image.fromarray(np.concatenate(parts))
@@ -203,7 +203,7 @@ def _is_deep(image):
 
 
 def deep_pixels(image):
-    """Up to 16,384 finite pixels of a grey image of more than 8 bits; None of any other, not read."""
+    """Returns up to 16,384 finite pixels of a grey image of more than 8 bits; None, unread, for others."""
     if not _is_deep(image):
         return None
     pixels = np.asarray(image).ravel()
@@ -212,18 +212,18 @@ def deep_pixels(image):
 
 
 def _limits(pixels):
-    """(low, high) with a thousandth of the pixels below and above."""
+    """Returns (low, high): a thousandth of the pixels lies below, and a thousandth above."""
     return tuple(np.percentile(pixels, (0.1, 99.9)).tolist()) if len(pixels) else (0.0, 1.0)
 
 
 def _special(path):
-    """Whether it is a pipe, a socket or a device, or a link to one: to open it may take for ever."""
+    """Tells whether path is a pipe, socket or device, or a link to one: opening it may take for ever."""
     return os.path.exists(path) and not os.path.isfile(path)
 
 
 def scan(root):
-    """Image files below root in name order. Class = first folder below the root; no labels if images lie in
-    it. Says which files are left out."""
+    """Returns the image files below root in name order. The class is the first folder below root. There are
+    no labels if images lie in root itself. Warns of files left out. Raises DataError if none are left."""
     paths, folders, seen, left = [], [], set(), Counter()
     real_root = os.path.realpath(root)
 
@@ -233,14 +233,14 @@ def scan(root):
             entries = sorted(os.scandir(folder), key=lambda entry: os.fsencode(entry.name), reverse=True)
         return [(os.path.join(relative, entry.name), entry) for entry in entries]
 
-    waiting = inside("")  # the next one is the last
+    waiting = inside("")  # a stack: the last entry is next
     while waiting:
         name, entry = waiting.pop()
         if entry.name.startswith(".") or entry.name in FOREIGN:  # .DS_Store, ._photo.jpg, .thumbnails
             continue
         ending = os.path.splitext(entry.name)[1].lower()
         if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
-            if entry.is_symlink():  # a link back into the tree would count images twice, or without end
+            if entry.is_symlink():  # a link back into the tree would count images twice, or never end
                 real = os.path.realpath(entry.path)
                 if real in seen or os.path.commonpath([real, real_root]) in (real, real_root):
                     continue

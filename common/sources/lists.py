@@ -1,4 +1,4 @@
-"""Lists of image files: text, and iNaturalist's annotations."""
+"""Reads lists of image files: text files, and iNaturalist's annotations."""
 
 import json
 import os
@@ -8,9 +8,9 @@ from pathlib import Path
 from ..engine.errors import DataError, border
 from .files import EXTENSIONS, Files
 
-LARGEST = 2**30  # bytes: ImageNet-22k's list has 0.8
+LARGEST = 2**30  # bytes; ImageNet-22k's list has 0.8 GiB
 NO_LABEL = re.compile(r"-1(\.0*)?")
-NUMBER = re.compile(r"\d{1,6}(\.0*)?")  # of a class; longer ones are names: times, bar codes
+NUMBER = re.compile(r"\d{1,6}(\.0*)?")  # of a class; longer ones are names, such as times
 LIKE_A_NUMBER = re.compile(r"[-+]?\d*\.?\d+(e[-+]?\d+)?|nan", re.IGNORECASE)
 
 
@@ -19,35 +19,35 @@ def open_list(path, root, split):
         if os.path.getsize(path) > LARGEST:
             raise DataError(f"{path} is larger than 1 GiB: too large for a list of images")
         if b"\0" in file.read(4096):  # an archive or an image
-            raise DataError(f"{path} is not a list of images: a text file with one path a line is needed")
+            raise DataError(f"{path} is not a list of images: a text file with one path per line is needed")
     read = _read_annotations if path.suffix.lower() == ".json" else _read_list
     return read(path, root, split)
 
 
 def _start(path, root, split, first):
-    """The folder that the paths of a list start from, judged by the first of them: root, or train/ or val/ in
-    it."""
+    """Returns the folder that the paths of a list start from: root, or train/ or val/ in it, whichever has
+    the first path. root defaults to the list's folder."""
     root = Path(root or path.parent)
     return next((base for base in (root, root / split) if os.path.isfile(base / first)), root)
 
 
 def _check_some(path, root, names, place):
-    """Looking at every file of a long list takes minutes on a network: these catch a wrong root or a wrong
-    list."""
+    """Raises DataError if one of about 10,000 files is missing: a wrong root or list. Checking every file of
+    a long list takes minutes on a network."""
     for i in range(0, len(names), max(1, len(names) // 10_000)):
         if not os.path.isfile(root / names[i]):
             what = "is not a regular file" if os.path.exists(root / names[i]) else "does not exist"
-            name = repr(os.fspath(root / names[i]))[1:-1][:200]  # one line, whatever is in it
+            name = repr(os.fspath(root / names[i]))[1:-1][:200]  # in one line, whatever characters it has
             raise DataError(f"{path} {place(i)}: {name} {what}")
 
 
 def _read_list(path, root, split):
-    """A list file: a path a line, with a number or a class name behind it on every line or on none."""
+    """Reads a text list: one path per line, followed by a class number or name on every line or on none."""
     with border(DataError, f"{path} cannot be read"):
         text = path.read_text(encoding="utf-8", errors="surrogateescape").removeprefix("\ufeff")
     lines = [line for line in text.split("\n") if line.strip()] if "\0" not in text else []
     if not lines:
-        raise DataError(f"{path} is not a list of images: a text file with one path a line is needed")
+        raise DataError(f"{path} is not a list of images: a text file with one path per line is needed")
 
     endings = tuple(EXTENSIONS)
 
@@ -63,7 +63,7 @@ def _read_list(path, root, split):
 
     pairs = [cut(line) for line in lines]
     names, labels = [name for name, _ in pairs], [label for _, label in pairs]
-    del lines, pairs  # hundreds of megabytes for Places205
+    del lines, pairs  # frees hundreds of megabytes for Places205
     if None in labels:
         if any(label is not None for label in labels):
             raise DataError(f"{path} {place(labels.index(None))} has no label, but other lines have one")
@@ -85,11 +85,11 @@ def _read_list(path, root, split):
 
 
 def number_labels(labels, where):
-    """{label: its number}, the names of the classes, whether these are numbers. -1 stands for no label."""
+    """Returns {label: its number}, the class names, and whether these are numbers. -1 stands for no label."""
     number = dict.fromkeys(labels, -1)
     kinds = sorted((label for label in number if not NO_LABEL.fullmatch(label)), key=os.fsencode)
     odd = [label for label in kinds if not NUMBER.fullmatch(label)]
-    if not odd:  # 1.0 is class 1: so a table program writes it that left one out
+    if not odd:  # 1.0 is class 1: table software writes it so where other labels are missing
         number |= {label: int(float(label)) for label in kinds}
         return number, [str(i) for i in range(max(number.values()) + 1)], True
     if all(map(LIKE_A_NUMBER.fullmatch, kinds)) and not all(map(str.isdecimal, kinds)):
@@ -99,10 +99,10 @@ def number_labels(labels, where):
 
 
 def _read_annotations(path, root, split):
-    """A .json file of iNaturalist's competitions: images with id and file_name, annotations with image_id and
-    category_id.
+    """Reads a .json file of iNaturalist's competitions: images with id and file_name, annotations with
+    image_id and category_id.
 
-    Classes are the ids of its categories, as text; iNaturalist's class folders have these names. -1: none.
+    Classes are named by their category ids, as are iNaturalist's class folders. Id -1 means no label.
     """
     needed = "images with id and file_name, and annotations with image_id and category_id, are needed"
     with border(DataError, f"{path} is not a list of images in iNaturalist's format: {needed}"):

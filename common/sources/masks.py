@@ -1,4 +1,4 @@
-"""Images with a map of labels: drawn scenes, VOC 2012 with the labels of SBD, Cityscapes."""
+"""Opens images with label maps: drawn scenes, VOC 2012 with the labels of SBD, Cityscapes."""
 
 import hashlib
 import os
@@ -16,11 +16,11 @@ VOC_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair 
 CITYSCAPES_IDS = {7: "road", 8: "sidewalk", 11: "building", 12: "wall", 13: "fence", 17: "pole",
                   19: "traffic light", 20: "traffic sign", 21: "vegetation", 22: "terrain", 23: "sky",
                   24: "person", 25: "rider", 26: "car", 27: "truck", 28: "bus", 31: "train",
-                  32: "motorcycle", 33: "bicycle"}  # the others are left out
+                  32: "motorcycle", 33: "bicycle"}  # pixels of other ids are ignored
 
 
 def open_scenes(spec):
-    """(training, held-out) drawn scenes with a class for the background."""
+    """Returns (training, held-out) drawn scenes, with the background as a class."""
     sets = scenes.open_scenes(spec)
     for part in sets:
         part.classes = ["background", *part.classes]
@@ -28,8 +28,8 @@ def open_scenes(spec):
 
 
 class Masks:
-    """Pairs of an image and a map of labels: read(i) -> PIL RGB, label_map(i) -> (H, W) uint8, where 255 is
-    left out. pairs: [(image, labels)] below root. table: (256,) what each number in the files becomes.
+    """Pairs of an image and a label map: read(i) -> PIL RGB, label_map(i) -> (H, W) uint8, where 255 is
+    ignored. pairs: [(image, labels)], paths below root. table: (256,) uint8, the class of each file value.
 
     Raises DataError if there are none, or if files are missing.
     """
@@ -58,7 +58,7 @@ class Masks:
 
 
 def _numbers(image):
-    """The numbers of a palette or grey PNG, not the colours that they mean."""
+    """Returns the values of a palette or grey PNG, not the colours that they stand for."""
     if image.mode not in ("P", "L"):
         raise ValueError(f"a map of labels has numbers, this one colours ({image.mode})")
     return np.array(image)
@@ -69,11 +69,11 @@ def _from_mat(path):
 
 
 def open_voc_aug(spec):
-    """(training, held-out) images of VOC 2012, the training set grown by SBD: (VOC train + SBD train + SBD
-    val) - VOC val, 10,582 images; VOC's 1,464 keep VOC's labels.
+    """Returns (training, held-out) images of VOC 2012. SBD extends the training set to (VOC train + SBD train
+    + SBD val) - VOC val, 10,582 images. VOC's own 1,464 keep VOC's labels.
 
     spec: VOCdevkit, the folder around it, or VOC2012. SBD is in VOCaug/dataset or benchmark_RELEASE/dataset,
-    in VOCdevkit or beside it.
+    inside VOCdevkit or beside it.
     """
     folders = [Path(spec, *parts) for parts in (("VOC2012",), ("VOCdevkit", "VOC2012"), ())]
     voc = next((folder for folder in folders if (folder / "ImageSets" / "Segmentation").is_dir()), None)
@@ -108,8 +108,8 @@ def _lines(path):
 
 
 def open_cityscapes(spec):
-    """(training, held-out) images of Cityscapes: leftImg8bit and gtFine, each with train and val. Ids become
-    the 19 training ids here."""
+    """Returns (training, held-out) images of Cityscapes. spec holds leftImg8bit and gtFine, each with train
+    and val. The ids in the files become the 19 training ids."""
     table = np.full(256, 255, np.uint8)
     table[list(CITYSCAPES_IDS)] = np.arange(len(CITYSCAPES_IDS))
     sets = []

@@ -1,4 +1,4 @@
-"""Data sets of torchvision."""
+"""Opens labelled data sets of torchvision."""
 
 import torch
 import torchvision
@@ -20,7 +20,7 @@ class Torchvision:
             which = {"split": "train+unlabeled"}
         with border(DataError, f"{name} cannot be read from {root}, nor downloaded"):
             found = cls(root, download=True, **which)
-        pixels = torch.as_tensor(found.data)  # a tensor is shared with workers that are no forks
+        pixels = torch.as_tensor(found.data)  # tensors are shared even with workers that are not forks
         self.pixels = pixels if name.startswith("cifar") else pixels.permute(0, 2, 3, 1)  # (N, H, W, 3) uint8
         # -1 for STL-10's unlabelled images
         self.labels = torch.as_tensor(found.targets if hasattr(found, "targets") else found.labels).long()

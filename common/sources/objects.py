@@ -1,4 +1,4 @@
-"""Images with boxes around their objects, from files: VOC 2007 and 2012, and COCO."""
+"""Opens images with boxes around their objects: VOC 2007 and 2012, and COCO."""
 
 import hashlib
 import json
@@ -14,12 +14,12 @@ from .files import decode
 
 
 class Objects:
-    """Images of a folder and their objects, in arrays: a million objects cost a worker nothing.
+    """Images of a folder and their objects, in arrays, so a million objects cost a worker nothing.
 
-    objects(i): boxes (n, 4) float32, x1 y1 x2 y2 with x2 and y2 exclusive, from 0; labels (n,) int64 from 1;
-    difficult and crowd (n,) bool. wide (N,) bool: broader than high. rows: [(path, (width, height), [(box,
-    label, difficult, crowd, outline as JSON)])]. empty: images without an object stay; else those whose
-    objects are all crowds are left out too. Objects without area are left out, and counted.
+    objects(i): boxes (n, 4) float32 in pixels from 0, x1 y1 x2 y2, x2 and y2 exclusive; labels (n,) int64
+    from 1; difficult and crowd (n,) bool. wide (N,) bool: width >= height. rows: [(path, (width, height),
+    [(box, label, difficult, crowd, outline as JSON)])]. empty: keep images without objects; otherwise images
+    without objects, or with crowds only, are left out. Objects without area are left out, with a warning.
 
     Raises DataError if no image is left, or if files are missing.
     """
@@ -66,8 +66,8 @@ class Objects:
 
 
 def open_voc(spec):
-    """(training, held-out) images: trainval of VOC 2007 and 2012, and test of 2007. spec: VOCdevkit, or the
-    folder around it. Boxes in the files count from 1 and include their last row and column."""
+    """Returns (training, held-out) images: trainval of VOC 2007 and 2012, and test of 2007. spec: VOCdevkit,
+    or the folder around it. Boxes in the files count from 1 and include their last row and column."""
     devkit = next((folder for folder in (Path(spec), Path(spec, "VOCdevkit"))
                    if (folder / "VOC2007" / "ImageSets" / "Main").is_dir()), None)
     if devkit is None or not (devkit / "VOC2012" / "ImageSets" / "Main").is_dir():
@@ -101,7 +101,7 @@ def _voc_rows(devkit, year, split):
             size = [int(tree.findtext(f"size/{side}")) for side in ("width", "height")]
             objects = []
             for item in tree.iter("object"):
-                # some are written as decimals
+                # some coordinates are decimals
                 x1, y1, x2, y2 = (float(item.findtext(f"bndbox/{edge}"))
                                   for edge in ("xmin", "ymin", "xmax", "ymax"))
                 difficult = item.findtext("difficult") == "1"
@@ -111,8 +111,8 @@ def _voc_rows(devkit, year, split):
 
 
 class Coco(Objects):
-    """A split of COCO. Classes are numbered 1 .. by their ids, which have gaps: ids[label - 1] is the way
-    back. Crowds, which are no single objects, are among the objects; numbers: the ids of the images."""
+    """A split of COCO. Labels number the categories from 1 in the order of their ids, which have gaps:
+    ids[label - 1] is a label's id. objects(i) include crowds, groups of objects. numbers: the images' ids."""
 
     def __init__(self, root, file, folder, empty):
         with border(DataError, f"{file} cannot be read"):
@@ -135,7 +135,7 @@ class Coco(Objects):
         self.ids, self.file = [i for i, _ in classes], str(file)
 
     def masks(self, i, chosen):
-        """(n, H, W) bool of the objects of image i that chosen (its objects,) bool says."""
+        """Returns masks (n, H, W) bool of the objects of image i for which chosen (its objects,) is True."""
         from pycocotools import mask
 
         width, height = self.sizes[i]
@@ -143,14 +143,14 @@ class Coco(Objects):
         for row, k in zip(masks, np.flatnonzero(chosen) + self.ends[i]):
             text = self.outlines[self.outline_ends[k] : self.outline_ends[k + 1]]
             outline = json.loads(text.numpy().tobytes())
-            if isinstance(outline, list) or isinstance(outline["counts"], list):  # polygons; lengths of runs
+            if isinstance(outline, list) or isinstance(outline["counts"], list):  # polygons; run lengths
                 outline = mask.frPyObjects(outline, height, width)
             row[:] = mask.decode(mask.merge(outline) if isinstance(outline, list) else outline)
         return masks
 
 
 def open_coco(spec):
-    """(training, held-out) images: train2017 and val2017."""
+    """Returns (training, held-out) images of COCO: train2017 and val2017."""
     require_pycocotools()
     return tuple(Coco(spec, Path(spec, "annotations", f"instances_{split}.json"), split, empty)
                  for split, empty in (("train2017", False), ("val2017", True)))

@@ -1,6 +1,6 @@
-"""Code of the user's own: the images of `--data package.module:function`, the trunk of `--arch` likewise.
+"""Runs the user's own code: images of `--data package.module:function`, a trunk of `--arch` likewise.
 
-Only what was typed on the command line is imported, never what a file names.
+Imports only what was typed on the command line, never what a file names.
 """
 
 import contextlib
@@ -18,12 +18,12 @@ from PIL import Image
 from ..engine.errors import ArgumentError, DataError, UserError
 from .files import _Paths, _to_rgb, deep_pixels
 
-LABELS = 1_000_000  # so many there can be, as in a list
+LABELS = 1_000_000  # most classes there can be, as in a list
 
 
 def call(spec, kind, **arguments):
-    """What the function of `spec` returns. Of the arguments it is given those that it takes. Raises an error
-    of `kind`; what was raised in the user's code has its traceback below the line."""
+    """Calls the function of `spec` with those arguments that it takes, and returns its result. Raises an
+    error of class `kind`. An exception in the user's code adds its traceback below the first line."""
     module, _, name = spec.partition(":")
     with _users(spec, kind):
         if os.getcwd() not in sys.path:
@@ -37,7 +37,7 @@ def call(spec, kind, **arguments):
 
 @contextlib.contextmanager
 def _users(spec, kind):
-    """Around code of the user's: what it raises becomes an error of `kind`, with its traceback."""
+    """Wraps the user's code. An exception in it becomes an error of class `kind`, with its traceback."""
     try:
         yield
     except UserError:
@@ -51,7 +51,7 @@ def _users(spec, kind):
 
 
 def _words(error):
-    """An error in a line, and below it the traceback without what is not the user's."""
+    """Returns an error in one line, and below it the traceback of the user's code."""
     told = traceback.TracebackException.from_exception(error)
     ours = (__file__, importlib.__file__)
     told.stack = traceback.StackSummary.from_list(
@@ -61,18 +61,18 @@ def _words(error):
 
 
 class Own:
-    """The images of a function: what it returns has len(), and read(i) -> PIL image, or [i] -> PIL image or a
-    tuple that begins with one; maybe labels or targets, classes, paths.
+    """The images of a user's function. What it returns has len(), and read(i) -> PIL image, or [i] -> PIL
+    image or a tuple that begins with one; optionally labels or targets, classes, paths.
 
-    It is never sent to another process: each calls the function itself, a forked one too, so files that it
-    opened are its own.
+    What it returns is never sent to another process. Each process, a forked one too, calls the function
+    itself, so that it has open files of its own.
     """
 
     range, exif = (), False  # see open_images
 
     def __init__(self, spec):
         self.spec = where = str(spec)
-        self._made, self._said = {}, None  # what the function returned, by process; which has shown an error
+        self._made, self._said = {}, None  # {process: function's result}; process that showed an error
         with _users(where, DataError):
             self._describe(call(where, DataError), where)
 
@@ -110,7 +110,7 @@ class Own:
 
     @property
     def images(self):
-        """What the function returned in this process. A parent's is kept: closing it may not be a child's."""
+        """What the function returned in this process. A parent's is kept: deleting it could close files."""
         if os.getpid() not in self._made:
             images = call(self.spec, DataError)
             if len(images) != self.n:
@@ -123,15 +123,15 @@ class Own:
         return f"{self.spec}/{i:06d}" if paths is None else str(paths[i])
 
     def read(self, i):
-        """Image i as RGB."""
+        """Returns image i as RGB."""
         return _to_rgb(self._image(i), self.range, self.exif)
 
     def sample(self, i):
-        """Some pixels, if it is grey of more than 8 bits; else None."""
+        """Returns some pixels of image i if it is grey with more than 8 bits, else None."""
         return deep_pixels(self._image(i))
 
     def _image(self, i):
-        """Image i as the user has it. The first error of each process is shown, on stderr."""
+        """Returns image i as the user's code gives it. Prints the first error of each process on stderr."""
         try:
             images = self.images
             image = images.read(i) if hasattr(images, "read") else images[i]
@@ -151,7 +151,7 @@ class Own:
 
 
 def _checked(labels, n, where):
-    """Labels as (N,) int64."""
+    """Returns labels as (N,) int64. Raises DataError."""
     try:
         found = np.asarray(labels)
     except ValueError:  # lists of several lengths
@@ -164,8 +164,8 @@ def _checked(labels, n, where):
 
 
 def trunk(spec, width, stem):
-    """The trunk that a function makes, given width and stem if it takes them: an nn.Module, (B, 3, s, s) ->
-    (B, feature_dim). Raises ArgumentError."""
+    """Returns the trunk that a user's function makes: an nn.Module, (B, 3, s, s) -> (B, feature_dim). The
+    function gets width and stem if it takes them. Raises ArgumentError."""
     made = call(spec, ArgumentError, width=width, stem=stem)
     if not isinstance(made, torch.nn.Module) or not isinstance(getattr(made, "feature_dim", None), int):
         needed = "an nn.Module with feature_dim, a whole number, is needed"
@@ -175,8 +175,8 @@ def trunk(spec, width, stem):
 
 @torch.no_grad()
 def check(made, spec, sizes, device):
-    """Raises ArgumentError unless a trunk on the device makes (B, feature_dim) of images of these sizes. Puts
-    it into eval mode."""
+    """Raises ArgumentError unless a trunk on the device maps images of these sizes to (B, feature_dim).
+    Leaves the trunk in eval mode."""
     made.eval()
     wanted = 2, made.feature_dim
     for size in sizes:

@@ -1,4 +1,4 @@
-"""Arrays in one file, which every process of a node maps: it is in the node's memory once."""
+"""Stores arrays in one file. The processes of a node memory-map it, so it is in memory only once."""
 
 import json
 
@@ -10,7 +10,7 @@ MAGIC, ALIGNED = b"packed-1", 64
 
 
 def save(file, arrays, about):
-    """Writes arrays, {name: (n,)}, and about, a dict for JSON, to an open file."""
+    """Writes arrays, {name: (n,)}, and about, a dict that JSON can hold, to an open file."""
     places, end = {}, 0
     for name, array in arrays.items():
         places[name] = [array.dtype.str, len(array), end]
@@ -25,8 +25,8 @@ def save(file, arrays, about):
 
 
 def mapped(path):
-    """(arrays, about) that `save` wrote. What is read stays in the page cache, which processes share; what is
-    written into an array stays in this process. Raises DataError if it is no such file, or not whole."""
+    """Memory-maps the (arrays, about) that `save` wrote. Processes share the pages that they read. What is
+    written into an array stays in this process. Raises DataError if it is no such file, or incomplete."""
     with border(DataError, f"{path} is not an index of images, or damaged: delete it"):
         with open(path, "rb") as file:
             if file.read(8) != MAGIC:

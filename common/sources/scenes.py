@@ -1,4 +1,4 @@
-"""The embedded scenes: drawn objects with their boxes, masks and a map of labels."""
+"""Draws the embedded scenes: objects with their boxes, masks and a label map."""
 
 import functools
 
@@ -9,14 +9,14 @@ from ..engine.errors import DataError
 from .shapes import Shapes, count, lit, outline
 
 SIZE = 64
-SMALLEST = 16  # visible pixels that an object has at least
+SMALLEST = 16  # least number of visible pixels of an object
 
 
 class Scenes:
-    """One to three objects of six classes, those of Shapes that have an outline, drawn on the fly: 64x64
-    pixels, a function of (split, index) alone. Later objects lie over earlier ones, the border cuts some.
-
-    2,000 scenes to train on and 400 held out; "scenes:N" has N and N / 5. Labels are 1 .. 6, 0 is background.
+    """Scenes of 64x64 pixels, drawn on the fly as a function of (split, index) alone. Each has one to three
+    objects of the six classes of Shapes that have an outline. Later objects cover earlier ones, and the
+    border cuts some. There are 2,000 training and 400 held-out scenes; "scenes:N" has N and N / 5. Labels are
+    1 .. 6, and 0 is background.
     """
 
     classes = Shapes.classes[:6]
@@ -34,13 +34,13 @@ class Scenes:
         return Image.fromarray(drawn(i, self.split)[0])
 
     def label_map(self, i):
-        """(64, 64) uint8; 255 where an outline passes: which side such a pixel is on cannot be seen."""
+        """Returns (64, 64) uint8. Pixels on an outline are 255, ignored: their side cannot be seen."""
         return drawn(i, self.split)[1].copy()
 
     def objects(self, i):
-        """Arrays of the n objects, the lowest first: masks (n, 64, 64) bool of what is visible, boxes (n, 4)
-        float32 around it, x1 y1 x2 y2 with x2 and y2 exclusive, labels (n,) int64; difficult and crowd (n,)
-        bool, all False."""
+        """Returns arrays of the n objects, the lowest first: masks (n, 64, 64) bool of the visible pixels;
+        boxes (n, 4) float32 around these, x1 y1 x2 y2, x2 and y2 exclusive; labels (n,) int64; difficult and
+        crowd (n,) bool, all False."""
         _, _, owner, labels = drawn(i, self.split)
         masks = owner == np.arange(1, len(labels) + 1)[:, None, None]  # (n, 64, 64)
         boxes, none = np.array([box(mask) for mask in masks], np.float32), np.zeros((2, len(labels)), bool)
@@ -52,25 +52,25 @@ def box(mask):
     return columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
 
 
-@functools.lru_cache(1 << 12)  # once, not once an epoch
+@functools.lru_cache(1 << 12)  # drawn once, not once per epoch
 def drawn(i, split):
-    """(pixels (64, 64, 3), label map (64, 64), owner (64, 64) uint8, labels (n,)); owner: which object is
-    visible, 1 .. n, or 0."""
+    """Returns pixels (64, 64, 3), label map (64, 64) and owner (64, 64), all uint8, and labels (n,) int64.
+    owner: number 1 .. n of the object that is visible, 0 for none."""
     rng = np.random.default_rng((i, split == "val", SIZE))
     objects = [place(rng) for _ in range(rng.integers(1, 4))]
-    for number in reversed(range(len(objects))):  # without those that others hide
+    for number in reversed(range(len(objects))):  # deletes those that others hide
         above = np.any([distance < 0 for _, _, distance in objects[number + 1 :]], axis=0)
         if ((objects[number][2] < 0) & ~above).sum() < SMALLEST:
             del objects[number]
 
     def colour():
-        return rng.uniform(0.1, 0.9) + rng.normal(0, 0.1, 3)  # brightness says more than tint, as in Shapes
+        return rng.uniform(0.1, 0.9) + rng.normal(0, 0.1, 3)  # mostly brightness, little tint: see Shapes
 
     image = np.broadcast_to(colour(), (SIZE, SIZE, 3))
     label_map, owner = np.zeros((2, SIZE, SIZE), np.uint8)
     for number, (label, (y, x), distance) in enumerate(objects, 1):
         figure = colour()
-        while abs(figure - image[int(y), int(x)]).sum() < 0.8:  # visible
+        while abs(figure - image[int(y), int(x)]).sum() < 0.8:  # until it is visible
             figure = colour()
         image = image + np.clip(0.5 - distance, 0, 1)[..., None] * (figure - image)  # anti-aliased
         owner[distance < 0] = number
@@ -80,7 +80,7 @@ def drawn(i, split):
 
 
 def place(rng):
-    """An object: its label, its centre (y, x), and how far each pixel is from its outline, below 0 inside."""
+    """Draws an object's label, centre (y, x), and pixels' distances from its outline, negative inside."""
     label, radius, angle = rng.integers(6), SIZE * rng.uniform(0.14, 0.26), rng.uniform(-0.5, 0.5)
     centre = rng.uniform(0.7 * radius, SIZE - 0.7 * radius, 2)
     y, x = (np.mgrid[:SIZE, :SIZE] + 0.5 - centre[:, None, None]) / radius
@@ -89,7 +89,7 @@ def place(rng):
 
 
 def open_scenes(spec):
-    """(training, held-out) drawn scenes. spec: "", "scenes" or "scenes:N"."""
+    """Returns (training, held-out) drawn scenes. spec: "", "scenes" or "scenes:N"."""
     name, colon, number = spec.partition(":")
     if name not in ("", "scenes"):
         raise DataError(f"--data {spec}: this preset is for scenes, or scenes:N for N of them")

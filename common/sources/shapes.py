@@ -1,4 +1,4 @@
-"""The embedded images: ten classes of drawn shapes and textures."""
+"""Draws the embedded images: ten classes of shapes and textures."""
 
 import functools
 
@@ -10,11 +10,11 @@ from ..engine.errors import DataError
 
 
 class Shapes:
-    """Ten classes of form or texture, drawn on the fly: 32x32 pixels, a function of (split, index) alone.
+    """Images of 32x32 pixels in ten classes, drawn on the fly as a function of (split, index) alone.
 
     Brightness, tint, place, size, rotation, background and noise are drawn independently of the class, so raw
-    pixels and a random network say little about it. 5,000 images to train on and 1,000 held out; "shapes:N"
-    has N and N / 5.
+    pixels and a random network say little about it. There are 5,000 training and 1,000 held-out images;
+    "shapes:N" has N and N / 5.
     """
 
     classes = ("disc", "square", "triangle", "cross", "ring", "star", "stripes", "checks", "dots", "waves")
@@ -33,21 +33,21 @@ class Shapes:
         return drawn(i, self.split)
 
 
-@functools.lru_cache(1 << 14)  # once, not once an epoch
+@functools.lru_cache(1 << 14)  # drawn once, not once per epoch
 def drawn(i, split):
     return Image.fromarray(draw_shape(i % 10, np.random.default_rng((i, split == "val"))))
 
 
 def draw_shape(label, rng, size=32):
-    """One image of class `label` (see Shapes.classes) as (size, size, 3) uint8, its nuisances drawn from
-    rng."""
+    """Draws an image of class `label` (see Shapes.classes): (size, size, 3) uint8. rng decides everything but
+    the class."""
     y, x = np.mgrid[:size, :size] / (size - 1) * 2 - 1  # -1 .. 1
     angle = rng.uniform(-0.8, 0.8)
     scale = rng.uniform(0.55, 0.8)
     x, y = (x - rng.uniform(-0.35, 0.35)) / scale, (y - rng.uniform(-0.35, 0.35)) / scale
     u, v = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
     frequency, phase = rng.uniform(5.5, 8.5), rng.uniform(0, 2 * np.pi, 2)
-    # Signed distance: below 0 inside.
+    # Signed distance from the outline: negative inside.
     if label < 6:
         distance = outline(label, u, v)
     elif label == 6:
@@ -60,15 +60,15 @@ def draw_shape(label, rng, size=32):
         distance = np.sin(frequency * (u + 0.35 * np.sin(3.5 * v + phase[1])) + phase[0]) * 0.2
     inside = np.clip(0.5 - distance * scale * size / 2, 0, 1)[..., None]  # one pixel of anti-aliasing
     ground, figure = rng.uniform(0.1, 0.9, 2)
-    while abs(ground - figure) < 0.35:  # visible
+    while abs(ground - figure) < 0.35:  # until it is visible
         ground, figure = rng.uniform(0.1, 0.9, 2)
-    # Brightness says more than tint: images of strong colours are told apart by colour alone.
+    # Mostly brightness, little tint: with strong colours, colour alone would tell images apart.
     ground, figure = ground + rng.normal(0, 0.1, 3), figure + rng.normal(0, 0.1, 3)
     return lit(ground + inside * (figure - ground), rng)
 
 
 def outline(label, u, v):
-    """Signed distance of points from the outline of class `label`, one of the first six; below 0 inside."""
+    """Returns signed distances of points u, v from the outline of class `label`, 0 to 5; negative inside."""
     radius = np.hypot(u, v)
     if label == 0:
         return radius - 0.9
@@ -84,7 +84,7 @@ def outline(label, u, v):
 
 
 def lit(image, rng):
-    """The image (s, s, 3) in 0 .. 1 under light that changes across it, with noise, as uint8."""
+    """Adds uneven light and noise to an image (s, s, 3) in 0 .. 1. Returns it as uint8."""
     size = len(image)
     slope = np.outer(np.linspace(-1, 1, size), rng.normal(0, 0.2, 3))
     shade = slope[:, None] + np.outer(np.linspace(-1, 1, size), rng.normal(0, 0.2, 3))[None]

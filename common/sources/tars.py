@@ -1,4 +1,4 @@
-"""Images in tar files, read in place: an index says where each lies."""
+"""Reads images in tar files in place: an index says where each lies."""
 
 import functools
 import hashlib
@@ -21,13 +21,13 @@ from ..engine.files import writing
 from .files import EXTENSIONS, FOREIGN, Files
 from .lists import number_labels
 
-SECONDS = 10  # between lines that say how far an index has come
+SECONDS = 10  # between progress lines while an index is made
 LARGEST_RANGE = 1_000_000
 LARGEST_LABEL = 2**20  # bytes of a .json or .cls member
 
 
 class Tars(Files):
-    """Images of tar files: their names, labels and places are packed into arrays, as those of Files are."""
+    """A set of images in tar files. Names, labels and places are packed into arrays, as in Files."""
 
     def source(self, i):
         shard, offset, size = (int(self._arrays[name][i]) for name in ("shard", "offset", "size"))
@@ -35,11 +35,11 @@ class Tars(Files):
 
 
 def _member(path, offset, size):
-    file = _opened(path)  # held, or another thread's turn in the cache might close it
+    file = _opened(path)  # a reference: another thread may evict, and so close, it
     try:
         return io.BytesIO(os.pread(file.fileno(), size, offset))
     except OSError:
-        _opened.cache_clear()  # a network file system may want it opened anew
+        _opened.cache_clear()  # on a network file system, opening it again may help
         raise
 
 
@@ -49,8 +49,8 @@ def _opened(path):
 
 
 def shards_of(spec):
-    """The tars that "a.tar" or "shards-{000000..000146}.tar" names, or that lie in a folder; none if it holds
-    images or folders, too."""
+    """Returns the tars that "a.tar" or "shards-{000000..000146}.tar" names, or that lie in a folder. Returns
+    none for a folder that holds images or folders, too."""
     if Path(spec).is_dir():
         entries = [entry for entry in os.scandir(spec)
                    if not entry.name.startswith(".") and entry.name not in FOREIGN]
@@ -68,14 +68,13 @@ def shards_of(spec):
 
 
 def open_tars(shards, index=""):
-    """The images of tar files as a set, in the order that they lie in.
+    """Opens the images in tar files as a set, in the order in which they lie there.
 
-    Images whose members share a stem with a .cls member, or with a .json one that has a "label", are labelled
-    by it, as WebDataset writes them. Otherwise the class is the first folder in the names that not all of
-    them share, or the name of the inner tar, where tars lie in a tar; no labels if images lie in no such
-    folder.
-    index: a folder that keeps the index, under a name that the sizes and times of the shards decide.
-    Raises DataError for what is no whole, uncompressed tar, or holds no images.
+    In WebDataset's format, a .cls member, or a "label" in a .json member, labels the images of the same stem.
+    Otherwise an image's class is the first folder of its name that is not shared by all images. If tars lie
+    inside a tar, it is the name of the inner tar. There are no labels if some image has no such folder.
+    index: folder that keeps the index, in a file named by the shards' paths, sizes and times.
+    Raises DataError if a file is not a complete, uncompressed tar, or if there are no images.
     """
     state = []
     for shard in shards:
@@ -93,7 +92,7 @@ def open_tars(shards, index=""):
     images = _Scan(state).images()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Other nodes may write the same one: each under a name of its own, until it is whole.
+        # Other nodes may write the same file, so each uses a name of its own until its file is complete.
         partial = path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}")
         with writing(partial) as file:
             images.save(file)
@@ -105,14 +104,14 @@ def open_tars(shards, index=""):
 
 
 class _Scan:
-    """Reads the headers of tars, one after another. A sample is what shares folder and stem, one after
-    another."""
+    """Reads the headers of tars, one after another. A sample is a run of members with the same folder and
+    stem."""
 
     def __init__(self, shards):
         self.shards, self.names, self.left = shards, bytearray(), Counter()
         self.rows = {"ends": array("q"), "shard": array("i"), "offset": array("q"), "size": array("q")}
-        self.folder, self.folders = array("i"), {}  # of each image, and the number of each
-        self.kind, self.kinds = array("i"), {}  # of each image what its label says, and the number of each
+        self.folder, self.folders = array("i"), {}  # folder number of each image; {folder: number}
+        self.kind, self.kinds = array("i"), {}  # label number of each image; {label: number}
         self.nested, self.said = False, time.monotonic()
         for number, (path, size, _) in enumerate(shards):
             self.sample, self.found, self.labels = None, [], []
@@ -120,12 +119,12 @@ class _Scan:
                 self.walk(file, number, path, 0, size)
 
     def walk(self, file, number, where, start, end, inner=()):
-        """The tar between start and end of a file. inner: its name, if it lies in another."""
+        """Reads the tar between bytes start and end of a file. inner: its name, if it lies in another tar."""
         file.seek(start)
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 while member := tar.next():
-                    tar.members = []  # or it would keep a million
+                    tar.members = []  # else it would keep a million
                     if member.size < 0:
                         raise DataError(f"{where} is damaged: {member.name!r:.200} has {member.size} bytes")
                     if member.isreg() and not member.issparse() and member.offset_data + member.size > end:
@@ -136,8 +135,8 @@ class _Scan:
                 if tar.offset + 512 > end or file.read(512).strip(b"\0"):
                     raise DataError(f"{where} is cut off or damaged at byte {tar.offset}")
         except tarfile.TarError as error:
-            raise DataError(f"{where} is no tar, or a packed or damaged one, and only a tar as it is can be "
-                            f"read in place: {reason(error)}") from None
+            raise DataError(f"{where} is no tar, or a compressed or damaged one; only an uncompressed tar "
+                            f"can be read in place: {reason(error)}") from None
 
     def member(self, file, number, where, member, inner):
         parts = [part for part in member.name.split("/") if part not in ("", ".")]
@@ -172,11 +171,11 @@ class _Scan:
             say(f"index of {where}: {len(self.kind):,} images so far")
 
     def end_sample(self, file, number, where):
-        """Takes the images of a sample, whose members have all been seen."""
+        """Stores the images of a sample, once all its members have been read."""
         labels = [self.read_label(file, where, member) for member in self.labels if self.found]
         label = next((label for label in labels if label is not None), None)
         kind = -1 if label is None else self.kinds.setdefault(label, len(self.kinds))
-        # in a labelled sample STEM.mask.png is no image beside STEM.jpg
+        # In a labelled sample with STEM.jpg, STEM.mask.png is not an image of the set.
         apart = label is not None and any(whole for whole, *_ in self.found)
         for whole, name, member in self.found:
             if whole or not apart:
@@ -189,7 +188,7 @@ class _Scan:
         self.found, self.labels = [], []
 
     def read_label(self, file, where, member):
-        """The label of a sample in its .cls or .json member, or None: a .json may hold other things."""
+        """Returns the label in a .cls or .json member, or None: a .json may hold other things."""
         with border(DataError, f"{where}: the label in {member.name!r:.200} cannot be read"):
             if member.size > LARGEST_LABEL:
                 raise ValueError(f"it has {member.size} bytes")
@@ -202,7 +201,7 @@ class _Scan:
         return None if text is None else str(text).strip()
 
     def images(self):
-        """The set of what was found."""
+        """Returns the images found as a set."""
         first, many = self.shards[0][0], len(self.shards) - 1
         what = first + f" and {many} more" * (many > 0)
         left = ", ".join(f"{count} {kind}" for kind, count in self.left.most_common(5))

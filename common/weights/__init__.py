@@ -1,6 +1,6 @@
-"""Other projects' checkpoints in, ours out; `python -m common.weights FILE` says what a file is.
+"""Reads checkpoints of any known project, exports ours. `python -m common.weights FILE` describes a file.
 
-No training run imports it at its start.
+Training scripts import it only when needed: for --init-from, or SeLa's pre-activation ResNet.
 """
 
 from ..engine.checkpoint import export_backbone

@@ -1,10 +1,10 @@
-"""Says what a checkpoint is, of a run or of another project, and writes it as others read it.
+"""Describes a checkpoint of a run or of another project, and converts it for other projects.
 
     python -m common.weights swav_800ep_pretrain.pth.tar
     python -m common.weights --list                        # checkpoints that projects have released, by name
     python -m common.weights released:swav_800ep           # downloads it the first time
     python -m common.weights runs/swav --to detectron2 --out swav.pkl
-    python -m common.weights runs/swav --features ~/photos --out features.npz   # of images, labels or not
+    python -m common.weights runs/swav --features ~/photos --out features.npz   # labels are not needed
 """
 
 import hashlib
@@ -44,19 +44,19 @@ def arguments(argv=None):
     parser.add_argument("--list", action="version", version=released.table(),
                         help="print the names, addresses and licences of released checkpoints, and stop")
     parser.add_argument("--to", choices=("torchvision", "safetensors", "detectron2", "model"),
-                        help="write a backbone.pt (torchvision's names, and heads where there are some), the "
-                             "trunk as safetensors, a .pkl for detectron2, or a torchvision network with a "
+                        help="write a backbone.pt (torchvision's names, with any heads), the trunk as "
+                             "safetensors, a .pkl for detectron2, or (model) a torchvision network with a "
                              "cluster head as its fc and the training images' clusters as L")
     parser.add_argument("--features", default="", metavar="DATA",
                         help="write features of images (a folder, list or set) to an .npz file: features (N, "
                              "D) float32, NaN where an image cannot be read, paths (N,), info as JSON; "
-                             "torchrun shares the images out")
-    parser.add_argument("--out", default="", metavar="FILE", help="where to")
+                             "torchrun splits the images over processes")
+    parser.add_argument("--out", default="", metavar="FILE", help="file to write")
     parser.add_argument("--head", type=int, default=0, help="the head that --to model takes (default: 0)")
     parser.add_argument("--arch", default="", metavar="MODULE:FUNCTION",
-                        help="the function of your own that makes the trunk, if it is of one")
+                        help="your own function that makes the trunk, if the file is of such a trunk")
     parser.add_argument("--trust-pickle", action="store_true",
-                        help="run the code that an old file may hold: only if you trust its origin")
+                        help="run code that an old file may contain: only if you trust its origin")
     return parser.parse_args(argv)
 
 
@@ -99,8 +99,8 @@ def main(args):
 
 
 def write_features(args):
-    """Features of a set of images, by the trunk, from the ranks' shares into one file."""
-    device, all_of_it = distributed.start(), Path(args.features).is_dir()  # also where it holds a train/
+    """Computes the trunk's features of a set of images, split over ranks, and writes them to one file."""
+    device, all_of_it = distributed.start(), Path(args.features).is_dir()  # even if it holds a train/
     what = args.file, args.trust_pickle, args.arch
     trunk, info = load_backbone(*what) if args.arch else distributed.from_main(load_backbone, *what)
     images = distributed.from_first(data.open_images, args.features, "" if all_of_it else "train", "",
@@ -111,7 +111,7 @@ def write_features(args):
     rows, _ = features.extract(trunk.to(device, memory_format=torch.channels_last), images, info["resize"],
                                info["size"], device, info.get("mean", MEAN), info.get("std", STD), workers=-1,
                                precision=autocast_dtype("auto", device), bad=bad)
-    rows = distributed.gather_on_main(rows.float().cpu())  # the others wait, with a rank's rows
+    rows = distributed.gather_on_main(rows.float().cpu())  # all rows on rank 0
     distributed.from_main(_write_features, args.out, rows, images.paths, info)
     bad = int(distributed.all_sum(torch.tensor(len(bad))))
     say(f"written: {args.out}, features ({len(images)}, {rows.shape[1]})"
@@ -124,7 +124,7 @@ def _write_features(path, rows, paths, info):
 
 
 def report(path, model, info, contents):
-    """Prints what a file is, and what of it is used."""
+    """Prints what a file is, and which of its tensors are used."""
     tensors = sum(not name.endswith("num_batches_tracked") for name in contents.trunk)
     millions = sum(parameter.numel() for parameter in model.backbone.parameters()) / 1e6
     print(f"{path}: {info['method']}, {describe(info)}")

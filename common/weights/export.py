@@ -1,4 +1,4 @@
-"""Writes trunks and models as other projects read them."""
+"""Writes trunks and models in the formats of other projects."""
 
 import pickle
 import re
@@ -16,15 +16,15 @@ TO_DETECTRON2 = ((r"^(conv1|bn1)", r"stem.\1"), (r"^layer(\d)", lambda m: f"res{
 
 
 def export_model(path, model, info, head=0, labels=None):
-    """Writes a Model whose clusters are linear in its trunk's features for torchvision alone: {"state_dict",
-    "L"}, the head as `fc`.
+    """Writes a Model for use with torchvision alone: {"state_dict", "info", "L"}, with a head as `fc`. Its
+    clusters must be linear in its trunk's features.
 
         saved = torch.load(path, weights_only=True)
         network = torchvision.models.resnet50(num_classes=K)
         network.load_state_dict(saved["state_dict"])  # network(images).argmax(1) is the cluster
 
-    labels (H, N): the clusters of the training images, which `L` becomes. Raises CheckpointError where
-    torchvision has no such network.
+    labels (H, N): the clusters of the training images, written as `L`. Raises CheckpointError if torchvision
+    has no such network, or if the clusters are not linear; ArgumentError if there is no such head.
     """
     if not torchvision_has(info):
         raise CheckpointError(f"torchvision has no {describe(info)}")
@@ -42,7 +42,7 @@ def export_model(path, model, info, head=0, labels=None):
 
 
 def export_safetensors(path, backbone, info):
-    """Writes a trunk under torchvision's names, and info as text. Needs the package safetensors."""
+    """Writes a trunk as safetensors, with torchvision's names, and info as text. Needs that package."""
     try:
         import safetensors.torch
     except ImportError:
@@ -53,8 +53,8 @@ def export_safetensors(path, backbone, info):
 
 
 def export_detectron2(path, backbone, info):
-    """Writes a ResNet's trunk as the .pkl that detectron2 takes as MODEL.WEIGHTS. `detectron2_options` is
-    what it must be told."""
+    """Writes a ResNet trunk as a .pkl for detectron2's MODEL.WEIGHTS. detectron2 also needs the options of
+    `detectron2_options`. Raises CheckpointError if it has no such network."""
     if not _is_usual(info):
         raise CheckpointError(f"detectron2 has no {describe(info)}")
     state = {}
@@ -68,7 +68,7 @@ def export_detectron2(path, backbone, info):
 
 
 def detectron2_options(info):
-    """The options of detectron2 that belong to an exported trunk."""
+    """Returns the options with which detectron2 must load an exported trunk, as text."""
     stem = int(64 * info["width"])
     mean, std = (str([round(255 * x, 3) for x in info[key]]).replace(" ", "") for key in ("mean", "std"))
     return (f"INPUT.FORMAT RGB MODEL.PIXEL_MEAN {mean} MODEL.PIXEL_STD {std} "
@@ -82,6 +82,6 @@ def torchvision_has(info):
 
 
 def _is_usual(info):
-    """Whether others have this ResNet too, of some width."""
+    """Tells whether other projects have this ResNet, of any width, too."""
     usual = info["arch"] in ("resnet18", "resnet34", "resnet50") and info["stem"] == "imagenet"
     return usual and not info.get("sobel")

@@ -1,4 +1,4 @@
-"""Tells by its keys whose a checkpoint is, and gives its tensors the names used here.
+"""Recognises by its keys which project wrote a checkpoint, and renames its tensors to the names used here.
 
     family                        trunk                             projection, heads
     SwAV, DeepCluster-v2,         module.conv1 ..                   projection_head.N, prototypes or
@@ -13,7 +13,7 @@
     detectron2                    stem.conv1, res2 ..
     torchvision, timm, Lightning, lightly, torch.compile: conv1 .. after any prefix, or children by number
 
-No guess stands: load.py loads strictly, so a file is used only if every tensor of the trunk finds its place.
+A wrong guess does no harm: load.py loads strictly, and uses a file only if every tensor of the trunk fits.
 """
 
 import re
@@ -25,21 +25,21 @@ from .model import find_heads
 
 
 class Refused(ValueError):
-    """A file without a trunk that can be built here. The message goes on after the file's name."""
+    """A file without a trunk that can be built here. The message continues after the file's name."""
 
 
 class Contents(NamedTuple):
     """What a file holds, under the names used here."""
 
-    info: dict  # method (of another project's file: its family), arch, width, stem, channels, sobel
-    trunk: dict  # {name: tensor}: all that might be of the trunk
+    info: dict  # method (for other projects: the family), arch, width, stem, channels, sobel
+    trunk: dict  # {name: tensor}: all that may belong to the trunk
     projection: dict  # {place: {name: tensor}}, maybe empty
     heads: list  # of {"weight": (K, D), maybe "bias": (K,)}
     labels: object = None  # (H, N) clusters of the training images, or None
-    unused: tuple = ()  # keys that are none of these
+    unused: tuple = ()  # keys of all other tensors
 
 
-# Layouts of a trunk, and keys that show them after any prefix: several, for a file that lacks one.
+# Layouts of a trunk, and the keys, after any prefix, that reveal them: several, since a file may lack one.
 LAYOUTS = {
     "resnet": r"layer[34]\.0\.(conv|bn)1\.weight",
     "children": r"[67]\.0\.(conv|bn)1\.weight",
@@ -49,7 +49,7 @@ LAYOUTS = {
     "features": r"features\.[04]\.weight",
 }
 ALEXNETS = ("blocks", "features")
-BLOCKS = {"0": 0, "2": 4, "4": 8, "5": 11, "6": 14}  # VISSL's places of AlexNet's convolutions: the authors'
+BLOCKS = {"0": 0, "2": 4, "4": 8, "5": 11, "6": 14}  # AlexNet's convolutions, {VISSL's index: the authors'}
 RENAMED = {  # to the names of resnet.py, preact.py and alexnet.py
     "children": ((r"^0\.", "conv1."), (r"^1\.", "bn1."), (r"^([4-7])\.", lambda m: f"layer{int(m[1]) - 3}."),
                  ("shortcut", "downsample")),
@@ -61,16 +61,16 @@ RENAMED = {  # to the names of resnet.py, preact.py and alexnet.py
     "blocks": ((r"^_feature_blocks\.([02456])\.([01])", lambda m: f"features.{BLOCKS[m[1]] + int(m[2])}"),),
 }
 TRUNK = re.compile(r"(conv|bn|norm|layer|stem|res|features|_feature_blocks|classifier)\d*\..*")
-# Of two trunks in one file that one is meant whose prefix is made of these: MoCo's encoder_q, no encoder_k.
+# Of several trunks, the one whose prefix consists of these is used: MoCo's encoder_q, not encoder_k.
 PREFIXES = {"", "model", "net", "trunk", "base_model", "_feature_blocks", "backbone", "encoder", "encoder_q",
             "features"}
-RESNETS = {  # whether of bottlenecks, and the blocks of each layer
+RESNETS = {  # (whether the blocks are bottlenecks, number of blocks in each layer)
     (False, 1, 1, 1, 1): "resnet10",
     (False, 2, 2, 2, 2): "resnet18",
     (False, 3, 4, 6, 3): "resnet34",
     (True, 3, 4, 6, 3): "resnet50",
 }
-SOBEL = {  # the filters in front of every trunk with two channels
+SOBEL = {  # the fixed filters in front of a trunk with two input channels
     "0.weight": torch.full((1, 3, 1, 1), 1 / 3),
     "0.bias": torch.zeros(1),
     "1.weight": torch.tensor([[[[1.0, 0, -1], [2, 0, -2], [1, 0, -1]]],
@@ -88,7 +88,7 @@ def _three(least, most):
     return lambda x: isinstance(x, (list, tuple)) and len(x) == 3 and all(map(fine, x))
 
 
-INFO = {  # what a backbone.pt may say of its trunk, beside arch and stem
+INFO = {  # entries of a backbone.pt's info besides arch and stem: (needed, check)
     "method": ("a name", lambda x: isinstance(x, str)),
     "width": ("a number above 0", _within((int, float), 1 / 64, 1e6)),
     "channels": ("3", _within(int, 3, 3)),
@@ -104,8 +104,8 @@ INFO = {  # what a backbone.pt may say of its trunk, beside arch and stem
 
 
 def recognise(saved):
-    """Contents of what torch.load gave. Raises Refused where no trunk is found; on odd content also the
-    errors of odd types."""
+    """Returns the Contents of what torch.load gave. Raises Refused if no trunk is found. Values of unexpected
+    types may raise any other error."""
     if not isinstance(saved, dict):
         raise Refused("is no checkpoint that is known: it holds no names")
     if {"format", "method", "config", "model"} <= saved.keys():
@@ -125,7 +125,7 @@ def recognise(saved):
 
 
 def _written_here(saved, labels):
-    """Contents of what `export_backbone` or `export_model` wrote."""
+    """Returns the Contents of what `export_backbone` or `export_model` wrote."""
     state, info = saved["state_dict"], saved["info"]
     for name, (needed, fine) in INFO.items():
         if name in info and not fine(info[name]):
@@ -138,13 +138,13 @@ def _written_here(saved, labels):
 
 
 def _short(*things):
-    """The first few of what a file holds, in words that stay in one line."""
+    """Returns the first few of the things that a file holds, as one line of text."""
     return ", ".join(f"{str(thing)!r:.60}".strip("'") for thing in things[:5])
 
 
 def _unwrap(saved):
-    """{name: tensor} of what a file wraps its state in. "module" and "_orig_mod", which DataParallel and
-    torch.compile put in, go."""
+    """Returns {name: tensor} without the dicts around it. Drops "module" and "_orig_mod", which DataParallel
+    and torch.compile put into names."""
     if saved.get("type") == "shard_list":
         raise Refused("is one of VISSL's sharded checkpoints: consolidate it there first")
     state = saved
@@ -155,7 +155,7 @@ def _unwrap(saved):
             state.update({f"heads.{key}": tensor for key, tensor in part.items()})
     wrappers = ("model_state_dict", "state_dict", "model", "net")
     while key := next((key for key in wrappers if isinstance(state.get(key), dict)), None):
-        state = state.pop(key)  # taken out: a dict may hold itself
+        state = state.pop(key)  # pop: a dict may contain itself
     tensors = {}
     for key, tensor in state.items():
         if isinstance(key, str) and hasattr(tensor, "shape"):  # NumPy's too
@@ -170,7 +170,7 @@ def _unwrap(saved):
 
 
 def _find_trunk(state):
-    """(layout, prefix) of the one trunk in a state."""
+    """Returns (layout, prefix) of the only trunk in a state. Raises Refused."""
     for layout, pattern in LAYOUTS.items():
         matches = [re.fullmatch(rf"(?P<prefix>(?:.*\.)?){pattern}", key) for key in state]
         found = sorted({match["prefix"] for match in matches if match})
@@ -183,8 +183,8 @@ def _find_trunk(state):
 
 
 def _split(state, layout, prefix, fc_is_head):
-    """(trunk, all else), {name: tensor} each, under the names used here."""
-    # MoCo's fc is a projection, one with labels beside it SeLa's head; any other's classes are no clusters
+    """Splits a state into the trunk and the rest: {name: tensor} each, under the names used here."""
+    # MoCo's fc is a projection head, and one with labels beside it SeLa's head; any other is a classifier.
     fc = "projection_head" if "encoder_q." in prefix else "top_layer" if fc_is_head else "fc"
     trunk, rest = {}, {}
     for key, tensor in state.items():
@@ -202,7 +202,7 @@ def _split(state, layout, prefix, fc_is_head):
 
 
 def _drop_sobel(rest):
-    """Takes Sobel filters out of a state. Raises Refused unless they are those that trunks have here."""
+    """Removes Sobel filters from a state. Raises Refused if they differ from those used here."""
     for key in list(rest):
         if match := re.search(r"(?:^|\.)sobel\.([01]\.(?:weight|bias))$", key):
             tensor, right = rest.pop(key), SOBEL[match[1]]
@@ -211,7 +211,7 @@ def _drop_sobel(rest):
 
 
 def _family(saved, state, layout, prefix, labels):
-    """Whose file it is. A name alone: nothing depends on it but the last ReLU of an AlexNet."""
+    """Names the project of a file: for messages, `released.check` and the last ReLU of an AlexNet."""
 
     def has(pattern):
         return any(re.match(pattern, key) for key in state)
@@ -238,7 +238,7 @@ def _family(saved, state, layout, prefix, labels):
 
 
 def _architecture(trunk, layout):
-    """arch, width, stem, channels and sobel of a trunk, read off its shapes."""
+    """Reads arch, width, stem, channels and sobel of a trunk off its shapes."""
     first = "features.0.weight" if layout in ALEXNETS else "conv1.weight"
     if first not in trunk:
         others = [name for name in sorted(trunk) if not name.startswith("layer")]

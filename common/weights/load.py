@@ -1,4 +1,4 @@
-"""Reads trunks and models out of files, whoever wrote them: families.py knows the layouts."""
+"""Loads trunks and models from the files of many projects. families.py knows their layouts."""
 
 import hashlib
 import pickle
@@ -23,29 +23,29 @@ class HeadsDoNotFit(CheckpointError):
 
 
 def load_backbone(path, trust_pickle=False, arch=""):
-    """(trunk in eval mode, info) of a run directory, a backbone.pt, or the checkpoint of another project:
-    families.py lists them, and released.py those that have a name, "released:swav_800ep".
+    """Loads (trunk in eval mode, info) from a run directory, a backbone.pt, or another project's checkpoint.
+    families.py lists these projects, and released.py the files with a name, such as "released:swav_800ep".
 
-    Every weight of the trunk must be in the file, of its shape, finite, and the other way round; else
-    CheckpointError names some. Counters of batch norm may be missing. trust_pickle: run the code that an old
-    file may hold; without it none ever is. arch: "package.module:function" makes the trunk, which no file may
-    say.
+    The file must have exactly the weights of the trunk, of the same shapes and finite; else CheckpointError
+    names some that differ. Batch-norm counters may be missing. trust_pickle: allow running code that an old
+    file may contain; otherwise none ever runs. arch: "package.module:function" that makes the trunk, which
+    must be given here, since no file may name code.
     """
     return open_trunk(path, trust_pickle, arch)[:2]
 
 
 def load_model(path, trust_pickle=False, arch=""):
-    """(Model in eval mode, info) of a run directory, whose weights are those of its checkpoint.pt, or of any
-    file that `load_backbone` reads.
+    """Loads (Model in eval mode, info) from a run directory, with the weights of its checkpoint.pt, or from
+    any file that `load_backbone` reads.
 
-    Where the method or the file has none, projection_head is None and heads are empty.
+    If the method or the file has none, projection_head is None and heads is empty.
     """
     return open_model(path, trust_pickle, arch)[:2]
 
 
 def load_trunk(path, run):
-    """State dict of the trunk at path (see load_backbone), which must be of the arch, width, stem and input
-    in a run's info."""
+    """Returns the state dict of the trunk at path (see load_backbone). Raises CheckpointError if its arch,
+    width, stem or sobel differs from a run's info."""
     trunk, info = load_backbone(path, arch=run["arch"] if OWN.fullmatch(run["arch"]) else "")
     for name in ("arch", "width", "stem", "sobel"):
         there, here = info.get(name, False), run.get(name, False)
@@ -55,7 +55,7 @@ def load_trunk(path, run):
 
 
 def build_backbone(info, arch=""):
-    """A trunk with random weights, of the architecture that info names, or of the user's own `arch`."""
+    """Builds a trunk with random weights, of the architecture in info, or by the user's function `arch`."""
     if arch:
         return own.trunk(arch, info.get("width", 1.0), info.get("stem", "imagenet"))
     arch, sobel = info["arch"], info.get("sobel", False)
@@ -70,13 +70,13 @@ def build_backbone(info, arch=""):
 
 
 def describe(info):
-    """The network that info names, in words."""
+    """Returns the network in info in words."""
     width, sobel = info.get("width") or 1, " with Sobel" if info.get("sobel") else ""
     return f"{info['arch']} x{width:g}{sobel}, {info.get('stem')} stem"
 
 
 def checksum(trunk):
-    """SHA-256 of a network's tensors, by name: the same, whatever file they come from."""
+    """Returns the SHA-256 of a network's named tensors, the same for any file that holds them."""
     digest = hashlib.sha256()
     for name, tensor in sorted(trunk.state_dict().items()):
         if not name.endswith("num_batches_tracked"):
@@ -85,7 +85,7 @@ def checksum(trunk):
 
 
 def open_trunk(path, trust_pickle=False, arch=""):
-    """(trunk, info, families.Contents) of a run directory or a file. arch: as in `load_backbone`."""
+    """Loads (trunk, info, families.Contents) from a run directory or a file. arch: see `load_backbone`."""
     if arch and not OWN.fullmatch(arch):
         raise ArgumentError(f"--arch {arch}: package.module:function of your own is needed, or no --arch")
     name, path = path, released.local(path)
@@ -105,7 +105,7 @@ def open_trunk(path, trust_pickle=False, arch=""):
             typed = f"--arch {info['arch']:.200}"
             raise CheckpointError(f"{path} is of {typed}, which is code of its own: type {typed}")
         else:
-            with torch.device("meta"):  # costs nothing, whatever size a file says
+            with torch.device("meta"):  # takes no memory, whatever size a file claims
                 _compare(build_backbone(info), contents.trunk, path, info)
             trunk = build_backbone(info)
         _fill(trunk, contents.trunk, path, info)
@@ -113,7 +113,7 @@ def open_trunk(path, trust_pickle=False, arch=""):
 
 
 def open_model(path, trust_pickle=False, arch=""):
-    """(Model, info, families.Contents) of a run directory or a file. Raises HeadsDoNotFit."""
+    """Loads (Model, info, families.Contents) from a run directory or a file. Raises HeadsDoNotFit."""
     backbone, info, contents = open_trunk(path, trust_pickle, arch)
     path = released.local(path)
     if path.is_dir():
@@ -129,7 +129,7 @@ def open_model(path, trust_pickle=False, arch=""):
     with border(HeadsDoNotFit, f"{path}: its heads do not fit its {info['arch']}"):
         _check_bytes([*contents.projection.values(), *contents.heads], path)
         projection, heads = build_heads(contents.projection, contents.heads)
-        relu = info["arch"] == "alexnet" or info["method"] == "deepcluster"  # of a ResNet they are above 0
+        relu = info["arch"] == "alexnet" or info["method"] == "deepcluster"  # a ResNet's are never negative
         model = Model(backbone, projection, heads, relu=relu).eval()
         model.scores(torch.zeros(1, backbone.feature_dim))  # raises if they do not fit
         _check_finite(model, path, HeadsDoNotFit)
@@ -137,7 +137,7 @@ def open_model(path, trust_pickle=False, arch=""):
 
 
 def read(path, trust_pickle=False):
-    """What a file holds. The one place that may run code which is in a file: with trust_pickle alone."""
+    """Returns what a file holds. Only here can code in a file run, and only with trust_pickle."""
     if not path.exists():
         meant = f", is released:{path} meant?" * (str(path) in released.RELEASED)
         raise CheckpointError(f"{path} does not exist{meant}")
@@ -145,10 +145,10 @@ def read(path, trust_pickle=False):
         if trust_pickle and path.suffix == ".pkl":
             return pickle.loads(path.read_bytes())
         with open(path, "rb") as file, warnings.catch_warnings():
-            if file.peek(4)[:4] == b"PK\3\4":  # a zip to torch; what older ones wrote has no checksums
+            if file.peek(4)[:4] == b"PK\3\4":  # torch's zip; its older format has no checksums
                 checkpoint.verified(file)
-            warnings.simplefilter("ignore", UserWarning)  # of the protocol of a pickle that is refused
-            encoding = {"encoding": "latin1"} if trust_pickle else {}  # Python 2 wrote some
+            warnings.simplefilter("ignore", UserWarning)  # about the protocol of a refused pickle
+            encoding = {"encoding": "latin1"} if trust_pickle else {}  # Python 2 wrote some files
             return torch.load(file, map_location="cpu", weights_only=not trust_pickle, **encoding)
     except Exception as error:  # zipfile and torch raise many kinds for what they refuse
         code = "a pickle" if path.suffix == ".pkl" else re.search(r"GLOBAL (\S+)|$", str(error))[1]
@@ -160,8 +160,8 @@ def read(path, trust_pickle=False):
 
 
 def _fill(module, state, path, info):
-    """Loads a state dict that has every tensor of the module, counters of batch norm apart, all finite, and
-    no other."""
+    """Loads a state dict that has exactly the tensors of the module, all finite. Batch-norm counters may be
+    missing. Raises CheckpointError."""
     _compare(module, state, path, info)
     module.load_state_dict({**module.state_dict(), **state})
     _check_finite(module, path)
@@ -174,14 +174,14 @@ def _check_finite(module, path, kind=CheckpointError):
 
 
 def _check_bytes(parts, path):
-    """Raises if dicts of tensors hold more bytes than their file: many numbers may share the same bytes."""
+    """Raises if tensors need more bytes than their file has: a tensor of stride 0 repeats one number."""
     held, size = sum(tensor.nbytes for part in parts for tensor in part.values()), path.stat().st_size
     if held > size:
         raise CheckpointError(f"{path}: its tensors have {held:,} bytes, the file itself has {size:,}")
 
 
 def _compare(module, state, path, info):
-    """Raises CheckpointError with some names unless a state dict has the module's tensors."""
+    """Raises CheckpointError, which names some tensors, unless a state dict has those of the module."""
     own = module.state_dict()
     needed = {name for name in own if not name.endswith("num_batches_tracked")}
     missing, unknown = sorted(needed - state.keys()), sorted(state.keys() - own.keys())

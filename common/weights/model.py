@@ -1,6 +1,6 @@
-"""A trunk with what clusters its features, and how its heads are found among a file's tensors.
+"""Defines a trunk with its cluster heads, and finds these heads among a file's tensors.
 
-Imports torch alone.
+Imports only torch.
 """
 
 import re
@@ -11,18 +11,18 @@ from torch import nn
 
 WITHIN = r"(?:(?:model|net|neck|heads?|loss|\d+)\.)*"
 PROJECTION = WITHIN + r"(?:projection_head|projection_neck)(?:\.layers)?(?:\.(?P<place>\d+))?\.(?P<name>\w+)"
-NECK = r"neck\.(?P<place>fc0|bn0|fc1)\.(?P<name>\w+)"  # of ODC
+NECK = r"neck\.(?P<place>fc0|bn0|fc1)\.(?P<name>\w+)"  # ODC's
 PROTOTYPES = WITHIN + r"prototypes(?:\.prototypes|\.heads\.|\.)?(?P<head>\d*)\.(?P<name>weight|bias)"
 CLASSIFIERS = WITHIN + r"(?:fc_cls|top_layer)(?P<head>\d*)(?:\.0)?\.(?P<name>weight|bias)"
 NECK_PLACES = {"fc0": 0, "bn0": 1, "fc1": 4}
 
 
 class Model(nn.Module):
-    """A trunk with what clusters its features: images (B, 3, S, S), normalised, to H scores (B, K), whose
-    arg-max is the cluster.
+    """A trunk with cluster heads: normalised images (B, 3, S, S) -> a list of H scores (B, K). The cluster is
+    the arg-max of the scores.
 
-    projection_head: a module or None. heads: H linear layers; those without bias are prototypes, whose scores
-    are cosines. relu: of the features, for a trunk that ends before its last one.
+    projection_head: a module or None. heads: H linear layers. A head without bias holds prototypes, and its
+    scores are cosines. relu: apply one to the features, for a trunk that ends before its last ReLU.
     """
 
     def __init__(self, backbone, projection_head, heads, relu=False):
@@ -34,7 +34,7 @@ class Model(nn.Module):
         return self.scores(self.backbone(images))
 
     def scores(self, features):
-        """Those of the trunk's features (B, F)."""
+        """Returns the H scores (B, K) of the trunk's features (B, F)."""
         z = features if self.projection_head is None else self.projection_head(features)  # (B, D)
         with torch.autocast(z.device.type, enabled=False):  # full precision from here on
             z = F.relu(z.float()) if self.relu else z.float()
@@ -44,8 +44,8 @@ class Model(nn.Module):
 
 
 def find_heads(state):
-    """(projection, heads, keys used): projection {place: {name: tensor}} in the order of its layers, heads
-    [{"weight", maybe "bias"}]."""
+    """Returns (projection, heads, keys used): projection {place: {name: tensor}} in the order of its layers,
+    heads [{"weight", maybe "bias"}]."""
     projection, clusters, used = {}, {}, set()
     for key, tensor in state.items():
         if match := re.fullmatch(PROJECTION, key) or re.fullmatch(NECK, key):
@@ -57,16 +57,16 @@ def find_heads(state):
             continue
         used.add(key)
     alike = len({len(head["weight"]) for head in clusters.values()}) == 1
-    # SeLa's four rotations are no clusters
+    # A head of size 4 beside other sizes predicts SeLa's four rotations, not clusters.
     heads = [clusters[h] for h in sorted(clusters) if alike or len(clusters[h]["weight"]) != 4]
     return dict(sorted(projection.items())), heads, used
 
 
 def build_heads(projection, heads):
-    """Modules of what `find_heads` found: the projection head or None, and a list of linear layers.
+    """Builds modules of what `find_heads` found: the projection head or None, and a list of linear layers.
 
-    A projection is its linear layers and batch norms in order, with a ReLU before each further linear layer.
-    ODC's, whose heads have a bias where those of prototypes have none, ends with one.
+    A projection head is its linear layers and batch norms in order, with a ReLU before each linear layer but
+    the first. ODC's, recognised by heads that have a bias, also ends with a ReLU.
     """
     modules = []
     for tensors in projection.values():

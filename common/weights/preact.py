@@ -1,8 +1,8 @@
-"""The pre-activation ResNet-50 of SeLa's paper, to train it or to use its weights. Imports torch alone: one
-file to lift.
+"""The pre-activation ResNet-50 of SeLa's paper, to train it or to use its weights. Imports only torch, so
+this file can be copied alone.
 
-Batch norm and ReLU come before each convolution; none follows the first convolution or the last sum. Written
-after models/resnetv2.py of yukimasano/self-label: channels and layers, not code.
+Batch norm and ReLU come before each convolution; none follows the first convolution or the last sum. Channels
+and layers follow models/resnetv2.py of yukimasano/self-label; the code does not.
 """
 
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ class Block(nn.Module):
 
 
 class PreactResNet50(nn.Module):
-    """Trunk: (B, 3, H, W) -> (B, 2048), the average of the last sum, which may be negative."""
+    """Trunk: (B, 3, H, W) -> (B, 2048), the spatial mean of layer4, which may be negative."""
 
     feature_dim = 2048
 
@@ -44,7 +44,7 @@ class PreactResNet50(nn.Module):
             inputs = channels * 4
 
     def stages(self, x):
-        """Maps by name: "conv1" (before the max-pool), "layer1" .. "layer4"."""
+        """Returns maps by name: "conv1" (before the max-pool), "layer1" .. "layer4"."""
         maps = {"conv1": self.conv1(x)}
         x = F.max_pool2d(maps["conv1"], 3, 2, 1)
         for name in ("layer1", "layer2", "layer3", "layer4"):

@@ -1,6 +1,6 @@
-"""Where the projects' released checkpoints are: "released:swav_800ep" in the place of a file.
+"""Finds and downloads released checkpoints of other projects, named as "released:swav_800ep".
 
-Addresses and figures are those on the projects' own pages. Whether they still answer could not be tried here.
+Addresses and figures are from the projects' own pages. Whether the addresses still work was not tried here.
 """
 
 import contextlib
@@ -21,19 +21,19 @@ SWAV = "https://dl.fbaipublicfiles.com/deepcluster"
 MMSELFSUP = "https://download.openmmlab.com/mmselfsup"
 LIGHTLY = "https://lightly-ssl-checkpoints.s3.amazonaws.com"
 SELA = "http://www.robots.ox.ac.uk/~vgg/research/self-label/asset"
-PROJECTS = {  # where an address begins: whose it is, licence of the repository, by what its files are told
+PROJECTS = {  # {start of an address: (repository, its licence, families that its files are recognised as)}
     f"{SWAV}/alexnet": ("facebookresearch/deepcluster", "CC BY-NC 4.0", ["DeepCluster"]),
     f"{SWAV}/swav": ("facebookresearch/swav", "CC BY-NC 4.0", ["SwAV"]),
     SWAV: ("facebookresearch/swav", "CC BY-NC 4.0", ["DeepCluster-v2 or SeLa-v2"]),
     MMSELFSUP: ("open-mmlab/mmselfsup", "Apache 2.0", ["MMSelfSup", "OpenSelfSup"]),
     LIGHTLY: ("lightly-ai/lightly", "MIT", ["Lightning", "SwAV"]),
-    SELA: ("yukimasano/self-label", "see its page", ["SeLa", "DeepCluster"]),  # one head: a matter of a name
+    SELA: ("yukimasano/self-label", "see its page", ["SeLa", "DeepCluster"]),  # one head: like DeepCluster's
 }
 
 
 class Released(NamedTuple):
-    """published: ImageNet linear top-1 where nothing else is said. sha256: how the hash begins, where the
-    file's name says so. member: of a zip."""
+    """published: ImageNet linear top-1 unless it says otherwise. sha256: the first digits of the hash, if the
+    file's name has them. member: the file in a zip."""
 
     url: str
     published: str
@@ -98,7 +98,7 @@ RELEASED = {
 
 
 def table():
-    """The files as text: name, published figure, project and licence, address."""
+    """Returns the files as text: name, published figure, project and licence, address."""
     lines = []
     for name, file in RELEASED.items():
         project, licence, _ = file.project
@@ -111,10 +111,10 @@ def table():
 
 
 def local(path):
-    """The file or folder that is meant: a path, or released:NAME, whose copy in torch.hub's cache is made the
-    first time.
+    """Returns the file or folder: a path as it is, or the copy of released:NAME in torch.hub's cache, which
+    is downloaded the first time.
 
-    Raises CheckpointError if there is no such name, or if the file cannot be had whole.
+    Raises CheckpointError if there is no such name, or if the download fails or is incomplete.
     """
     if not str(path).startswith("released:"):
         return Path(path)
@@ -124,7 +124,7 @@ def local(path):
     file = RELEASED[name]
     folder = Path(torch.hub.get_dir(), "checkpoints", "deepclustering")
     suffix = Path(unquote(file.url)).suffix if not file.member else ".pth"
-    kept = folder / f"{name}{suffix}"  # many projects have a checkpoint.pth.tar
+    kept = folder / f"{name}{suffix}"  # not the address's: many files are a checkpoint.pth.tar
     if not kept.exists():
         project, licence, _ = file.project
         say(f"released:{name} is {project}'s, licence {licence}: {file.url}")
@@ -135,7 +135,7 @@ def local(path):
 
 
 def check(name, path, method):
-    """Raises CheckpointError if the file at path, which was recognised as method's, is not what name says."""
+    """Raises CheckpointError if name is released:NAME but method, as recognised, is another project's."""
     if str(name).startswith("released:"):
         expected = RELEASED[str(name).removeprefix("released:")].project[2]
         if method not in expected:
@@ -144,16 +144,16 @@ def check(name, path, method):
 
 
 def _download(file, kept):
-    """Puts a released file, or the member of a zip, at kept once it is whole."""
+    """Downloads a released file, or the member of a zip. It gets the name kept only once it is complete."""
     before, partial = socket.getdefaulttimeout(), kept.with_name(f"{kept.name}.{os.getpid()}")
     length = None
-    socket.setdefaulttimeout(60)  # of silence
+    socket.setdefaulttimeout(60)  # seconds without data
     try:
         with contextlib.suppress(OSError):  # some servers do not answer HEAD
             with urlopen(Request(file.url, method="HEAD", headers={"User-Agent": "torch.hub"})) as answer:
                 length = answer.headers["Content-Length"]
         torch.hub.download_url_to_file(file.url, str(partial), file.sha256)
-        if length and partial.stat().st_size != int(length):  # torch.hub does not look
+        if length and partial.stat().st_size != int(length):  # torch.hub does not check
             raise OSError(f"{partial.stat().st_size} of {length} bytes came")
         if file.member:
             with zipfile.ZipFile(partial) as archive, archive.open(file.member) as inside:
