@@ -263,7 +263,7 @@ def features_in_training(model, loader, run, config, number):
 
 
 def stored_dtype(config, device):
-    """Returns the dtype of stored features: float16 holds those of a bfloat16 trunk without loss."""
+    """Returns the dtype of stored features: float16 for a bfloat16 trunk, exact at usual magnitudes."""
     dtype = autocast_dtype(config.precision, device)
     return torch.float16 if dtype == torch.bfloat16 else dtype
 
