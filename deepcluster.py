@@ -1,24 +1,24 @@
 """DeepCluster (Caron et al., ECCV 2018, arXiv 1807.05520).
 
-Before each epoch, k-means clusters the features of all images; during the epoch a new linear classifier, and
-the trunk below it, predict the clusters.
+Before each epoch, k-means clusters the features of all images. During the epoch, the trunk and a new linear
+classifier are trained to predict the clusters.
 
-    x_i  = trunk(centre crop of image i), eval mode         of all images; 4096 (AlexNet) or 2048 (ResNet-50)
-    u_i  = (x_i - mean) projected on 256 principal axes, each divided by its standard deviation, and / |.|
-    y    = k-means of u, K = 10,000, 20 iterations          once an epoch
+    x_i  = trunk(centre crop of image i), eval mode         all images; F = 4096 (AlexNet) or 2048 (ResNet-50)
+    u_i  = x_i - mean on 256 principal axes, each divided by its standard deviation, then scaled to length 1
+    y    = k-means of u, K = 10,000, 20 iterations          once per epoch
     L    = cross-entropy(classifier(relu(trunk(crop_i))), y_i)      images drawn evenly over the clusters
 
-Clusters have new numbers every epoch, so the classifier (`prototypes`, here a linear layer) starts anew with
-them. No projection head, no memory of embeddings, one crop an image. Against collapse: whitening, k-means
-without empty clusters, and as many draws from small clusters as from large ones.
+Cluster numbers change every epoch, so the classifier (`prototypes`, here a linear layer) is reset each time.
+There is no projection head, no memory of embeddings, and one crop per image. Whitening, k-means without empty
+clusters, and drawing as many images from small clusters as from large ones prevent collapse.
 
-Published recipe, 46.9 % ImageNet linear top-1 reported by OpenSelfSup (no full ImageNet run was made here),
-of a ResNet-50 on Sobel-filtered images; the best layer 57.7:
+Published recipe: OpenSelfSup reports 46.9 % ImageNet linear top-1, and 57.7 % for the best layer, for a
+ResNet-50 on Sobel-filtered images (no full ImageNet run was made here):
 
     torchrun --nproc_per_node=8 deepcluster.py --data /imagenet
 
 The paper's AlexNet: torchrun --nproc_per_node=8 deepcluster.py --data /imagenet --recipe alexnet_sobel_500ep
-On a CPU, in minutes:          python deepcluster.py --eval-every 5    (embedded images, needs no data)
+On a CPU, in minutes:          python deepcluster.py --eval-every 5    (on drawn images, needs no data)
 Your photos, no labels:        python deepcluster.py --data ~/photos --recipe small
 """
 
@@ -40,9 +40,9 @@ from common.multicrop import Augmentation, MultiCrop, to_device
 from common.optim import warmup_cosine
 from common.resnet import ARCHITECTURES
 
-# Letters in shapes: B images of this rank, W ranks, V crops of an image (the first U large), V_r of size r, s
-# pixels wide, F features of the trunk, D embedding, H heads of K prototypes, L queue, N images in all, n of
-# a rank. Crop-major: crop 0 of all B images, then crop 1. params (V, B, 8): the colour changes of each crop.
+# Letters in shapes: B images of this rank's batch, W ranks, V crops per image (V_r of size r; the first U are
+# large), s pixels wide, F trunk features, D embedding size, H heads of K prototypes, L queue length, N images
+# in all, n per rank. V B rows: crop 0 of all B images, then crop 1. params (V, B, 8): crops' colour changes.
 
 # ---------------------------------------------------------------------------------------------------- recipes
 
@@ -52,7 +52,7 @@ TINY = dict(arch="resnet10", width=0.5, stem="small", sobel=False, crops=(1,), s
             batch_size=32, lr=0.05, final_lr=0.05)
 SHAPES = dict(TINY, width=0.25, sizes=(24,), eval_size=32, scales=(0.4, 1.0), jitter=(0.4, 0.4, 0.4, 0.2),
               epochs=10)
-RECIPES = {  # name: (result, ImageNet linear top-1 where not said, what differs from the first row)
+RECIPES = {  # name: (result, by default ImageNet linear top-1; options that differ from the first row)
     "resnet50_sobel_200ep": ("46.9, best layer 57.7 (OpenSelfSup); the default with --data", dict(
         sobel=True, crops=(1,), sizes=(224,), scales=(0.08, 1.0), jitter=(0.4, 0.4, 1.0, 0.5), blur_p=0.0,
         prototypes=10000, temperature=1.0, epochs=200, batch_size=512, lr=0.1, final_lr=0.1, warmup_epochs=0,
@@ -65,9 +65,9 @@ RECIPES = {  # name: (result, ImageNet linear top-1 where not said, what differs
               dict(TINY, epochs=20)),
     "small": ("settings of cifar for longer: not measured", dict(TINY, epochs=50, exif=True)),
 }
-REMEDY = """  try in this order: fewer --prototypes (ten per class you expect, a tenth of the images at most);
-  a smaller --pca-dim; a lower --lr; milder --jitter and --scales. A new classifier every epoch keeps the loss
-  high: judge by --eval-every."""
+REMEDY = """  try in this order: fewer --prototypes (ten per class you expect, at most a tenth of the images);
+  a smaller --pca-dim; a lower --lr; milder --jitter and --scales. The classifier is new every epoch, which
+  keeps the loss high: judge by --eval-every."""
 
 
 @dataclass
@@ -76,17 +76,17 @@ class Config(RunOptions):
                        choices=(*ARCHITECTURES, "alexnet"))
     sobel: bool = option(False, "the trunk sees the image's gradients in place of its colours", group="model")
 
-    # Unlike the shared one it must stay on a resume: images are clustered at this size.
+    # Unlike the shared option, a resumed run may not change it: images are clustered at this size.
     eval_size: int = option(0, "side of clustered and evaluated images; 0: that of the large crops", least=0)
-    jitter_p: float = option(1.0, "probability of jitter", group="multi-crop", least=0, most=1)
-    grey_p: float = option(0.2, "probability of grey", group="multi-crop", least=0, most=1)
+    jitter_p: float = option(1.0, "probability of colour jitter", group="multi-crop", least=0, most=1)
+    grey_p: float = option(0.2, "probability of turning grey", group="multi-crop", least=0, most=1)
     rotate: float = option(2.0, "largest rotation in degrees", group="multi-crop", least=0)
 
-    pca_dim: int = option(256, "principal axes of the features that are clustered", least=1)
-    kmeans_iterations: int = option(20, "iterations of k-means, each epoch", least=1)
+    pca_dim: int = option(256, "number of principal axes that features are projected on for k-means", least=1)
+    kmeans_iterations: int = option(20, "iterations of k-means, per epoch", least=1)
 
     momentum: float = option(0.9, "momentum of SGD; the classifier has none", least=0, below=1)
-    final_lr: float = option(0.0, "learning rate that the cosine ends at", group="optimisation", least=0)
+    final_lr: float = option(0.0, "learning rate at the end of the cosine", group="optimisation", least=0)
     warmup_epochs: int = option(0, "epochs of linear warm-up", group="optimisation", least=0)
     start_lr: float = option(0.0, "learning rate when the warm-up starts", group="optimisation", least=0)
 
@@ -95,7 +95,7 @@ class Config(RunOptions):
 
 
 class Model(nn.Module):
-    """Trunk and linear classifier: crops to features and scores of the clusters."""
+    """Maps crops to features and scores of the clusters: trunk and linear classifier."""
 
     def __init__(self, config, backbone=None):
         super().__init__()
@@ -109,12 +109,12 @@ class Model(nn.Module):
         self.prototypes = nn.Linear(self.backbone.feature_dim, config.prototypes)  # weight (K, F)
 
     def forward(self, crops):
-        """crops: a list, per resolution (V_r B, 3, s, s). Gives features (V B, F), scores (V B, K)."""
+        """Maps a list of crops, (V_r B, 3, s, s) per resolution, to features (V B, F), scores (V B, K)."""
         # One pass per resolution: batch-norm statistics of large and small crops stay apart.
         features = torch.cat([self.backbone(group) for group in crops])  # (V B, F)
         with torch.autocast(features.device.type, enabled=False):  # full precision from here on
             features = features.to(self.prototypes.weight.dtype)
-            # k-means takes AlexNet's features before the last ReLU, the classifier after it.
+            # k-means clusters AlexNet's features before the last ReLU; the classifier takes them after it.
             return features, self.prototypes(nn.functional.relu(features))
 
 
@@ -122,12 +122,12 @@ class Model(nn.Module):
 
 
 class Memory:
-    """The cluster of every image: targets (N,), -100 (ignored) for an image that cannot be read."""
+    """Holds the cluster of every image: targets (N,), -100 (ignored by the loss) if it cannot be read."""
 
     def __init__(self, N, device=None):
         self.targets = torch.full((N,), -100, device=device)
-        self.epoch = -1  # whose clusters the targets are
-        self.figures = {}  # of the last assignment
+        self.epoch = -1  # epoch that the targets were computed for
+        self.figures = {}  # statistics of the last assignment, for the log
 
     def state_dict(self):
         return {"targets": self.targets.cpu(), "epoch": self.epoch, "figures": self.figures}
@@ -139,10 +139,10 @@ class Memory:
 
 @torch.no_grad()
 def whiten(features, dim):
-    """Features (n, F) of this rank's rows to unit rows (n, dim) along whitened principal axes of all rows.
+    """Whitens this rank's features (n, F) along the principal axes of all ranks' rows: unit rows (n, dim).
 
-    A row of NaN, an image that cannot be read, stays one. Features may be bfloat16: they are taken a chunk at
-    a time, and only the result is held in full precision.
+    A row of NaN (an image that cannot be read) stays NaN. Features may be bfloat16: they are converted chunk
+    by chunk, and only the result is stored in full precision.
     """
     chunks = features.split(max(1, held_scores(features.device) // features.shape[1]))
     whitening = fit_whitening((chunk[~chunk[:, 0].isnan()] for chunk in chunks), dim)
@@ -154,7 +154,7 @@ def whiten(features, dim):
 
 @torch.no_grad()
 def assign(memory, x, K, iterations, generator):
-    """Clusters all images into targets. x: (n, pca_dim) this rank's rows of the data set, whitened.
+    """Clusters all images and stores their targets. x: (n, pca_dim), whitened features of this rank's images.
 
     Raises DataError if fewer images than prototypes can be read.
     """
@@ -174,34 +174,34 @@ def assign(memory, x, K, iterations, generator):
 
 @torch.no_grad()
 def reset_classifier(prototypes, generator):
-    """Draws the classifier anew: N(0, 0.01), bias 0."""
+    """Resets the classifier: weights of standard deviation 0.01, biases 0."""
     prototypes.weight.copy_(0.01 * torch.randn(prototypes.weight.shape, generator=generator))
     prototypes.bias.zero_()
 
 
 def uniform_order(assignments, length, generator):
-    """Images of an epoch in which all clusters come equally often: (length,) indices of assignments (N,),
-    below 0 for none.
+    """Draws the (length,) images of an epoch, equally often from every cluster.
 
-    Of each of the E clusters in use length // E + 1 images are drawn, without replacement if it has more than
-    that. They are shuffled, and the first `length` taken. This is the intention of util.py of
-    facebookresearch/deepcluster, where the indices meet another order, so that large clusters stay large.
+    assignments: (N,) cluster of each image, below 0 for none. Each of the E clusters in use gives length // E
+    + 1 images, without replacement if it has more than that. They are shuffled and cut to `length`. util.py
+    of facebookresearch/deepcluster intends the same, but its indices count in another order than the data
+    set's, so large clusters stay large there.
     """
     assignments = assignments.cpu()
     shuffled = torch.randperm(len(assignments), generator=generator)
     by_cluster = assignments[shuffled].sort(stable=True)
-    members = shuffled[by_cluster.indices[by_cluster.values >= 0]]  # cluster after cluster, in random order
+    members = shuffled[by_cluster.indices[by_cluster.values >= 0]]  # sorted by cluster, random within
     sizes = torch.bincount(assignments[members])
     sizes = sizes[sizes > 0]  # (E,)
     per = length // len(sizes) + 1
     again = (torch.rand(len(sizes), per, generator=generator, dtype=torch.float64) * sizes[:, None]).long()
-    place = torch.where(sizes[:, None] > per, torch.arange(per), again)  # (E, per) within the cluster
+    place = torch.where(sizes[:, None] > per, torch.arange(per), again)  # (E, per), place in the cluster
     drawn = members[(place + (sizes.cumsum(0) - sizes)[:, None]).flatten()]
     return drawn[torch.randperm(len(drawn), generator=generator)[:length]]
 
 
 def prediction_loss(scores, targets, temperature):
-    """Predicts the cluster of its image from every crop: mean cross-entropy over all ranks' crops.
+    """Predicts an image's cluster from each crop: mean cross-entropy over all ranks' crops.
 
     scores: (V, B, K); targets: (B,), where -100 is ignored.
     """
@@ -218,7 +218,7 @@ def prediction_loss(scores, targets, temperature):
 def train_one_epoch(net, optimizer, memory, loader, run, config, epoch):
     model = getattr(net, "module", net)  # the Model inside DistributedDataParallel
     N = len(run.images)
-    # A seed that no epoch's k-means uses.
+    # No epoch's k-means has this seed.
     generator = torch.Generator().manual_seed(config.seed << 32 | config.epochs + epoch)
     order = uniform_order(memory.targets, N, generator)
     batches = data.batches(N, config.batch_size, epoch, config.seed, order=order)
@@ -266,7 +266,7 @@ def main(config):
         has = f"the trunk has only {model.backbone.feature_dim} features"
         raise ArgumentError(f"--pca-dim {config.pca_dim}: {has}")
     net = prepare(model, config, device)
-    # The classifier is new every epoch: momentum of the last one's gradients must not move it.
+    # The classifier is reset every epoch: momentum of its old gradients must not move it.
     groups = [{"params": list(model.backbone.parameters())},
               {"params": list(model.prototypes.parameters()), "momentum": 0.0}]
     optimizer = torch.optim.SGD(groups, config.lr, config.momentum, weight_decay=config.weight_decay)
@@ -284,18 +284,18 @@ def main(config):
     temporary = dtype.itemsize * model.backbone.feature_dim + whitened
     report(run, recipe(Config, RECIPES, config.recipe), assigned=len(images), temporary=temporary)
     for epoch in run.epochs():
-        if memory.epoch < epoch:  # not when a run resumes in mid-epoch
+        if memory.epoch < epoch:  # false if a run resumes in mid-epoch
             generator = torch.Generator().manual_seed(config.seed << 32 | epoch)
             x = whiten(run.features(model.backbone), config.pca_dim)  # (n, pca_dim)
             with run.timed("clusters"):
                 assign(memory, x, config.prototypes, config.kmeans_iterations, generator)
             del x
-            reset_classifier(model.prototypes, generator)  # since clusters have new numbers
+            reset_classifier(model.prototypes, generator)  # cluster numbers have changed
             memory.epoch = epoch
             found = memory.figures
             say(", ".join(f"{name} {value:.3g}" for name, value in found.items() if value is not None))
             if found["largest_cluster"] > 20 * len(images) / config.prototypes:
-                say(f"warning: one cluster has more than 20 times the mean's images\n{REMEDY}")
+                say(f"warning: one cluster holds more than 20 times the mean number of images\n{REMEDY}")
         train_one_epoch(net, optimizer, memory, loader, run, config, epoch)
         run.end_epoch(epoch, memory.targets[None])
 

@@ -1,21 +1,21 @@
 """DeepCluster-v2 (Caron et al., NeurIPS 2020, arXiv 2006.09882, appendix; DeepCluster: ECCV 2018).
 
-Once an epoch, spherical k-means clusters the embeddings that the last epoch left in a memory; during the
-epoch every crop of an image predicts the cluster of that image. Several heads have clusterings of their own.
+Once per epoch, spherical k-means clusters the embeddings that the last epoch stored in a memory. During the
+epoch, every crop of an image predicts the cluster of that image. Each of several heads has its own clusters.
 
     z_v = normalise(projection(trunk(crop_v)))              unit embedding of crop v, D = 128
-    C_h, y_h = k-means of the memory, cosine similarity     once an epoch, for each head h; no gradient
+    C_h, y_h = k-means of the memory, cosine similarity     once per epoch, for each head h; no gradient
     L   = mean over h, v of  cross-entropy(z_v C_h^T / temperature, y_h)
 
-The centroids are the prototypes: copied into the heads, never trained. No Sinkhorn, no queue, no second
-network. k-means keeps it from collapsing: it spreads its centroids over whatever the features are.
+The centroids are the prototypes: they are copied into the heads and never trained. There is no Sinkhorn, no
+queue and no second network. k-means prevents collapse: it spreads its centroids over all embeddings.
 
-Published recipe, 75.2 % ImageNet linear top-1 reported by the authors (no full ImageNet run was made here):
+Published recipe: the authors report 75.2 % ImageNet linear top-1 (no full ImageNet run was made here):
 
     torchrun --nproc_per_node=8 --nnodes=8 deepclusterv2.py --data /imagenet --recipe deepclusterv2_800ep
 
 One node of 8 GPUs:            torchrun --nproc_per_node=8 deepclusterv2.py --data /imagenet
-On a CPU, in minutes:          python deepclusterv2.py --eval-every 5    (embedded images, needs no data)
+On a CPU, in minutes:          python deepclusterv2.py --eval-every 5    (on drawn images, needs no data)
 Your photos, no labels:        python deepclusterv2.py --data ~/photos --recipe small
 """
 
@@ -34,9 +34,9 @@ from common.multicrop import Augmentation, MultiCrop, to_device
 from common.optim import LARC, warmup_cosine
 from common.resnet import ARCHITECTURES
 
-# Letters in shapes: B images of this rank, W ranks, V crops of an image (the first U large), V_r of size r, s
-# pixels wide, F features of the trunk, D embedding, H heads of K prototypes, L queue, N images in all, n of
-# a rank. Crop-major: crop 0 of all B images, then crop 1. params (V, B, 8): the colour changes of each crop.
+# Letters in shapes: B images of this rank's batch, W ranks, V crops per image (V_r of size r; the first U are
+# large), s pixels wide, F trunk features, D embedding size, H heads of K prototypes, L queue length, N images
+# in all, n per rank. V B rows: crop 0 of all B images, then crop 1. params (V, B, 8): crops' colour changes.
 
 # ---------------------------------------------------------------------------------------------------- recipes
 
@@ -48,7 +48,7 @@ TINY = dict(arch="resnet10", width=0.5, stem="small", hidden=256, dim=64, crops=
             batch_size=32, lr=0.8, final_lr=0.0008, warmup_epochs=0)
 SHAPES = dict(TINY, width=0.25, crops=(2, 2), sizes=(24, 16), eval_size=32, scales=(0.4, 1.0, 0.2, 0.5),
               jitter=(0.4, 0.4, 0.4, 0.2), dim=32, batch_size=64, lr=3.6, final_lr=0.0036, epochs=12)
-RECIPES = {  # name: (result, ImageNet linear top-1 where not said, what differs from the first row)
+RECIPES = {  # name: (result, by default ImageNet linear top-1; options that differ from the first row)
     "deepclusterv2_400ep_bs1024": ("published at 4096, lr by the linear rule; the default with --data", dict(
         crops=(2, 4), sizes=(160, 96), scales=(0.08, 1.0, 0.05, 0.14), jitter=(0.8, 0.8, 0.8, 0.2),
         blur_p=0.5, prototypes=3000, temperature=0.1, epochs=400, batch_size=1024, lr=1.2,
@@ -61,7 +61,7 @@ RECIPES = {  # name: (result, ImageNet linear top-1 where not said, what differs
               dict(TINY, epochs=20)),
     "small": ("settings of cifar for longer: not measured", dict(TINY, epochs=50, exif=True)),
 }
-REMEDY = """  try in this order: fewer --prototypes (ten per class you expect, a tenth of the images at most);
+REMEDY = """  try in this order: fewer --prototypes (ten per class you expect, at most a tenth of the images);
   fewer --heads; a lower --lr or a longer --warmup-epochs; milder --jitter and --scales. See docs/log.md."""
 
 
@@ -73,7 +73,7 @@ class Config(RunOptions):
     heads: int = option(3, "number H of heads, each with clusters of its own", least=1)
     kmeans_iterations: int = option(10, "iterations of k-means, for each head and epoch", least=1)
 
-    final_lr: float = option(0.0, "learning rate that the cosine ends at", group="optimisation", least=0)
+    final_lr: float = option(0.0, "learning rate at the end of the cosine", group="optimisation", least=0)
     warmup_epochs: int = option(0, "epochs of linear warm-up", group="optimisation", least=0)
     start_lr: float = option(0.0, "learning rate when the warm-up starts", group="optimisation", least=0)
 
@@ -82,7 +82,7 @@ class Config(RunOptions):
 
 
 class Model(nn.Module):
-    """Trunk, two-layer head, H sets of prototypes: crops to unit embeddings and their cosines to each set."""
+    """Maps crops to unit embeddings and their cosines with H sets of prototypes: trunk, head, prototypes."""
 
     def __init__(self, config, backbone=None):
         super().__init__()
@@ -95,10 +95,10 @@ class Model(nn.Module):
         )
         heads = (nn.Linear(config.dim, config.prototypes, bias=False) for _ in range(config.heads))
         self.prototypes = nn.ModuleList(heads)  # (K, D) each
-        self.prototypes.requires_grad_(False)  # k-means makes them
+        self.prototypes.requires_grad_(False)  # k-means computes them
 
     def forward(self, crops):
-        """crops: a list, per resolution (V_r B, 3, s, s). Returns z (V B, D) and H scores (V B, K)."""
+        """Maps a list of crops, (V_r B, 3, s, s) per resolution, to z (V B, D) and H scores (V B, K)."""
         # One pass per resolution: batch-norm statistics of large and small crops stay apart.
         features = torch.cat([self.backbone(group) for group in crops])  # (V B, F)
         z = self.projection_head(features)  # (V B, D)
@@ -111,27 +111,27 @@ class Model(nn.Module):
 
 
 class Memory:
-    """Embeddings of the U assigning crops of every image, as one epoch's steps left them, and their clusters.
+    """Holds the embeddings of every image's U large crops, stored by one epoch's steps, and their clusters.
 
-    targets (H, N): cluster of each image, -100 (ignored) for an image that was not in the memory. Saved in
-    data-set order, so that another world size can load it.
+    targets (H, N): cluster of each image, -100 (ignored by the loss) if the memory had no embedding of it.
+    Saved in data-set order, so that any world size can load it.
     """
 
     def __init__(self, N, U, D, heads, device=None, dtype=torch.float32):
         self.banks = distributed.ShardedRows(N, U, D, device=device, dtype=dtype)
         self.filled = distributed.ShardedRows(N, device=device, dtype=torch.bool)
         self.targets = torch.full((heads, N), -100, device=device)
-        self.epoch = -1  # whose clusters the targets are
+        self.epoch = -1  # epoch that the targets were computed for
 
     @torch.no_grad()
     def update(self, index, z):
-        """Stores the embeddings z (U, B, D) of this rank's images index (B,); every rank keeps its rows."""
+        """Stores z (U, B, D) of this rank's images index (B,), each on the rank that holds its row."""
         index = distributed.gather_rows(index.to(z.device, non_blocking=True), equal=True)  # (W B,)
         self.banks.write(index, distributed.gather_rows(z.transpose(0, 1), equal=True))  # (W B, U, D)
         self.filled.write(index, True)
 
     def rows(self, u):
-        """Embeddings of assigning crop u that the last epoch left on this rank: (rows, D)."""
+        """Returns the embeddings of large crop u that the last epoch stored on this rank: (rows, D)."""
         return self.banks.local[self.filled.local, u]
 
     def state_dict(self):
@@ -147,7 +147,7 @@ class Memory:
 
 @torch.no_grad()
 def assign(memory, prototypes, iterations, generator):
-    """Clusters the memory once for each head, head h from bank h mod U; the centroids become the prototypes.
+    """Clusters the memory once per head, head h by large crop h mod U. The centroids become the prototypes.
 
     Raises DataError if fewer images than prototypes can be read, Diverged if embeddings are not finite.
     """
@@ -159,17 +159,17 @@ def assign(memory, prototypes, iterations, generator):
         try:
             rows, k = memory.rows(h % U), len(head.weight)
             centroids, assignments, *_ = kmeans(rows, k, iterations, spherical=True, generator=generator)
-        except ValueError as error:  # on every rank
+        except ValueError as error:  # raised on every rank
             raise Diverged(f"head {h} cannot be clustered: {error}; a lower --lr may help") from None
         head.weight.copy_(centroids)
         mine = torch.full_like(filled, -100, dtype=torch.int64)
         mine[filled] = assignments
         memory.targets[h] = distributed.gather_rows(mine)  # (N,)
-    memory.filled.local.fill_(False)  # from here on it is filled anew
+    memory.filled.local.fill_(False)  # the coming epoch fills it again
 
 
 def prediction_loss(scores, targets, temperature):
-    """Predicts the clusters of its image from every crop: mean cross-entropy over heads and all ranks' crops.
+    """Predicts an image's clusters from each crop: mean cross-entropy over heads and all ranks' crops.
 
     scores: H tensors (V, B, K); targets: (H, B), where -100 is ignored. As in main_deepclusterv2.py of
     facebookresearch/swav.
@@ -189,9 +189,9 @@ def prediction_loss(scores, targets, temperature):
 
 @torch.no_grad()
 def fill(model, memory, loader, run, config):
-    """Fills the memory before the first epoch: one pass, each assigning crop by itself, in train mode (batch
+    """Fills the memory before the first epoch: one pass, each large crop by itself, in train mode (batch
     statistics), as the authors do."""
-    number = config.epochs  # crops that no training epoch draws
+    number = config.epochs  # an epoch number that training does not use: other crops
     batches = data.batches(len(run.images), config.batch_size, number, config.seed)
     for _, (index, crops, params) in run.steps(loader, batches, number, extra=True):
         dtype = model.prototypes[0].weight.dtype
@@ -225,7 +225,7 @@ def train_one_epoch(net, optimizer, memory, loader, run, config, epoch):
         targets = memory.targets[:, index.to(run.device, non_blocking=True)]  # (H, B)
         loss = prediction_loss(scores, targets, config.temperature)
 
-        # memory: the embeddings that the next epoch's clusters are made of
+        # memory: store the embeddings, to be clustered before the next epoch
         memory.update(index, z[:U].detach())
 
         # update
@@ -258,12 +258,12 @@ def main(config):
     loader = data.Loader(crops, config.workers, device.type == "cuda")
 
     run = Run(config, "deepclusterv2", images, model, optimizer, memory, remedy=REMEDY, heads=config.heads)
-    temporary = 4 * config.dim  # the embeddings of one crop
+    temporary = 4 * config.dim  # bytes per image: the embeddings of one crop
     report(run, recipe(Config, RECIPES, config.recipe), assigned=clustered, temporary=temporary)
     for epoch in run.epochs():
         if memory.epoch < 0:
             fill(model, memory, loader, run, config)
-        if memory.epoch < epoch:  # not when a run resumes in mid-epoch
+        if memory.epoch < epoch:  # false if a run resumes in mid-epoch
             with run.timed("clusters"):
                 generator = torch.Generator().manual_seed(config.seed << 32 | epoch)
                 assign(memory, model.prototypes, config.kmeans_iterations, generator)

@@ -1,24 +1,24 @@
 """ODC, online deep clustering (Zhan et al., CVPR 2020, arXiv 2006.10645).
 
-DeepCluster without the pause between epochs: a memory holds an embedding and a cluster of every image, and
-each step updates those of its batch.
+DeepCluster without the pause to cluster between epochs: a memory holds the embedding and cluster of every
+image, and each step updates those of the images in its batch.
 
-    f_i <- normalise((1 - m) f_i + m z_i)                   memory of image i; z_i its new embedding, D = 256
-    y_i <- argmax_k  C_k . f_i                              C_k: mean of the embeddings of k, every 10 steps
+    f_i <- normalise((1 - m) f_i + m z_i)                   memory of image i; z_i: new embedding, D = 256
+    y_i <- argmax_k  C_k . f_i                              C_k: mean f_i of cluster k, updated every 10 steps
     L   =  sum_i w(y_i) cross-entropy(classifier(z_i), y_i) / sum_i w(y_i),   w(k) ~ (images in k)^-1/2
 
 After every step, clusters with fewer than 20 images are dissolved: their images move to the nearest other
-cluster, and each emptied cluster takes half of the largest one. That and the weights prevent collapse.
+cluster, and each emptied cluster takes half of the largest one. This and the weights w prevent collapse.
 Clusters keep their numbers, so the classifier (`prototypes`, here a linear layer) is never reset.
 
-Published recipe, 53.4 % ImageNet linear top-1 reported by the authors (no full ImageNet run was made here),
-in OpenSelfSup; the best layer 57.7, 20-NN 39.1:
+Published recipe: in OpenSelfSup the authors report 53.4 % ImageNet linear top-1, 57.7 for the best layer and
+39.1 for 20-NN (no full ImageNet run was made here):
 
     torchrun --nproc_per_node=8 odc.py --data /imagenet
 
-On a CPU, in minutes:          python odc.py --eval-every 5    (embedded images, needs no data)
+On a CPU, in minutes:          python odc.py --eval-every 5    (on drawn images, needs no data)
 Your photos, no labels:        python odc.py --data ~/photos --recipe small
-Another method's trunk, tuned: python odc.py --data ~/photos --recipe small --init-from runs/swav_small
+Fine-tune a SwAV run's trunk:  python odc.py --data ~/photos --recipe small --init-from runs/swav_small
 """
 
 from dataclasses import dataclass
@@ -37,9 +37,9 @@ from common.multicrop import Augmentation, MultiCrop, to_device
 from common.optim import drops
 from common.resnet import ARCHITECTURES
 
-# Letters in shapes: B images of this rank, W ranks, V crops of an image (the first U large), V_r of size r, s
-# pixels wide, F features of the trunk, D embedding, H heads of K prototypes, L queue, N images in all, n of
-# a rank. Crop-major: crop 0 of all B images, then crop 1. params (V, B, 8): the colour changes of each crop.
+# Letters in shapes: B images of this rank's batch, W ranks, V crops per image (V_r of size r; the first U are
+# large), s pixels wide, F trunk features, D embedding size, H heads of K prototypes, L queue length, N images
+# in all, n per rank. V B rows: crop 0 of all B images, then crop 1. params (V, B, 8): crops' colour changes.
 
 # ---------------------------------------------------------------------------------------------------- recipes
 
@@ -48,7 +48,7 @@ TINY = dict(arch="resnet10", width=0.5, stem="small", crops=(1,), sizes=(32,), s
             memory_momentum=0.3, batch_size=32, lr=0.05, drop_epochs=())
 SHAPES = dict(TINY, width=0.25, sizes=(24,), eval_size=32, scales=(0.4, 1.0), jitter=(0.4, 0.4, 1.0, 0.5),
               jitter_p=1.0, epochs=30, drop_epochs=(25,), drop_factor=0.1)
-RECIPES = {  # name: (result, ImageNet linear top-1 where not said, what differs from the first row)
+RECIPES = {  # name: (result, by default ImageNet linear top-1; options that differ from the first row)
     "odc_440ep": (
         "53.4, F1 to F5 14.8 31.8 42.4 55.8 57.7, VOC07 SVM 78.4, 20-NN 39.1 (OpenSelfSup); "
         "the default with --data",
@@ -59,7 +59,7 @@ RECIPES = {  # name: (result, ImageNet linear top-1 where not said, what differs
               dict(TINY, epochs=20)),
     "small": ("settings of cifar for longer: not measured", dict(TINY, epochs=50, exif=True)),
 }
-REMEDY = """  try in this order: fewer --prototypes (ten per class you expect, a tenth of the images at most);
+REMEDY = """  try in this order: fewer --prototypes (ten per class you expect, at most a tenth of the images);
   a lower --lr; milder --jitter and --scales. See docs/log.md."""
 
 
@@ -68,28 +68,28 @@ class Config(RunOptions):
     hidden: int = option(512, "width of the projection head's hidden layer", group="model", least=1)
     dim: int = option(256, "size D of the embedding", group="model", least=1)
 
-    # Unlike the shared one it must stay on a resume: images are clustered at this size.
+    # Unlike the shared option, a resumed run may not change it: images are clustered at this size.
     eval_size: int = option(0, "side of clustered and evaluated images; 0: that of the large crops", least=0)
-    jitter_p: float = option(1.0, "probability of jitter", group="multi-crop", least=0, most=1)
-    grey_p: float = option(0.2, "probability of grey", group="multi-crop", least=0, most=1)
+    jitter_p: float = option(1.0, "probability of colour jitter", group="multi-crop", least=0, most=1)
+    grey_p: float = option(0.2, "probability of turning grey", group="multi-crop", least=0, most=1)
     rotate: float = option(2.0, "largest rotation in degrees", group="multi-crop", least=0)
 
     memory_momentum: float = option(0.5, "weight of a new embedding in the memory", least=0, most=1)
-    centroid_iters: int = option(10, "steps between two computations of the centroids", least=1)
-    min_cluster: int = option(20, "smaller clusters are dissolved; at most a sixth of N / K", least=0)
-    reweight: float = option(0.5, "power of a cluster's size by which its loss is divided; 0: none", least=0)
-    kmeans_iterations: int = option(20, "iterations of k-means, before the first epoch", least=1)
+    centroid_iters: int = option(10, "steps between updates of the centroids", least=1)
+    min_cluster: int = option(20, "dissolve clusters with fewer images; at most a sixth of N / K", least=0)
+    reweight: float = option(0.5, "exponent p of the loss weight (cluster size)^-p; 0: no weights", least=0)
+    kmeans_iterations: int = option(20, "iterations of the k-means before the first epoch", least=1)
 
     momentum: float = option(0.9, "momentum of SGD; the classifier has none", least=0, below=1)
-    drop_epochs: tuple[int, ...] = option((400,), "epochs after which the rate drops", group="optimisation")
-    drop_factor: float = option(0.4, "factor of each drop", group="optimisation", above=0)
+    drop_epochs: tuple[int, ...] = option((400,), "epochs after which lr drops", group="optimisation")
+    drop_factor: float = option(0.4, "factor of lr at each drop", group="optimisation", above=0)
 
 
 # ------------------------------------------------------------------------------------------------------ model
 
 
 class Model(nn.Module):
-    """Trunk, two-layer head, linear classifier: crops to embeddings and scores of the clusters."""
+    """Maps crops to embeddings and scores of the clusters: trunk, MLP head, linear classifier."""
 
     def __init__(self, config, backbone=None):
         super().__init__()
@@ -112,7 +112,7 @@ class Model(nn.Module):
         nn.init.zeros_(self.prototypes.bias)
 
     def forward(self, crops):
-        """crops: a list, per resolution (V_r B, 3, s, s). Returns z (V B, D) and scores (V B, K)."""
+        """Maps a list of crops, (V_r B, 3, s, s) per resolution, to z (V B, D) and scores (V B, K)."""
         # One pass per resolution: batch-norm statistics of large and small crops stay apart.
         features = torch.cat([self.backbone(group) for group in crops])  # (V B, F)
         z = self.projection_head(features)  # (V B, D), not normalised
@@ -125,15 +125,15 @@ class Model(nn.Module):
 
 
 class Memory:
-    """Embedding and cluster of every image, the centroids of the clusters, and how many images each has.
+    """Holds the embedding and cluster of every image, and the centroid and number of images of every cluster.
 
-    The embeddings are sharded over ranks, all else is equal on all of them. targets (N,): cluster of each
-    image, -100 (ignored) for one that was never read. Saved in data-set order, for any number of ranks.
+    The embeddings are sharded over ranks; all else is equal on all ranks. targets (N,): cluster of an image,
+    -100 (ignored by the loss) if it was never read. Saved in data-set order, so any world size can load it.
     """
 
     def __init__(self, N, D, K, momentum=0.5, reweight=0.5, min_cluster=20, device=None, dtype=torch.float32):
         self.momentum, self.reweight, self.min_cluster = momentum, reweight, min_cluster
-        # Unit rows; 0 for an image never read.
+        # Unit rows; zeros for an image that was never read.
         self.bank = distributed.ShardedRows(N, D, device=device, dtype=dtype)
         self.targets = torch.full((N,), -100, device=device)
         self.centroids = torch.zeros(K, D, device=device, dtype=dtype)
@@ -142,13 +142,13 @@ class Memory:
 
     @torch.no_grad()
     def fill(self, features):
-        """Takes features (n, D) of this rank's rows, of any length; NaN for an image that cannot be read."""
+        """Stores the features (n, D) of this rank's images as unit rows; NaN marks an unreadable image."""
         for rows, block in zip(self.bank.local.split(4096), features.split(4096)):
             rows.copy_(nn.functional.normalize(block.to(rows.dtype)))
 
     @torch.no_grad()
     def begin(self, targets):
-        """Takes the clusters targets (N,) of the embeddings that the memory was filled with."""
+        """Stores the targets (N,), clusters of the embeddings in the memory, and computes the centroids."""
         self.bank.local[targets[self.bank.first : self.bank.last] < 0] = 0
         self.targets.copy_(targets)
         self.count()
@@ -157,17 +157,17 @@ class Memory:
 
     @torch.no_grad()
     def update(self, index, features):
-        """Blends the embeddings features (B, D) of this rank's images index (B,), then of all ranks', into
-        the memory and gives these images new clusters. Returns the share of them whose cluster changed."""
+        """Blends the features (B, D) of this rank's images index (B,), and those of all other ranks, into the
+        memory and assigns these images again. Returns the share of them whose cluster changed."""
         index = distributed.gather_rows(index.to(features.device, non_blocking=True), equal=True)  # (W B,)
         features = nn.functional.normalize(distributed.gather_rows(features, equal=True))  # (W B, D)
         place, before = self.bank.place(index), self.targets[index]  # (W B,) each
-        old = self.bank.table[place]  # (W B, D); the dummy for other ranks' images
+        old = self.bank.table[place]  # (W B, D); the dummy row for other ranks' images
         new = nn.functional.normalize((1 - self.momentum) * old + self.momentum * features)  # (W B, D)
         # Only the rank that holds an image knows its new cluster.
         here = place < len(self.bank.local)
         after = distributed.all_sum(torch.where(here, assign(new, self.centroids), 0))  # (W B,)
-        # An image drawn twice in a batch keeps its last embedding; write alone would choose either.
+        # An image drawn twice in a batch keeps its last embedding; write alone could keep either.
         order = torch.arange(len(index), device=index.device, dtype=torch.int32)
         last = torch.where(index[:, None] == index, order, -1).amax(1)  # (W B,)
         self.bank.write(index, new[last])
@@ -181,7 +181,7 @@ class Memory:
 
     @torch.no_grad()
     def refresh(self):
-        """Makes the centroids the means of their clusters, summed in float64; that of an empty one stays."""
+        """Sets each centroid to its cluster's mean, summed in float64; an empty cluster's centroid stays."""
         sums = torch.zeros_like(self.centroids, dtype=torch.float64)
         own = self.targets[self.bank.first : self.bank.last].clamp(min=0)  # rows never read are 0
         for rows, clusters in zip(self.bank.local.split(4096), own.split(4096)):
@@ -191,7 +191,7 @@ class Memory:
 
     @torch.no_grad()
     def repair(self):
-        """Empties clusters with fewer than min_cluster images; each then takes half of the largest one."""
+        """Empties clusters with fewer than min_cluster images; each then gets half of the largest one."""
         small = self.counts < self.min_cluster  # (K,)
         if not small.any() or small.all():
             return
@@ -207,21 +207,21 @@ class Memory:
             self.centroids[pair] = (sums / self.counts[pair, None].clamp(min=1)).to(self.centroids.dtype)
 
     def members(self, clusters):
-        """Of the clusters in a mask (K,): the images (M,) of all ranks, a mask (M,) of those that this rank
-        holds, and their rows (m, D)."""
+        """Returns the images (M,) of the clusters in a mask (K,), a mask (M,) of those that this rank holds,
+        and the rows (m, D) of these."""
         images = (clusters[self.targets.clamp(min=0)] & (self.targets >= 0)).nonzero().flatten()
         here = (images >= self.bank.first) & (images < self.bank.last)
         return images, here, self.bank.local[images[here] - self.bank.first]
 
     def move(self, images, here, clusters):
-        """Gives images (M,) new clusters, of which each rank knows those (m,) of the images that it holds."""
+        """Moves images (M,). clusters (m,): the new cluster of each image that this rank holds."""
         after = torch.zeros_like(images)
         after[here] = clusters
         self.targets[images] = distributed.all_sum(after)
         self.count()
 
     def loss_weight(self):
-        """(K,) summing to 1: proportional to (images in the cluster)^-reweight."""
+        """Returns weights (K,) that sum to 1, proportional to (images in the cluster)^-reweight."""
         weight = (self.counts + 1e-5) ** -self.reweight
         return (weight / weight.sum()).to(self.centroids.dtype)
 
@@ -238,30 +238,30 @@ class Memory:
 
 
 def assign(z, centroids, without=None):
-    """The cluster (B,) of each embedding z (B, D): that of the largest inner product with its centroid.
+    """Returns the cluster (B,) of each row of z (B, D): the centroid with the largest inner product.
 
-    without: mask (K,) of clusters that are not to be chosen.
+    without: mask (K,) of clusters to leave out.
     """
     scores = z @ centroids.T  # (B, K)
     return (scores if without is None else scores.masked_fill_(without, -torch.inf)).argmax(1)
 
 
 def second_half(rows, here):
-    """Which of a cluster's rows (m, D) of this rank form its second half: 2-means, begun along the first
-    principal axis. here (M,): which of the members of all ranks these are."""
+    """Splits a cluster by 2-means, started along its first principal axis; returns a mask (m,) of one half.
+    rows (m, D): the cluster's images on this rank. here (M,): mask of them among its images on all ranks."""
     whitening = fit_whitening([rows], 1)
     axis = nn.functional.normalize(whitening.matrix[:, 0], dim=0)
-    axis = axis * (whitening.eigenvalues[0] / len(here)).sqrt()  # a standard deviation long
+    axis = axis * (whitening.eigenvalues[0] / len(here)).sqrt()  # one standard deviation long
     ends = torch.stack([whitening.mean - axis, whitening.mean + axis])  # (2, D)
     _, halves, counts, _ = kmeans(rows, 2, 20, init=ends)
-    if (counts == 0).any():  # all of them are equal
+    if (counts == 0).any():  # all rows are equal
         return torch.arange(len(here), device=here.device)[here] % 2 == 1
     return halves == 1
 
 
 @torch.no_grad()
 def first_clusters(memory, z, iterations, generator):
-    """Fills the memory: k-means of all images' embeddings, of which z (n, D) are this rank's.
+    """Fills the memory and clusters it by k-means. z (n, D): the embeddings of this rank's images.
 
     A row of NaN is an image that cannot be read. Raises DataError if fewer images than prototypes can be
     read.
@@ -277,7 +277,7 @@ def first_clusters(memory, z, iterations, generator):
 
 
 def prediction_loss(scores, targets, weight, temperature):
-    """Predicts an image's cluster from its crops: cross-entropy over all ranks' crops, weighted by cluster.
+    """Predicts an image's cluster from each crop: weighted mean of the cross-entropy over all ranks' crops.
 
     scores: (V, B, K); targets: (B,), where -100 is ignored; weight: (K,).
     """
@@ -295,7 +295,7 @@ def prediction_loss(scores, targets, weight, temperature):
 def train_one_epoch(net, optimizer, memory, loader, run, config, epoch):
     model = getattr(net, "module", net)  # the Model inside DistributedDataParallel
     N = len(run.images)
-    # With replacement, as the authors do.
+    # Images are drawn with replacement, as the authors do.
     order = np.random.default_rng((config.seed, epoch)).integers(N, size=N)
     batches = data.batches(N, config.batch_size, epoch, config.seed, order=order)
     for step, (index, crops, params) in run.steps(loader, batches, epoch):
@@ -317,7 +317,7 @@ def train_one_epoch(net, optimizer, memory, loader, run, config, epoch):
         targets = memory.targets[index.to(run.device, non_blocking=True)]  # (B,)
         loss = prediction_loss(scores, targets, memory.loss_weight(), config.temperature)
 
-        # memory: the batch's embeddings and clusters; now and then the centroids; no cluster stays small
+        # memory: update the batch's embeddings and clusters, sometimes the centroids; repair small clusters
         z = z[: len(index)].detach()  # (B, D) of the first crop
         changed = memory.update(index, z)
         if (step + 1) % config.centroid_iters == 0:
@@ -337,10 +337,10 @@ def main(config):
     device, images = setup(config)
     if len(images) < config.prototypes:
         raise ArgumentError(f"--prototypes {config.prototypes}: more than the {len(images)} images")
-    # With more, a cluster just split off would be too small again at once.
+    # With a larger minimum, a cluster just split off would be too small at once.
     smallest = min(config.min_cluster, max(1, len(images) // (6 * config.prototypes)))
     if smallest < config.min_cluster:
-        say(f"warning: --min-cluster {config.min_cluster} is more than a sixth of the images a cluster: "
+        say(f"warning: --min-cluster {config.min_cluster} is more than a sixth of the images per cluster: "
             f"{smallest} is used")
 
     model = Model(config, own_trunk(config, device))
@@ -359,7 +359,7 @@ def main(config):
     loader = data.Loader(crops, config.workers, device.type == "cuda")
 
     run = Run(config, "odc", images, model, optimizer, memory, remedy=REMEDY)
-    temporary = autocast_dtype(config.precision, device).itemsize * config.dim  # what fills the memory
+    temporary = autocast_dtype(config.precision, device).itemsize * config.dim  # bytes per image: embedding
     report(run, recipe(Config, RECIPES, config.recipe), assigned=len(images), temporary=temporary)
     for epoch in run.epochs():
         if not memory.ready:

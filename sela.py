@@ -1,23 +1,23 @@
 """SeLa, self-labelling (Asano et al., ICLR 2020, arXiv 1911.05371).
 
-Network and labels take turns at minimising one loss. A label here is a cluster: no ground truth is used.
-Every label must be used equally often, and that alone prevents collapse.
+The network and the labels are optimised in turn, both to minimise one loss. A label here is a cluster: no
+ground truth is used. Every label must be used equally often; this alone prevents collapse.
 
     L  =  mean over h, i of  cross-entropy(classifier_h(trunk(crop_i)), y_hi)   10 classifiers of 3,000 labels
-    Q  =  diag(c) P^25 diag(r),  P (N, K) = softmax of the scores of all images: c, r such that rows
+    Q  =  diag(c) P^25 diag(r),  P (N, K) = softmax of the scores of all images; c, r such that rows
           sum to 1 / N and columns to 1 / K (Sinkhorn-Knopp on the whole data set)
     y_hi  =  argmax_k Q_ik
 
-Labels are found anew 100 times, ever more rarely: after (E + 1.01) (j / 99)^2 epochs, the first time before
-the first step. A label keeps its number, since it comes from the classifier (`prototypes`, here linear
-layers) that learns it. No k-means, no projection head, one crop.
+Labels are computed 100 times, at growing intervals: after (E + 1.01) (j / 99)^2 of the E epochs, j = 0 .. 99.
+A label keeps its number, since it comes from the classifier (`prototypes`, here linear layers) that learns
+it. There is no k-means, no projection head, and one crop per image.
 
-Published recipe, 61.5 % ImageNet linear top-1 reported by the authors (no full ImageNet run was made here),
-of a pre-activation ResNet-50; of a usual one with stronger augmentation 68.8:
+Published recipe: the authors report 61.5 % ImageNet linear top-1 for a pre-activation ResNet-50, and 68.8 for
+a standard one with stronger augmentation (no full ImageNet run was made here):
 
     torchrun --nproc_per_node=8 sela.py --data /imagenet
 
-On a CPU, in minutes:          python sela.py --eval-every 5    (embedded images, needs no data)
+On a CPU, in minutes:          python sela.py --eval-every 5    (on drawn images, needs no data)
 Your photos, no labels:        python sela.py --data ~/photos --recipe small
 """
 
@@ -38,9 +38,9 @@ from common.optim import drops
 from common.resnet import ARCHITECTURES
 from common.sinkhorn import balanced_assignments
 
-# Letters in shapes: B images of this rank, W ranks, V crops of an image (the first U large), V_r of size r, s
-# pixels wide, F features of the trunk, D embedding, H heads of K prototypes, L queue, N images in all, n of
-# a rank. Crop-major: crop 0 of all B images, then crop 1. params (V, B, 8): the colour changes of each crop.
+# Letters in shapes: B images of this rank's batch, W ranks, V crops per image (V_r of size r; the first U are
+# large), s pixels wide, F trunk features, D embedding size, H heads of K prototypes, L queue length, N images
+# in all, n per rank. V B rows: crop 0 of all B images, then crop 1. params (V, B, 8): crops' colour changes.
 
 # ---------------------------------------------------------------------------------------------------- recipes
 
@@ -56,7 +56,7 @@ TINY = dict(arch="resnet10", width=0.5, stem="small", crops=(1,), sizes=(32,), s
             relabellings=10, relabel_power=1, labelling="clean", batch_size=32, lr=0.05, drop_epochs=())
 SHAPES = dict(TINY, width=0.25, sizes=(24,), eval_size=32, scales=(0.4, 1.0), jitter=(0.4, 0.4, 0.4, 0.2),
               heads=10, lr=0.1, epochs=18, relabellings=36, drop_epochs=(15,))
-RECIPES = {  # name: (result, ImageNet linear top-1 where not said, what differs from the first row)
+RECIPES = {  # name: (result, by default ImageNet linear top-1; options that differ from the first row)
     "resnet50_10x3k": ("61.5; NMI 54.2, AMI 34.4, ARI 7.2; the default with --data", dict(
         arch="preact50", crops=(1,), sizes=(224,), scales=(0.08, 1.0), jitter=(0.4, 0.4, 0.4, 0.4),
         blur_p=0.0, prototypes=3000, temperature=1.0, epochs=400, batch_size=256, lr=0.08,
@@ -80,7 +80,7 @@ RECIPES = {  # name: (result, ImageNet linear top-1 where not said, what differs
     "small": ("settings of cifar for longer: not measured",
               dict(TINY, epochs=50, relabellings=25, exif=True)),
 }
-REMEDY = """  try in this order: fewer --prototypes (ten per class you expect, a tenth of the images at most);
+REMEDY = """  try in this order: fewer --prototypes (ten per class you expect, at most a tenth of the images);
   fewer --heads; more --relabellings; a lower --lr; milder --jitter and --scales. See docs/log.md."""
 
 
@@ -89,33 +89,33 @@ class Config(RunOptions):
     arch: str = option("resnet50", "architecture of the trunk, or MODULE:FUNCTION of your own",
                        choices=(*ARCHITECTURES, "preact50", *ALEXNETS))
 
-    # Unlike the shared one it must stay on a resume: images are clustered at this size.
+    # Unlike the shared option, a resumed run may not change it: images are clustered at this size.
     eval_size: int = option(0, "side of clustered and evaluated images; 0: that of the large crops", least=0)
-    jitter_p: float = option(1.0, "probability of jitter", group="multi-crop", least=0, most=1)
-    grey_p: float = option(0.2, "probability of grey", group="multi-crop", least=0, most=1)
-    grey_first: bool = option(True, "grey comes before the jitter", group="multi-crop")
+    jitter_p: float = option(1.0, "probability of colour jitter", group="multi-crop", least=0, most=1)
+    grey_p: float = option(0.2, "probability of turning grey", group="multi-crop", least=0, most=1)
+    grey_first: bool = option(True, "turn grey before the colour jitter", group="multi-crop")
     augs: int = option(3, "augmentation: 0 centre crops, 1 flips too, 2 random crops, 3 colours too",
                        group="multi-crop", choices=(0, 1, 2, 3))
 
     heads: int = option(10, "number H of heads, each with clusters of its own", least=1)
-    lam: float = option(25.0, "lambda: power of the probabilities; larger is sharper", above=0)
-    tolerance: float = option(0.01, "balancing ends once no label's mass is off by this share", above=0)
-    relabellings: int = option(100, "times that labels are found", least=1)
-    relabel_power: float = option(2.0, "spacing of relabellings: 1 even, 2 ever more rarely", above=0)
-    one_head: bool = option(False, "each relabelling is of one head, another every epoch, not of all")
-    labelling: str = option("train", "images that labels are found from; clean: centre crops, eval mode",
+    lam: float = option(25.0, "lambda: exponent of the probabilities in Q; larger makes Q sharper", above=0)
+    tolerance: float = option(0.01, "balancing ends at this largest relative error of label mass", above=0)
+    relabellings: int = option(100, "number of times that labels are computed", least=1)
+    relabel_power: float = option(2.0, "spacing of relabellings; 1: even, above 1: growing", above=0)
+    one_head: bool = option(False, "each relabelling updates one head, another one every epoch, not all")
+    labelling: str = option("train", "crops that labels come from; clean: centre crops, eval mode",
                             choices=("train", "clean"))
 
-    drop_epochs: tuple[int, ...] = option((150, 300, 350), "epochs after which the rate drops",
+    drop_epochs: tuple[int, ...] = option((150, 300, 350), "epochs after which lr drops",
                                           group="optimisation")
-    drop_factor: float = option(0.1, "factor of each drop", group="optimisation", above=0)
+    drop_factor: float = option(0.1, "factor of lr at each drop", group="optimisation", above=0)
 
 
 # ------------------------------------------------------------------------------------------------------ model
 
 
 class Model(nn.Module):
-    """Trunk and H linear classifiers: crops to features and H scores of the clusters."""
+    """Maps crops to features and H scores of the clusters: trunk and H linear classifiers."""
 
     def __init__(self, config, backbone=None):
         super().__init__()
@@ -131,14 +131,13 @@ class Model(nn.Module):
             self.backbone = ARCHITECTURES[config.arch](width=config.width, stem=config.stem)
         heads = (nn.Linear(self.backbone.feature_dim, config.prototypes) for _ in range(config.heads))
         self.prototypes = nn.ModuleList(heads)  # (K, F) each
-        if config.arch in ALEXNETS:  # as its own linear layers; those of a ResNet start as torch has them
+        if config.arch in ALEXNETS:  # start like AlexNet's own layers; ResNet heads keep torch's default
             for head in self.prototypes:
                 nn.init.normal_(head.weight, std=0.01)
                 nn.init.zeros_(head.bias)
 
     def forward(self, crops):
-        """crops: a list, per resolution (V_r B, 3, s, s). Returns features (V B, F), H scores (V B,
-        K)."""
+        """Maps a list of crops, (V_r B, 3, s, s) per resolution, to features (V B, F), H scores (V B, K)."""
         # One pass per resolution: batch-norm statistics of large and small crops stay apart.
         features = torch.cat([self.backbone(group) for group in crops])  # (V B, F)
         with torch.autocast(features.device.type, enabled=False):  # full precision from here on
@@ -150,15 +149,16 @@ class Model(nn.Module):
 
 
 class Memory:
-    """Labels (H, N) of every image. Before a head's first labelling they are random and even."""
+    """Holds labels (H, N): for each head, the cluster of every image. Until a head is first labelled, they
+    are random and used equally often."""
 
     def __init__(self, N, heads, K, seed, device=None):
         generator = torch.Generator().manual_seed(seed)
         targets = [torch.randperm(N, generator=generator) % K for _ in range(heads)]
         self.targets = torch.stack(targets).to(device)  # (H, N)
-        self.scalings = torch.zeros(heads, K, device=device)  # log r, where the next balancing begins
+        self.scalings = torch.zeros(heads, K, device=device)  # log r, from which the next balancing starts
         self.done = 0  # relabellings so far
-        self.figures = {}  # of the last assignment
+        self.figures = {}  # statistics of the last assignment, for the log
 
     def state_dict(self):
         tensors = {"targets": self.targets.cpu(), "scalings": self.scalings.cpu()}
@@ -171,7 +171,7 @@ class Memory:
 
 
 def label_times(epochs, count, n, power):
-    """When labels are found, in images seen: count times, ascending, the first at 0; not after the end.
+    """Returns the `count` times, in images seen, at which labels are computed; 0 is the first.
 
     As in main.py (power 2) and cifar.py (power 1) of yukimasano/self-label.
     """
@@ -181,11 +181,11 @@ def label_times(epochs, count, n, power):
 
 @torch.no_grad()
 def assign(memory, prototypes, features, heads, lam, tolerance):
-    """New labels for the heads named, each used about equally often over the data set.
+    """Computes new labels for the given heads; all labels are used about equally often over the data set.
 
-    features: (n, F) this rank's rows; a row of NaN is an image that cannot be read: label -100, ignored.
+    features: (n, F) of this rank's images; a row of NaN is an image that cannot be read: label -100, ignored.
     Raises DataError if fewer images than prototypes can be read, Diverged if a head's scores are not finite
-    or all alike.
+    or are the same for all images.
     """
     K, seen = len(prototypes[0].weight), ~features[:, 0].isnan()
     readable = int(distributed.all_sum(seen.sum()))
@@ -195,15 +195,15 @@ def assign(memory, prototypes, features, heads, lam, tolerance):
     rounds = []
     for h in heads:
         head = prototypes[h]
-        scores = head.weight.new_empty(len(features), K)  # (n, K): the largest thing held
+        scores = head.weight.new_empty(len(features), K)  # (n, K): the largest tensor held
         for rows, block in zip(scores.split(4096), features.split(4096)):
             rows.copy_(head(block.to(head.weight.dtype)))
         try:
             assignments, memory.scalings[h], _, iterations = balanced_assignments(
                 scores, lam, tolerance, in_place=True, init=memory.scalings[h])
-        except ValueError as error:  # on every rank
+        except ValueError as error:  # raised on every rank
             raise Diverged(f"head {h} cannot be labelled: {error}; a lower --lr may help") from None
-        del scores, rows  # room for those of the next head
+        del scores, rows  # makes room for the next head's
         mine = torch.full((len(seen),), -100, device=assignments.device)
         mine[seen] = assignments
         mine = distributed.gather_rows(mine)  # (N,)
@@ -219,7 +219,7 @@ def assign(memory, prototypes, features, heads, lam, tolerance):
 
 
 def prediction_loss(scores, targets, temperature):
-    """Predicts the clusters of its image from every crop: mean cross-entropy over heads and all ranks' crops.
+    """Predicts an image's clusters from each crop: mean cross-entropy over heads and all ranks' crops.
 
     scores: H tensors (V, B, K); targets: (H, B), where -100 is ignored.
     """
@@ -238,11 +238,11 @@ def prediction_loss(scores, targets, temperature):
 
 @torch.no_grad()
 def features_in_training(model, loader, run, config, number):
-    """Features (n, F) of this rank's rows as training sees them: random crops, batch statistics, dropout. The
-    authors' way. number: of the pass; each draws crops of its own."""
+    """Returns features (n, F) of this rank's images as in training, which is how the authors do it: random
+    crops, batch statistics, dropout. number: of the pass; each pass draws other crops."""
     N = len(run.images)
     order = np.random.default_rng((config.seed, number)).permutation(N)
-    # The last batch is filled up with images of the first.
+    # Images from the start of the order fill up the last batch.
     order = np.resize(order, -(-N // config.batch_size) * config.batch_size)
     batches = data.batches(N, config.batch_size, number, config.seed, order=order)
     own = data.Loader(loader.dataset, config.workers, run.device.type == "cuda")
@@ -254,7 +254,7 @@ def features_in_training(model, loader, run, config, number):
             crops = to_device(crops, params, run.device, dtype)
             with run.autocast():
                 features = model.backbone(crops[0])[: len(index)]  # (B, F) of the first crop
-            # A NaN of the network must not pass for an image that cannot be read.
+            # A NaN from the network must not be taken for an image that cannot be read.
             features = features.nan_to_num(torch.inf, torch.inf, -torch.inf).to(stored)
             index = distributed.gather_rows(index.to(run.device, non_blocking=True), equal=True)  # (W B,)
             held.write(index, distributed.gather_rows(features, equal=True))
@@ -263,13 +263,13 @@ def features_in_training(model, loader, run, config, number):
 
 
 def stored_dtype(config, device):
-    """Of features between the pass and the labels: those of a bfloat16 trunk fit float16 without loss."""
+    """Returns the dtype of stored features: float16 for a bfloat16 trunk, exact at usual magnitudes."""
     dtype = autocast_dtype(config.precision, device)
     return torch.float16 if dtype == torch.bfloat16 else dtype
 
 
 def relabel(model, memory, loader, run, config, epoch):
-    """Labels of all heads, or of the one whose turn it is in this epoch, from one pass over all images."""
+    """Computes new labels from one pass over all images, for all heads or for the one whose turn it is."""
     if config.labelling == "train":
         features = features_in_training(model, loader, run, config, config.epochs + memory.done)
     else:
@@ -287,7 +287,7 @@ def train_one_epoch(net, optimizer, memory, loader, run, config, epoch):
     batches = data.batches(N, config.batch_size, epoch, config.seed)
     times = label_times(config.epochs, config.relabellings, N, config.relabel_power)
     for step, (index, crops, params) in run.steps(loader, batches, epoch):
-        # assign: all images, at the published times, at most once a step
+        # assign: all images, at the published times, at most once per step
         if memory.done < len(times) and step * config.batch_size >= times[memory.done]:
             relabel(model, memory, loader, run, config, epoch)
 
@@ -330,7 +330,7 @@ def main(config):
     if config.arch == "preact50" and (config.width, config.stem) != (1, "imagenet"):
         raise ArgumentError("--arch preact50 has no other width or stem: --width 1 --stem imagenet")
     if config.augs < 2 and config.crops != (1,):
-        raise ArgumentError(f"--augs {config.augs} is one crop an image: --crops 1")
+        raise ArgumentError(f"--augs {config.augs} takes one crop per image: --crops 1")
 
     model = Model(config, own_trunk(config, device))
     net = prepare(model, config, device)

@@ -1,23 +1,23 @@
 """SeLa-v2 (the improved SeLa of Caron et al., NeurIPS 2020, arXiv 2006.09882; SeLa: ICLR 2020, 1911.05371).
 
-Once an epoch, every image gets a label from the embeddings that the last epoch left in a memory, such that
-all labels are used about equally often; during the epoch every crop of an image predicts its label. Several
-heads have labels of their own.
+Once per epoch, every image gets a label, computed from the embeddings that the last epoch stored in a memory
+such that all labels are used about equally often. During the epoch, every crop of an image predicts the label
+of that image. Each of several heads has its own labels.
 
     z_v = normalise(projection(trunk(crop_v)))              unit embedding of crop v, D = 128
     Q_h = diag(c) exp(lambda z C_h^T / temperature) diag(r)     such that rows sum to 1 / N, columns to 1 / K
-    y_h = argmax_k Q_h                                      once an epoch, for each head h; no gradient
+    y_h = argmax_k Q_h                                      once per epoch, for each head h; no gradient
     L   = mean over h, v of  cross-entropy(z_v C_h^T / temperature, y_h)
 
-DeepCluster-v2 with SeLa's labels: the prototypes C_h are learnt, not made by k-means, and the balance over
-the data set keeps it from collapsing. The authors released no code; what their paper leaves open is ours.
+This is DeepCluster-v2 with SeLa's labels: the prototypes C_h are learnt, not made by k-means. Equal use of
+the labels prevents collapse. The authors released no code; settings that their paper leaves open are ours.
 
-Published figure, 71.8 % ImageNet linear top-1 reported by the authors (settings ours, no full run made here):
+Published result: the authors report 71.8 % ImageNet linear top-1 (settings ours, no full run was made here):
 
     torchrun --nproc_per_node=8 --nnodes=8 selav2.py --data /imagenet --recipe selav2_400ep
 
 One node of 8 GPUs:            torchrun --nproc_per_node=8 selav2.py --data /imagenet
-On a CPU, in minutes:          python selav2.py --eval-every 5    (embedded images, needs no data)
+On a CPU, in minutes:          python selav2.py --eval-every 5    (on drawn images, needs no data)
 Your photos, no labels:        python selav2.py --data ~/photos --recipe small
 """
 
@@ -36,9 +36,9 @@ from common.optim import LARC, warmup_cosine
 from common.resnet import ARCHITECTURES
 from common.sinkhorn import balanced_assignments
 
-# Letters in shapes: B images of this rank, W ranks, V crops of an image (the first U large), V_r of size r, s
-# pixels wide, F features of the trunk, D embedding, H heads of K prototypes, L queue, N images in all, n of
-# a rank. Crop-major: crop 0 of all B images, then crop 1. params (V, B, 8): the colour changes of each crop.
+# Letters in shapes: B images of this rank's batch, W ranks, V crops per image (V_r of size r; the first U are
+# large), s pixels wide, F trunk features, D embedding size, H heads of K prototypes, L queue length, N images
+# in all, n per rank. V B rows: crop 0 of all B images, then crop 1. params (V, B, 8): crops' colour changes.
 
 # ---------------------------------------------------------------------------------------------------- recipes
 
@@ -49,7 +49,7 @@ TINY = dict(arch="resnet10", width=0.5, stem="small", hidden=256, dim=64, crops=
             freeze_prototypes_iters=100, batch_size=32, lr=0.8, final_lr=0.0008, warmup_epochs=0)
 SHAPES = dict(TINY, width=0.25, crops=(2, 2), sizes=(24, 16), eval_size=32, scales=(0.4, 1.0, 0.2, 0.5),
               jitter=(0.4, 0.4, 0.4, 0.2), dim=32, batch_size=64, lr=3.6, final_lr=0.0036, epochs=20)
-RECIPES = {  # name: (result, ImageNet linear top-1 where not said, what differs from the first row)
+RECIPES = {  # name: (result, by default ImageNet linear top-1; options that differ from the first row)
     "selav2_400ep_bs1024": ("published at 4096, lr by the linear rule; the default with --data", dict(
         crops=(2, 4), sizes=(160, 96), scales=(0.08, 1.0, 0.05, 0.14), jitter=(0.8, 0.8, 0.8, 0.2),
         blur_p=0.5, prototypes=3000, temperature=0.1, epochs=400, batch_size=1024, lr=1.2,
@@ -61,7 +61,7 @@ RECIPES = {  # name: (result, ImageNet linear top-1 where not said, what differs
               dict(TINY, epochs=20)),
     "small": ("settings of cifar for longer: not measured", dict(TINY, epochs=50, exif=True)),
 }
-REMEDY = """  try in this order: fewer --prototypes (ten per class you expect, a tenth of the images at most);
+REMEDY = """  try in this order: fewer --prototypes (ten per class you expect, at most a tenth of the images);
   fewer --heads; a lower --lr or a longer --warmup-epochs; milder --jitter and --scales. See docs/log.md."""
 
 
@@ -71,11 +71,11 @@ class Config(RunOptions):
     dim: int = option(128, "size D of the embedding", group="model", least=1)
 
     heads: int = option(3, "number H of heads, each with clusters of its own", least=1)
-    lam: float = option(25.0, "lambda: power of the probabilities; larger is sharper", above=0)
-    tolerance: float = option(0.01, "balancing ends once no label's mass is off by this share", above=0)
-    freeze_prototypes_iters: int = option(1252, "steps before the prototypes learn: one epoch of ImageNet")
+    lam: float = option(25.0, "lambda: exponent of the probabilities in Q; larger makes Q sharper", above=0)
+    tolerance: float = option(0.01, "balancing ends at this largest relative error of label mass", above=0)
+    freeze_prototypes_iters: int = option(1252, "steps before prototypes are trained: one epoch of ImageNet")
 
-    final_lr: float = option(0.0, "learning rate that the cosine ends at", group="optimisation", least=0)
+    final_lr: float = option(0.0, "learning rate at the end of the cosine", group="optimisation", least=0)
     warmup_epochs: int = option(0, "epochs of linear warm-up", group="optimisation", least=0)
     start_lr: float = option(0.0, "learning rate when the warm-up starts", group="optimisation", least=0)
 
@@ -84,7 +84,7 @@ class Config(RunOptions):
 
 
 class Model(nn.Module):
-    """Trunk, two-layer head, H sets of prototypes: crops to unit embeddings and their cosines to each set."""
+    """Maps crops to unit embeddings and their cosines with H sets of prototypes: trunk, head, prototypes."""
 
     def __init__(self, config, backbone=None):
         super().__init__()
@@ -99,7 +99,7 @@ class Model(nn.Module):
         self.prototypes = nn.ModuleList(heads)  # (K, D) each
 
     def forward(self, crops):
-        """crops: a list, per resolution (V_r B, 3, s, s). Returns z (V B, D) and H scores (V B, K)."""
+        """Maps a list of crops, (V_r B, 3, s, s) per resolution, to z (V B, D) and H scores (V B, K)."""
         # One pass per resolution: batch-norm statistics of large and small crops stay apart.
         features = torch.cat([self.backbone(group) for group in crops])  # (V B, F)
         z = self.projection_head(features)  # (V B, D)
@@ -117,29 +117,29 @@ class Model(nn.Module):
 
 
 class Memory:
-    """Embeddings of the U assigning crops of every image, as one epoch's steps left them, and their clusters.
+    """Holds the embeddings of every image's U large crops, stored by one epoch's steps, and their clusters.
 
-    targets (H, N): cluster of each image, -100 (ignored) for an image that was not in the memory. Saved in
-    data-set order, so that another world size can load it.
+    targets (H, N): cluster of each image, -100 (ignored by the loss) if the memory had no embedding of it.
+    Saved in data-set order, so that any world size can load it.
     """
 
     def __init__(self, N, U, D, heads, K, device=None, dtype=torch.float32):
         self.banks = distributed.ShardedRows(N, U, D, device=device, dtype=dtype)
         self.filled = distributed.ShardedRows(N, device=device, dtype=torch.bool)
         self.targets = torch.full((heads, N), -100, device=device)
-        # log r, where the next balancing begins
+        # log r, from which the next balancing starts
         self.scalings = torch.zeros(heads, K, device=device, dtype=dtype)
-        self.epoch = -1  # whose clusters the targets are
+        self.epoch = -1  # epoch that the targets were computed for
 
     @torch.no_grad()
     def update(self, index, z):
-        """Stores the embeddings z (U, B, D) of this rank's images index (B,); every rank keeps its rows."""
+        """Stores z (U, B, D) of this rank's images index (B,), each on the rank that holds its row."""
         index = distributed.gather_rows(index.to(z.device, non_blocking=True), equal=True)  # (W B,)
         self.banks.write(index, distributed.gather_rows(z.transpose(0, 1), equal=True))  # (W B, U, D)
         self.filled.write(index, True)
 
     def rows(self, u):
-        """Embeddings of assigning crop u that the last epoch left on this rank: (rows, D)."""
+        """Returns the embeddings of large crop u that the last epoch stored on this rank: (rows, D)."""
         return self.banks.local[self.filled.local, u]
 
     def state_dict(self):
@@ -156,10 +156,10 @@ class Memory:
 
 @torch.no_grad()
 def assign(memory, prototypes, temperature, lam, tolerance):
-    """Labels the memory once for each head, head h from bank h mod U, all labels about equally often.
+    """Labels the memory once per head, head h by large crop h mod U. All labels are used about equally often.
 
     Raises DataError if fewer images than prototypes can be read, Diverged if a head's scores are not finite
-    or all alike.
+    or are the same for all images.
     """
     K, U, filled = len(prototypes[0].weight), memory.banks.local.shape[1], memory.filled.local
     readable = int(distributed.all_sum(filled.sum()))
@@ -167,13 +167,13 @@ def assign(memory, prototypes, temperature, lam, tolerance):
         raise DataError(f"--prototypes {K}: more than the {readable} images that can be read")
     for h, head in enumerate(prototypes):
         try:
-            # The largest thing held: (rows, K).
+            # (rows, K): the largest tensor held.
             scores = memory.rows(h % U) @ (nn.functional.normalize(head.weight) / temperature).T
             assignments, memory.scalings[h], *_ = balanced_assignments(
                 scores, lam, tolerance, in_place=True, init=memory.scalings[h])
-        except ValueError as error:  # on every rank
+        except ValueError as error:  # raised on every rank
             raise Diverged(f"head {h} cannot be labelled: {error}; a lower --lr may help") from None
-        del scores  # room for those of the next head
+        del scores  # makes room for the next head's
         mine = torch.full_like(filled, -100, dtype=torch.int64)
         mine[filled] = assignments
         mine = distributed.gather_rows(mine)  # (N,)
@@ -181,11 +181,11 @@ def assign(memory, prototypes, temperature, lam, tolerance):
             raise Diverged(f"head {h} has collapsed: it scores all images alike, so all get one label; "
                            "are all images alike, or is --lr too high?")
         memory.targets[h] = mine
-    memory.filled.local.fill_(False)  # from here on it is filled anew
+    memory.filled.local.fill_(False)  # the coming epoch fills it again
 
 
 def prediction_loss(scores, targets, temperature):
-    """Predicts the clusters of its image from every crop: mean cross-entropy over heads and all ranks' crops.
+    """Predicts an image's clusters from each crop: mean cross-entropy over heads and all ranks' crops.
 
     scores: H tensors (V, B, K); targets: (H, B), where -100 is ignored.
     """
@@ -204,9 +204,9 @@ def prediction_loss(scores, targets, temperature):
 
 @torch.no_grad()
 def fill(model, memory, loader, run, config):
-    """Fills the memory before the first epoch: one pass, each assigning crop by itself, in train mode (batch
+    """Fills the memory before the first epoch: one pass, each large crop by itself, in train mode (batch
     statistics), as the authors do."""
-    number = config.epochs  # crops that no training epoch draws
+    number = config.epochs  # an epoch number that training does not use: other crops
     batches = data.batches(len(run.images), config.batch_size, number, config.seed)
     for _, (index, crops, params) in run.steps(loader, batches, number, extra=True):
         dtype = model.prototypes[0].weight.dtype
@@ -241,7 +241,7 @@ def train_one_epoch(net, optimizer, memory, loader, run, config, epoch):
         targets = memory.targets[:, index.to(run.device, non_blocking=True)]  # (H, B)
         loss = prediction_loss(scores, targets, config.temperature)
 
-        # memory: the embeddings that the next epoch's clusters are made of
+        # memory: store the embeddings, to be clustered before the next epoch
         memory.update(index, z[:U].detach())
 
         # update
@@ -249,7 +249,7 @@ def train_one_epoch(net, optimizer, memory, loader, run, config, epoch):
         loss.backward()
         if step < config.freeze_prototypes_iters:
             for head in model.prototypes:
-                head.weight.grad = None  # with a gradient of 0 momentum and decay would move them
+                head.weight.grad = None  # the optimizer skips parameters without a gradient
         optimizer.step()
 
         # log
@@ -277,12 +277,12 @@ def main(config):
     loader = data.Loader(crops, config.workers, device.type == "cuda")
 
     run = Run(config, "selav2", images, model, optimizer, memory, remedy=REMEDY, heads=config.heads)
-    temporary = 4 * config.dim + 4 * config.prototypes  # the embeddings of one crop, and their scores
+    temporary = 4 * config.dim + 4 * config.prototypes  # bytes per image: one crop's embedding, its scores
     report(run, recipe(Config, RECIPES, config.recipe), assigned=clustered, temporary=temporary)
     for epoch in run.epochs():
         if memory.epoch < 0:
             fill(model, memory, loader, run, config)
-        if memory.epoch < epoch:  # not when a run resumes in mid-epoch
+        if memory.epoch < epoch:  # false if a run resumes in mid-epoch
             with run.timed("clusters"):
                 assign(memory, model.prototypes, config.temperature, config.lam, config.tolerance)
             memory.epoch = epoch

@@ -9,15 +9,15 @@ the assignments of the other large crops of its image.
     L   = mean over u, v != u of  - sum_k q_uk log softmax_k(z_v C^T / temperature)
 
 C holds the K prototypes, one unit row each; no gradient flows through q. Equal mass per prototype prevents
-collapse: no negatives, no momentum encoder, no memory of the data set, no k-means. When a batch has fewer
-images than prototypes, a queue of past embeddings joins the balancing.
+collapse: there are no negatives, no momentum encoder, no memory of the data set and no k-means. If a batch
+has fewer images than prototypes, a queue of past embeddings is balanced together with the batch.
 
-Published recipe, 75.3 % ImageNet linear top-1 reported by the authors (no full ImageNet run was made here):
+Published recipe: the authors report 75.3 % ImageNet linear top-1 (no full ImageNet run was made here):
 
     torchrun --nproc_per_node=8 --nnodes=8 swav.py --data /imagenet --recipe swav_800ep
 
 One node of 8 GPUs (74.3 %):   torchrun --nproc_per_node=8 swav.py --data /imagenet
-On a CPU, in minutes:          python swav.py --eval-every 5    (embedded images, needs no data)
+On a CPU, in minutes:          python swav.py --eval-every 5    (on drawn images, needs no data)
 Your photos, no labels:        python swav.py --data ~/photos --recipe small
 """
 
@@ -36,9 +36,9 @@ from common.optim import LARC, warmup_cosine
 from common.resnet import ARCHITECTURES
 from common.sinkhorn import sinkhorn
 
-# Letters in shapes: B images of this rank, W ranks, V crops of an image (the first U large), V_r of size r, s
-# pixels wide, F features of the trunk, D embedding, H heads of K prototypes, L queue, N images in all, n of
-# a rank. Crop-major: crop 0 of all B images, then crop 1. params (V, B, 8): the colour changes of each crop.
+# Letters in shapes: B images of this rank's batch, W ranks, V crops per image (V_r of size r; the first U are
+# large), s pixels wide, F trunk features, D embedding size, H heads of K prototypes, L queue length, N images
+# in all, n per rank. V B rows: crop 0 of all B images, then crop 1. params (V, B, 8): crops' colour changes.
 
 # ---------------------------------------------------------------------------------------------------- recipes
 
@@ -56,7 +56,7 @@ TINY = dict(arch="resnet10", width=0.5, stem="small", hidden=256, dim=64, crops=
 SHAPES = dict(TINY, width=0.25, crops=(2, 2), sizes=(24, 16), eval_size=32, scales=(0.4, 1.0, 0.2, 0.5),
               jitter=(0.4, 0.4, 0.4, 0.2), dim=32, prototypes=40, epsilon=0.03, freeze_prototypes_iters=50,
               batch_size=64, lr=2.4, final_lr=0.0024, epochs=8)
-RECIPES = {  # name: (result, ImageNet linear top-1 where not said, what differs from the first row)
+RECIPES = {  # name: (result, by default ImageNet linear top-1; options that differ from the first row)
     "swav_400ep_8x32": ("74.3, one node of 8 GPUs; the default with --data", dict(
         crops=(2, 6), sizes=(224, 96), scales=(0.14, 1.0, 0.05, 0.14), jitter=(0.8, 0.8, 0.8, 0.2),
         blur_p=0.5, prototypes=3000, temperature=0.1, epochs=400, batch_size=256, lr=0.6,
@@ -77,9 +77,9 @@ RECIPES = {  # name: (result, ImageNet linear top-1 where not said, what differs
     "small": ("20-NN 54.0 from 5,000 images of CIFAR-10, untrained 33.7: measured here",
               dict(TINY, epochs=50, exif=True)),
 }
-REMEDY = """  try in this order: fewer --prototypes (ten per class you expect, a tenth of the images,
-  batch + queue at most); --epsilon 0.03; more --freeze-prototypes-iters; no or a later queue (--queue-length,
-  --queue-start-epoch); a lower --lr; milder --jitter and --scales. See docs/log.md."""
+REMEDY = """  try in this order: fewer --prototypes (ten per class you expect, at most a tenth of the
+  images and batch + queue); --epsilon 0.03; more --freeze-prototypes-iters; no queue (--queue-length 0) or a
+  later one (--queue-start-epoch); a lower --lr; milder --jitter and --scales. See docs/log.md."""
 
 
 @dataclass
@@ -90,13 +90,13 @@ class Config(RunOptions):
 
     epsilon: float = option(0.05, "epsilon of Sinkhorn: smaller makes sharper codes", above=0)
     sinkhorn_iterations: int = option(3, "iterations of Sinkhorn", least=0)
-    queue_length: int = option(3840, "past embeddings that join the balancing; 0: none", least=0)
+    queue_length: int = option(3840, "past embeddings balanced with the batch; 0: no queue", least=0)
     queue_start_epoch: int = option(15, "epoch in which the queue begins to fill; used once full", least=0)
-    freeze_prototypes_iters: int = option(5005, "steps before the prototypes learn: one epoch of ImageNet")
-    assignments: str = option("auto", "keep each image's cluster, 8 bytes an image; auto: up to 20 million",
+    freeze_prototypes_iters: int = option(5005, "steps before prototypes are trained: one epoch of ImageNet")
+    assignments: str = option("auto", "keep each image's cluster (8 bytes); auto: up to 20 million images",
                               choices=("auto", "on", "off"))
 
-    final_lr: float = option(0.0, "learning rate that the cosine ends at", group="optimisation", least=0)
+    final_lr: float = option(0.0, "learning rate at the end of the cosine", group="optimisation", least=0)
     warmup_epochs: int = option(0, "epochs of linear warm-up", group="optimisation", least=0)
     start_lr: float = option(0.0, "learning rate when the warm-up starts", group="optimisation", least=0)
 
@@ -105,7 +105,7 @@ class Config(RunOptions):
 
 
 class Model(nn.Module):
-    """Trunk, two-layer head, prototypes: crops to unit embeddings and their cosines to the prototypes."""
+    """Maps crops to unit embeddings and their cosines with the prototypes: trunk, head, prototypes."""
 
     def __init__(self, config, backbone=None):
         super().__init__()
@@ -119,7 +119,7 @@ class Model(nn.Module):
         self.prototypes = nn.Linear(config.dim, config.prototypes, bias=False)  # weight (K, D), unit rows
 
     def forward(self, crops):
-        """crops: a list, per resolution (V_r B, 3, s, s). Returns z (V B, D) and scores (V B, K)."""
+        """Maps a list of crops, (V_r B, 3, s, s) per resolution, to z (V B, D) and scores (V B, K)."""
         # One pass per resolution: batch-norm statistics of large and small crops stay apart.
         features = torch.cat([self.backbone(group) for group in crops])  # (V B, F)
         z = self.projection_head(features)  # (V B, D)
@@ -136,10 +136,10 @@ class Model(nn.Module):
 
 
 class Queue:
-    """Past embeddings of the U assigning crops, newest first: balanced with the batch, not trained on.
+    """Holds past embeddings of the U large crops, newest first: balanced with the batch, not trained on.
 
-    length: rows L over all ranks, a multiple of the global batch. Saved as one (U, L, D), newest global batch
-    first, each in the order of its images, so that another world size can load it.
+    length: L rows over all ranks, a multiple of the global batch. Checkpoints hold one (U, L, D): the newest
+    global batch first, each batch in the order of its images, so that any world size can load it.
     """
 
     def __init__(self, length, U, D, device=None, dtype=torch.float32):
@@ -158,7 +158,7 @@ class Queue:
         self.batch = z.shape[1]
 
     def rows(self, u):
-        """Embeddings of assigning crop u that the queue holds on this rank: (L / W, D)."""
+        """Returns this rank's part of the queue for large crop u: (L / W, D)."""
         return self.queue[u]
 
     def state_dict(self):
@@ -181,20 +181,20 @@ class Queue:
 
 @torch.no_grad()
 def assign(scores, memory, prototypes, epsilon, iterations):
-    """Codes (U, B, K) of the assigning crops' scores (U, B, K): over all ranks, queues included."""
+    """Returns codes (U, B, K) of the large crops' scores (U, B, K), balanced over all ranks and the queue."""
     rows = scores  # (U, L / W + B, K)
     if memory.full:
         queued = torch.stack([memory.rows(u) @ prototypes.T for u in range(len(scores))])  # (U, L / W, K)
         rows = torch.cat([queued, scores], dim=1)
-    return sinkhorn(rows, epsilon, iterations)[:, -scores.shape[1] :]  # without the queue's
+    return sinkhorn(rows, epsilon, iterations)[:, -scores.shape[1] :]  # the batch's codes
 
 
 def prediction_loss(scores, codes, temperature):
-    """Predicts every code from every other crop of its image: mean cross-entropy over the U (V - 1) pairs.
+    """Predicts each code from every other crop of its image: mean cross-entropy over the U (V - 1) pairs.
 
     scores: (V, B, K) cosines; codes: (U, B, K) of the first U crops, without gradient. Equation 2 of the
-    paper, averaged over crops as main_swav.py of facebookresearch/swav does, so the learning rate does not
-    depend on their number.
+    paper, averaged over crops as in main_swav.py of facebookresearch/swav, so the learning rate does not
+    depend on the number of crops.
     """
     (V, B, _), U = scores.shape, len(codes)
     log_p = nn.functional.log_softmax(scores / temperature, dim=2)  # (V, B, K)
@@ -234,7 +234,7 @@ def train_one_epoch(net, optimizer, memory, loader, run, config, epoch):
         # loss
         loss = prediction_loss(scores, codes, config.temperature)
 
-        # memory: pushed after assign, or each image would be balanced with a copy of itself
+        # memory: push after assign, or each image would be balanced with a copy of itself
         if memory.length and epoch >= config.queue_start_epoch:
             was_full = memory.full
             memory.push(z[:U].detach())
@@ -245,7 +245,7 @@ def train_one_epoch(net, optimizer, memory, loader, run, config, epoch):
         optimizer.zero_grad()
         loss.backward()
         if step < config.freeze_prototypes_iters:
-            model.prototypes.weight.grad = None  # with a gradient of 0 momentum and decay would move them
+            model.prototypes.weight.grad = None  # the optimizer skips parameters without a gradient
         optimizer.step()
 
         # log
@@ -258,7 +258,7 @@ def main(config):
         raise ArgumentError(f"--crops {sum(config.crops)}: 2 crops are needed, to predict one from another")
     length = config.queue_length // config.batch_size * config.batch_size
     if length != config.queue_length:
-        say(f"warning: --queue-length {config.queue_length} is no multiple of --batch-size "
+        say(f"warning: --queue-length {config.queue_length} is not a multiple of --batch-size "
             f"{config.batch_size}: {length} is used")
 
     model = Model(config, own_trunk(config, device))

@@ -1,20 +1,20 @@
-"""The map of this folder. A flat file may be copied, a folder may be ignored.
+"""Lists the contents of this folder. The right column says what a flat file needs when it is copied.
 
-    resnet.py alexnet.py    trunks                                                        torch alone
-    sinkhorn.py             balanced assignment, of a batch and of a data set             torch alone
-    kmeans.py               k-means, nearest centroid, PCA whitening                      torch alone
-    optim.py                LARC, schedules of the learning rate                          torch alone
-    multicrop.py            crops in the worker, colours on the device                    torchvision, Pillow
-    distributed.py          one process or many: sums, gathers, rows sharded over ranks   engine/errors.py
+    resnet.py alexnet.py    trunks                                                        torch
+    sinkhorn.py             balanced assignment of a batch or a whole data set            torch
+    kmeans.py               k-means, nearest centroid, PCA whitening                      torch
+    optim.py                LARC, learning-rate schedules                                 torch
+    multicrop.py            crops cut by workers, colours changed on the device           torchvision, Pillow
+    distributed.py          communication between processes, rows sharded over ranks      engine/errors.py
     batchnorm.py            batch norm and dropout over ranks, `parallel(model)`          distributed.py
     data.py                 open_images, the order of an epoch, the loader                multicrop, sources/
-    features.py             features of a data set, each rank its rows; k-NN              data, distributed
+    features.py             features of a data set, sharded over ranks; k-NN              data, distributed
 
-    sources/     where images come from: files, lists, tars, torchvision's sets, drawn shapes, your own
-    engine/      around a training: options, launch, the run directory, log, checkpoints
-    weights/     other projects' checkpoints in, ours out: python -m common.weights FILE
-    evaluation/  what the evaluations share
+    sources/     image sources: files, lists, tars, torchvision's sets, drawn shapes, your own code
+    engine/      what surrounds the training loop: options, launch, run directory, log, checkpoints
+    weights/     reads and writes other projects' checkpoints: python -m common.weights FILE
+    evaluation/  code shared by the evaluation scripts
 
-Imports go one way: engine/errors.py and engine/files.py, then the flat files, in that order, engine, weights,
-evaluation. tests/test_aligned.py holds them to it.
+A file imports only from earlier parts of this list: engine/errors.py, engine/files.py; resnet.py to
+distributed.py; sources; batchnorm.py, data.py; features.py; engine; weights; evaluation. A test checks this.
 """

@@ -1,8 +1,8 @@
 """The AlexNet of DeepCluster and SeLa, with batch norm. Needs torch only: copy this one file.
 
-Parameter names are those of the released models (features.N, classifier.N), without their top layers. Images
-have 224 pixels. Written after models/alexnet.py of facebookresearch/deepcluster and of yukimasano/self-label:
-channels and layers, not code.
+Parameters are named as in the released models (features.N, classifier.N); their top layers are left out.
+Images must have 224x224 pixels. Channels and layers, but not the code, are those of models/alexnet.py of
+facebookresearch/deepcluster and of yukimasano/self-label.
 """
 
 import torch
@@ -14,7 +14,7 @@ POOLED = (0, 1, 4)  # convolutions followed by a max-pool
 
 
 class Sobel(nn.Module):
-    """Horizontal and vertical gradients of the channels' mean: (B, 3, H, W) -> (B, 2, H, W), zero-padded."""
+    """Computes x and y gradients of the channels' mean: (B, 3, H, W) -> (B, 2, H, W), zero-padded."""
 
     def __init__(self):
         super().__init__()
@@ -22,13 +22,13 @@ class Sobel(nn.Module):
         self.register_buffer("kernels", kernels[:, None], persistent=False)
 
     def forward(self, x):
-        # differences of neighbours would drown in bfloat16's roundings
+        # rounding to bfloat16 would swamp the differences between neighbouring pixels
         with torch.autocast(x.device.type, enabled=False):
             return F.conv2d(x.mean(1, keepdim=True), self.kernels, padding=1)
 
 
 class AlexNet(nn.Module):
-    """Trunk: (B, 3, 224, 224) -> (B, 4096), the second fully connected layer, before or after its ReLU."""
+    """Maps (B, 3, 224, 224) to (B, 4096): the second fully connected layer, before or after its ReLU."""
 
     feature_dim = 4096
 
@@ -54,8 +54,8 @@ class AlexNet(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def stages(self, x):
-        """Maps after each ReLU, before the max-pool: "conv1" (55x55), "conv2" (27x27), "conv3" .. "conv5"
-        (13x13)."""
+        """Returns the feature maps after each ReLU, before max-pooling: "conv1" (55x55), "conv2" (27x27),
+        "conv3" .. "conv5" (13x13)."""
         maps, x = {}, self.sobel(x)
         for layer in self.features:
             x = layer(x)
@@ -71,10 +71,10 @@ class AlexNet(nn.Module):
 
 
 def alexnet(kind="deepcluster", sobel=False):
-    """kind: "deepcluster" (features before the last ReLU: what is clustered), "sela" (after it) or
-    "sela_small" (fewer channels).
+    """Builds an AlexNet. kind: "deepcluster" (returns features before the last ReLU, to be clustered), "sela"
+    (after it) or "sela_small" (after it, with fewer channels).
 
-    sobel: the two image gradients in place of the three colours.
+    sobel: use the two image gradients as input instead of the three colours.
     """
     if kind not in ("deepcluster", "sela", "sela_small"):
         raise ValueError(f'kind is "deepcluster", "sela" or "sela_small", got {kind!r}')

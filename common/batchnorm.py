@@ -1,4 +1,4 @@
-"""Batch norm and dropout over the rows of all ranks, and the model to train."""
+"""Batch norm and dropout over the rows of all ranks; `parallel` prepares a model for training with them."""
 
 import warnings
 
@@ -11,18 +11,18 @@ from .engine.errors import ArgumentError
 
 
 class _PlainBatchNorm(torch.autograd.Function):
-    """Batch norm with the statistics of all ranks' rows: one all-reduce forward and one backward."""
+    """Normalises with the statistics of all ranks' rows: one all-reduce forward and one backward."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, running_mean, running_var, momentum, eps):
         dims = [d for d in range(x.dim()) if d != 1]
-        exact = torch.promote_types(x.dtype, torch.float32)  # statistics of a bf16 map are float32
+        exact = torch.promote_types(x.dtype, torch.float32)  # float32 for bfloat16 input
         mean = var = x.new_zeros(x.shape[1], dtype=exact)
         if x.numel():
             var, mean = torch.var_mean(x.to(exact), dims, correction=0)  # (C,) (C,)
         # Moments about zero add up over ranks; float64 keeps the difference below exact.
         mean, var, count = mean.double(), var.double(), x.numel() // x.shape[1]
-        # A tensor `count` would be one for several layers: torch.compile writes the sum over ranks into it.
+        # `count` is no tensor: torch.compile would share it between layers and write the sum into it.
         moments = torch.cat([mean, var + mean**2]) * count
         moments = all_sum(F.pad(moments, (0, 1), value=count))  # (2C+1,)
         count = moments[-1]
@@ -55,8 +55,8 @@ class _PlainBatchNorm(torch.autograd.Function):
 
 
 class _NativeBatchNorm(torch.autograd.Function):
-    """The same in torch's kernels for CUDA, which torch.nn.SyncBatchNorm is made of: one all-gather forward
-    and one all-reduce backward. Nothing waits for the GPU, so each rank must have rows."""
+    """Does the same with torch's CUDA kernels, as torch.nn.SyncBatchNorm does: one all-gather forward, one
+    all-reduce backward. Each rank must have rows: to leave out empty ranks would mean to wait for the GPU."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, running_mean, running_var, momentum, eps):
@@ -90,8 +90,8 @@ def _layout(x):
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """BatchNorm1d/2d over the rows of all ranks; works on CPUs too, and waits for no GPU, unlike
-    torch.nn.SyncBatchNorm.
+    """BatchNorm1d/2d over the rows of all ranks. Unlike torch.nn.SyncBatchNorm, it works on CPUs too and does
+    not wait for the GPU.
 
     In a single process and in eval mode it is the native batch norm. State-dict keys are those of
     nn.BatchNorm2d.
@@ -106,9 +106,9 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
             return super().forward(x)
         if self.num_batches_tracked is not None:
             self.num_batches_tracked += 1
-        # None is the mean of all batches, as in nn.BatchNorm2d, and reads their number from the GPU
+        # None: average over all batches, as in nn.BatchNorm2d; this reads their number from the GPU
         momentum = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
-        # torch.compile fuses plain operations, and knows no shapes of the kernels
+        # torch.compile fuses plain operations, and does not know the native kernels' output shapes
         native = x.is_cuda and not torch.compiler.is_compiling()
         function = _NativeBatchNorm if native else _PlainBatchNorm
         return function.apply(x, self.weight, self.bias, self.running_mean, self.running_var, momentum,
@@ -118,7 +118,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     def convert(cls, module):
         """Replaces every BatchNorm1d/2d inside module, keeping parameters and buffers; returns module.
 
-        Raises ArgumentError for others, like those with an activation inside, which would be lost.
+        Raises ArgumentError for other batch norms: what they do besides, like an activation, would be lost.
         """
         if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d):
             synced = cls(module.num_features, module.eps, module.momentum, module.affine)
@@ -128,7 +128,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
             return synced
         batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
         if batch_norm and not isinstance(module, (cls, nn.SyncBatchNorm)):
-            known = "of batch norms nn.BatchNorm1d and nn.BatchNorm2d alone can be shared by processes"
+            known = "several processes can share only the batch norms nn.BatchNorm1d and nn.BatchNorm2d"
             raise ArgumentError(f"--arch holds {type(module).__name__}: {known}")
         for name, child in module.named_children():
             setattr(module, name, cls.convert(child))
@@ -136,15 +136,15 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 class Dropout(nn.Dropout):
-    """Dropout with a mask drawn for the rows of all ranks, of which this rank takes its own: as in one
+    """Draws the dropout mask of all ranks' rows and takes this rank's part: the same result as in one
     process.
 
-    Every rank's generator must be in the same state, and rows of all ranks concatenated must be the batch of
-    one process: one crop an image.
+    Every rank's generator must be in the same state, and all ranks' rows, concatenated, must be the batch of
+    one process: this holds for one crop per image.
     """
 
     def shape(self, x):
-        """Of the mask of one row."""
+        """Returns the shape of the mask of one row."""
         return x.shape[1:]
 
     def forward(self, x):
@@ -155,7 +155,7 @@ class Dropout(nn.Dropout):
 
 
 class Dropout2d(Dropout):
-    """The same of whole channels."""
+    """Drops whole channels."""
 
     def shape(self, x):
         return (x.shape[1], *[1] * (x.dim() - 2))
@@ -173,15 +173,15 @@ def share_dropout(module):
 
 
 def parallel(model):
-    """The model to train: in one process itself, with dropout masks as on many ranks; else with synced batch
-    norm inside DistributedDataParallel."""
+    """Returns the model to train, with shared dropout. With several processes it also has synced batch norm
+    and is wrapped in DistributedDataParallel."""
     model = share_dropout(model)
     if world_size() == 1:
         return model
     model = SyncBatchNorm.convert(model)
     # Synced statistics make the buffers equal on all ranks already, so they are not broadcast.
     with warnings.catch_warnings():
-        # new versions have another name for it, old ones this one only
+        # new torch deprecates broadcast_buffers, old torch has no other name
         warnings.simplefilter("ignore", FutureWarning)
         return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False,
                                                    gradient_as_bucket_view=True)

@@ -1,10 +1,10 @@
-"""Where images come from, and which images form step t of epoch e.
+"""Opens image sets, and decides which images form step t of epoch e.
 
     images = data.open_images("/imagenet", "train")  # or any folder, a list file, shapes, cifar10
     batches = data.batches(len(images), 256, epoch=3, seed=0)
 
-Order is stateless: step t of epoch e depends on (seed, e, t) alone, so there is no sampler state to save, and
-any number of ranks and workers sees the same global batches.
+The order is stateless: step t of epoch e depends on (seed, e, t) alone. So there is no sampler state to save,
+and any number of ranks and workers sees the same global batches.
 """
 
 import atexit
@@ -25,27 +25,27 @@ from . import distributed
 from .engine.errors import DataError, WorkerError, border
 from .multicrop import TRIES, collate
 
-TABLE = 2**24  # of more images the order is computed batch by batch, not kept
+TABLE = 2**24  # for more images the order is computed batch by batch, not stored
 PACKED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar")
-NAMED = ("cifar10", "cifar100", "svhn", "stl10")  # torchvision's
-OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # package.module:function of the user's own
+NAMED = ("cifar10", "cifar100", "svhn", "stl10")  # torchvision's data sets
+OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # package.module:function, the user's own
 
 
 def open_images(spec, split="train", root="", index="", range=(), exif=False):
-    """The images that `spec` names, as a map-style set.
+    """Opens the images that `spec` names, as a map-style data set.
 
     spec: a folder (class folders, flat or nested; its train/ or val/ is used when present), an image, a list,
     tars, "shapes", "shapes:N", one of torchvision's "cifar10", "cifar100", "svhn", "stl10", each with
-    ":/folder" to say where, or "package.module:function" of the user's own (docs/own.md): only give what was
-    typed. Tars are one .tar, numbered ones as "shards-{000000..000146}.tar", or a folder of them; they hold
-    class folders, a tar of each class, or samples as WebDataset has them, and are read in place. A list is a
-    text file with one path a line: `path`, `path label`, `path,label` (numbers from 0, or names; -1: none),
-    or SimCLR's bare file names, whose class is what stands before "_"; or a .json file of iNaturalist's
-    annotations. Its paths start at root (default: the list's folder), or at train/ or val/ in it.
+    ":/folder" to say where, or "package.module:function", the user's own (docs/own.md). It runs that code, so
+    pass only what the user typed. Tars: one .tar, numbered ones like "shards-{000000..000146}.tar", or a
+    folder of them, with class folders, one tar per class or WebDataset samples inside; read in place. A list
+    is a text file with one path per line: `path`, `path label`, `path,label` (numbers from 0, or names; -1:
+    none), or SimCLR's bare file names, whose class is what precedes "_"; or iNaturalist's .json annotations.
+    Its paths are relative to root (default: the list's folder), or to train/ or val/ in it.
     split: "train" or "val"; "": all of a folder. Only named sets and folders with a val/ have a "val" split.
-    index: a folder to keep in where the images lie in tars. range: (low, high), what becomes black and white
-    of grey of more than 8 bits, for the whole set; default, from a sample of the files. exif: images are
-    turned upright, and transparency falls on white.
+    index: folder in which to store where images lie in tars. range: (low, high), the values that become black
+    and white if grey has more than 8 bits, for the whole set; default: measured on a sample of the files.
+    exif: turn images upright and put transparent ones on white.
     Returns a set with len(), labels (N,) int64 (-1: none) or None, classes, paths, fingerprint, range and
     exif as used, read(i) -> PIL RGB image.
     Raises DataError if there is nothing to read.
@@ -54,7 +54,7 @@ def open_images(spec, split="train", root="", index="", range=(), exif=False):
 
 
 def look(images, spec, range, exif):
-    """The set, whose images look from now on as open_images says."""
+    """Sets range and exif of the images, as in open_images; returns the set."""
     images.range, images.exif = tuple(range), exif
     if hasattr(images, "sample"):
         from .sources.files import measure
@@ -118,7 +118,7 @@ def _open(spec, split, root, index):
 
 
 def is_own(spec):
-    """Whether spec names a function of the user's own. Sets and existing files of that name come first."""
+    """Tells whether spec names the user's own function. Named sets and existing files have precedence."""
     name = str(spec).partition(":")[0]
     return bool(OWN.fullmatch(str(spec))) and name not in ("shapes", *NAMED) and not os.path.lexists(spec)
 
@@ -130,12 +130,12 @@ def _open_list(path, root, split):
 
 
 def batches(n, batch_size, epoch, seed, rank=None, world_size=None, order=None, drop_last=True):
-    """A rank's part of every global batch of an epoch, as a sequence of lists of (position, index).
+    """Returns a rank's part of every global batch of an epoch: a sequence of lists of (position, index).
 
     position: place in the epoch's order, 0 .. n-1, which together with the epoch seeds the augmentation.
-    rank, world_size: default, this process's. Rank r takes the r-th contiguous slice of each global batch.
-    order: n indices, an array or a range, in place of the permutation that (seed, epoch) give; one may come
-    more than once. drop_last: leave out the last, partial batch.
+    rank, world_size: by default this process's. Rank r takes the r-th contiguous slice of each global batch.
+    order: n indices, an array or a range, instead of the permutation given by (seed, epoch); an index may
+    occur more than once. drop_last: leave out the last, partial batch.
     """
     if order is None and n > TABLE:
         order = Permutation(n, (seed, epoch))
@@ -164,14 +164,14 @@ class _Batches:
 
 
 class Permutation:
-    """A random order of 0 .. n-1 without a table, which slices compute: order[first:last] -> int64.
+    """Permutes 0 .. n-1 at random without storing a table: slices are computed, order[first:last] -> int64.
 
-    A Feistel network permutes the numbers below the next power of 4. What it sends to n or beyond goes
-    through it again until it falls below n (cycle walking; Black and Rogaway 2002). key: whole numbers.
+    A Feistel network permutes the numbers below the next power of 4. A result of n or more goes through it
+    again until it is below n (cycle walking; Black and Rogaway 2002). key: integers that seed the network.
     """
 
     def __init__(self, n, key, rounds=6):
-        self.n, self.half = n, np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))  # bits of half a number
+        self.n, self.half = n, np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))  # bits of half of a number
         self.keys = np.random.default_rng(key).integers(1 << 64, size=(rounds, 1), dtype=np.uint64)
 
     def __len__(self):
@@ -189,7 +189,7 @@ class Permutation:
         mask = (np.uint64(1) << self.half) - np.uint64(1)
         left, right = x >> self.half, x & mask
         for key in self.keys:
-            mixed = right + key  # then as SplitMix64 ends
+            mixed = right + key  # then the last steps of SplitMix64
             for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
                 mixed = (mixed ^ mixed >> np.uint64(shift)) * np.uint64(factor)
             left, right = right, left ^ mixed & mask
@@ -197,13 +197,13 @@ class Permutation:
 
 
 class Loader:
-    """Batches of MultiCrop or its like, for one epoch after another.
+    """Loads batches from MultiCrop or a similar data set, one epoch after another.
 
-    dataset: dataset[epoch, position, index] -> index, crops, params. workers: processes, which stay for the
-    whole run; -1: this rank's CPU cores but one, at most 8. An image that cannot be read is replaced by the
-    next one that can, and comes with that one's index; `bad` collects those that could not be read.
-    pin_memory: batches are for a GPU. start_method: of workers; default, forkserver with several GPUs, and
-    the system's. collate: makes a batch of samples, (index (B,), ...).
+    dataset: dataset[epoch, position, index] -> index, crops, params. workers: number of processes, kept for
+    the whole run; -1: this rank's CPU cores minus one, at most 8. An unreadable image is replaced by the next
+    readable one, whose index is returned; `bad` collects the indices of the unreadable ones. pin_memory: for
+    batches that go to a GPU. start_method: of the workers; by default forkserver with several GPUs, else the
+    system's. collate: makes a batch (index (B,), ...) from samples.
     """
 
     def __init__(self, dataset, workers=0, pin_memory=False, start_method=None, collate=collate):
@@ -214,7 +214,7 @@ class Loader:
             _start_forkserver()
         self.dataset = dataset
         self.bad = set()
-        self.lost = False  # a sample found nothing readable within TRIES images and is blank, with index -1
+        self.lost = False  # whether a sample is blank, with index -1: TRIES images in a row were unreadable
         self._keys = _Keys()
         self._n = len(dataset)
         self._loader = DataLoader(dataset, batch_sampler=self._keys, num_workers=workers,
@@ -234,7 +234,7 @@ class Loader:
         atexit.unregister(self.close)
 
     def epoch(self, epoch, batches, first=0):
-        """Batches of the epoch from step `first` on: index (B,) int64, crops [(V_r, B, 3, s, s) uint8],
+        """Yields the epoch's batches from step `first` on: index (B,) int64, crops [(V_r, B, 3, s, s) uint8],
         params (V, B, 8). Raises WorkerError whatever goes wrong in a worker."""
         self._keys.current = epoch, batches, range(first, len(batches))
         if self._loader.num_workers:
@@ -253,20 +253,20 @@ class Loader:
             yield index, *batch
 
     def _net(self, function):
-        """function(). What is raised in a worker, or where it is started, becomes WorkerError. That a worker
-        has died may be raised anywhere in this process: `launch` says it."""
+        """Calls function. An error raised in a worker, or by starting it, becomes a WorkerError. A worker's
+        death may raise an error anywhere in this process: `launch` reports it."""
         try:
             return function()
         except Exception as error:
             if not self._loader.num_workers or "DataLoader worker (pid" in str(error):
                 raise
-            cause = (str(error).strip().splitlines() or [""])[-1]  # behind the worker's traceback
+            cause = (str(error).strip().splitlines() or [""])[-1]  # after the worker's traceback
             remedy = "; enlarge /dev/shm, or lower --workers" * ("/torch_" in str(error))
             raise WorkerError(f"a loader worker failed: {cause or type(error).__name__}{remedy}") from None
 
 
 class _Keys:
-    """Batch sampler of the one DataLoader: `epoch` sets the keys of a pass, and workers stay."""
+    """Batch sampler of the one DataLoader. Loader.epoch sets the keys of each pass, so workers are kept."""
 
     def __iter__(self):
         epoch, batches, steps = self.current
@@ -276,8 +276,8 @@ class _Keys:
 
 @atexit.register
 def _kill_workers():
-    # Of a loader that was interrupted while it started them. They ignore the SIGTERM by which
-    # multiprocessing would end them.
+    # A loader that is interrupted while it starts workers leaves some behind. They ignore the SIGTERM by
+    # which multiprocessing would end them.
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()
@@ -287,8 +287,8 @@ STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 def _start_forkserver():
-    # Like its workers it must outlive a stop signal to the process group: what is ignored now stays so in it.
-    multiprocessing.set_forkserver_preload(["torch", "torchvision", __name__])  # once, not in every worker
+    # Like the workers, the server must outlive a stop signal to the process group: it inherits SIG_IGN.
+    multiprocessing.set_forkserver_preload(["torch", "torchvision", __name__])  # once, not per worker
     handlers = {number: signal.signal(number, signal.SIG_IGN) for number in STOPS}
     multiprocessing.forkserver.ensure_running()
     for number, handler in handlers.items():
@@ -297,7 +297,7 @@ def _start_forkserver():
 
 def _start_worker(worker):
     # A stop signal often reaches the whole process group. The main process decides when its workers end; if
-    # it is gone, they end by themselves, also in the middle of a read that hangs.
+    # it is gone, they end by themselves, even in the middle of a read that hangs.
     for number in STOPS:
         signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
@@ -305,8 +305,8 @@ def _start_worker(worker):
 
 
 def _collate_shared(collate, samples):
-    # Moved to shared memory here, where an error reaches the main process. The thread that would do it later
-    # drops a batch that finds no room, and the run would wait for it for ever.
+    # Moves the batch to shared memory here, where an error reaches the main process. The thread that would do
+    # so later drops a batch for which there is no room, and the run would wait for it for ever.
     batch = collate(samples)
     for part in batch:
         for tensor in part if isinstance(part, list) else [part]:

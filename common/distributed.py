@@ -1,6 +1,6 @@
-"""One process or many: the identity without torchrun, collectives under it.
+"""Communicates between the processes that torchrun starts.
 
-Every function here is a no-op in a single process, so the scripts never ask "am I distributed?". Tensors on
+In a single process no function here communicates, so the scripts never ask "am I distributed?". Tensors on
 the CPU travel over gloo and tensors on a GPU over NCCL, so small control messages never wait for the GPU.
 """
 
@@ -14,7 +14,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from .engine.errors import ArgumentError, JobError, border
 
-# new versions have another name for it, old ones this one only
+# renamed in newer versions of torch
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 TORCHRUN = "RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe no job"
 
@@ -22,8 +22,8 @@ TORCHRUN = "RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MAST
 def start(device="auto"):
     """Joins the group that torchrun describes in the environment, if any; returns the device of this process.
 
-    device: "auto" (a GPU if there is one), "cpu" or "cuda". Raises ArgumentError if the environment describes
-    no group, or if a node has fewer GPUs than processes.
+    device: "auto" (a GPU if there is one), "cpu" or "cuda". Raises JobError if the environment describes no
+    valid group, and ArgumentError if a node has fewer GPUs than processes.
     """
     with border(JobError, f"the environment variables {TORCHRUN}"):
         rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
@@ -36,17 +36,17 @@ def start(device="auto"):
         if (gpus := torch.cuda.device_count()) < processes:
             needed = "--device cuda needs a GPU for each process"
             error = ArgumentError(f"{needed}: {gpus} for {processes} on this node")
-            error.speaks = local_rank == 0  # known to all processes of this node, and to no other node
+            error.speaks = local_rank == 0  # all processes of this node fail, other nodes may not
             raise error
         torch.cuda.set_device(local_rank)
     place = torch.device(device, local_rank if device == "cuda" else None)
-    # What float32 is on a GPU: TF32 in convolutions, as torch has it, and IEEE in products and all else.
+    # float32 on a GPU: TF32 in convolutions, torch's default, and IEEE in matrix products and all else.
     torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision = "tf32", "ieee"
     if ("RANK" in os.environ or world_size > 1) and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         with border(JobError, f"the environment variables {TORCHRUN}"):
             store, *_ = next(rendezvous("env://"))
-            # The store of a restarted job still has the addresses of the dead processes: look elsewhere.
+            # The store of a restarted job still has the addresses of dead processes: use another prefix.
             store = dist.PrefixStore(f"start {restarts()}", store)
             # Clustering a data set between two steps can take longer than the default 10 minutes.
             timeout = datetime.timedelta(minutes=30)
@@ -56,12 +56,12 @@ def start(device="auto"):
 
 
 def restarts():
-    """How often torchrun has restarted this job."""
+    """Returns how often torchrun has restarted this job."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def cores():
-    """CPU cores for this process: its share of those that it may use."""
+    """Returns the number of CPU cores for this process: its share of the usable ones."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS
     return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
@@ -81,7 +81,7 @@ def world_size():
 
 
 def all_sum(x):
-    """Sum of x over ranks, equal on every rank, as a new tensor. No gradient flows through it."""
+    """Returns the sum of x over ranks as a new tensor, equal on every rank. No gradient flows through it."""
     x = x.detach().clone()
     if world_size() > 1:
         dist.all_reduce(x)
@@ -89,7 +89,7 @@ def all_sum(x):
 
 
 def all_max(x):
-    """Largest x over ranks, element by element, as a new tensor."""
+    """Returns the element-wise maximum of x over ranks as a new tensor."""
     x = x.detach().clone()
     if world_size() > 1:
         dist.all_reduce(x, op=dist.ReduceOp.MAX)
@@ -97,14 +97,14 @@ def all_max(x):
 
 
 def any_rank(*wishes):
-    """Which of the wishes, booleans, any rank has: equal on every rank."""
+    """Returns for each of the booleans whether any rank has it true; the result is equal on every rank."""
     return all_max(torch.tensor(wishes, dtype=torch.int32)).tolist()
 
 
 def gather_rows(x, equal=False):
-    """Rows of x of all ranks, concatenated in rank order; ranks may hold unequal numbers of rows, also none.
+    """Concatenates the rows of x of all ranks in rank order; ranks may hold different numbers, also none.
 
-    equal: all ranks hold as many rows, so their numbers are not exchanged and nothing waits for a GPU.
+    equal: all ranks hold the same number of rows: then counts are not exchanged, and nothing waits for a GPU.
     """
     if world_size() == 1:
         return x.detach().clone()
@@ -123,12 +123,12 @@ def gather_rows(x, equal=False):
 
 
 def gather_on_main(x):
-    """The rows of all ranks in rank order, on rank 0, as a NumPy array; none on the others. x: on the CPU."""
+    """Returns all ranks' rows in rank order as a NumPy array on rank 0, no rows elsewhere. x: on the CPU."""
     counts = gather_rows(torch.tensor([len(x)])).tolist()
     main, filled = rank() == 0, 0
     rows = torch.empty(sum(counts) if main else max(counts), *x.shape[1:], dtype=x.dtype)
     for source, count in enumerate(counts):
-        block = rows[filled : filled + count]  # on the others always the first rows
+        block = rows[filled : filled + count]  # other ranks reuse their first rows
         if source == rank():
             block.copy_(x)
         broadcast(block, source)
@@ -137,7 +137,7 @@ def gather_on_main(x):
 
 
 def broadcast(x, source=0):
-    """The tensor of rank `source` on every rank, written into x; returns x. Shapes must agree."""
+    """Copies x of rank `source` into x on every rank; returns x. Shapes must agree."""
     if world_size() > 1:
         dist.broadcast(x, src=source)
     return x
@@ -146,7 +146,7 @@ def broadcast(x, source=0):
 def from_main(function, *arguments):
     """Runs function(*arguments) on rank 0 only; every rank gets its result, or raises its exception.
 
-    For what one process must do or decide: scan a folder, read a checkpoint, create a directory.
+    Use it for what one process must do or decide: scan a folder, read a checkpoint, create a directory.
     """
     box = [None]
     if rank() == 0:
@@ -168,7 +168,7 @@ def from_first(function, *arguments):
     """Runs function(*arguments) on the first process of each node; the others of the node get its result. If
     it raises anywhere, every process raises the error of the first node that has one.
 
-    For what lies on a node's own disks or in its memory: a data set.
+    Use it for what lies on a node's own disks or in its memory: a data set.
     """
     if world_size() == 1:
         return function(*arguments)
@@ -194,15 +194,15 @@ def from_first(function, *arguments):
 
 
 def rows_of(n, rank, world_size):
-    """First and last + 1 of the data-set rows that a rank holds."""
+    """Returns first and last + 1 of the data-set rows that a rank holds."""
     return rank * n // world_size, (rank + 1) * n // world_size
 
 
 class ShardedRows:
-    """A table with a row for each of N images, split over ranks: rank r holds the rows [rN/W, (r+1)N/W).
+    """Holds a table with one row per image, split over ranks: rank r has the rows [rN/W, (r+1)N/W).
 
-    All ranks write with the same index and values, those of all ranks: gather_rows them first. If an index
-    comes twice, either value may stay. shape: of a row. fill: what the rows hold at first.
+    All ranks must write the same index and values: gather those of all ranks with gather_rows first. If an
+    index occurs twice, either value may stay. shape: of a row. fill: initial value of the rows.
     """
 
     def __init__(self, N, *shape, device=None, dtype=torch.float32, fill=0):
@@ -217,18 +217,18 @@ class ShardedRows:
         return self.table[:-1]
 
     def place(self, index):
-        """Row of table for each image of index (B,): the dummy for an image of another rank."""
+        """Returns the row of table for each image of index (B,): the dummy for images of other ranks."""
         here = (index >= self.first) & (index < self.last)
         return torch.where(here, index - self.first, self.last - self.first)
 
     def write(self, index, values):
-        """Puts values, a number or (B, *shape), into the rows of the images index (B,) of all ranks."""
+        """Writes values, a number or (B, *shape), to the rows of images index (B,), the same on all ranks."""
         self.table[self.place(index)] = values
 
     def state(self):
-        """The rows of all ranks in data-set order, (N, *shape), on the CPU. All ranks call it."""
+        """Returns all ranks' rows in data-set order, (N, *shape), on the CPU. All ranks must call it."""
         return gather_rows(self.local).cpu()
 
     def load(self, rows):
-        """Takes this rank's rows of those of all ranks."""
+        """Copies this rank's rows from `rows`, those of all ranks."""
         self.local.copy_(rows[self.first : self.last])

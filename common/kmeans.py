@@ -1,8 +1,8 @@
 """k-means, nearest centroid and PCA whitening over the rows of all ranks. Needs torch only: copy it.
 
-Every function takes this rank's rows and returns what one process would that holds the rows of all ranks, in
-rank order; ranks may hold unequal numbers of rows, also none. Products are in promote_types(x.dtype, float32)
-and sums of rows in float64, so the number of ranks and the order of additions hardly show.
+Every function takes this rank's rows and returns what one process with the rows of all ranks, in rank order,
+would return. Ranks may hold different numbers of rows, also none. Products are in promote_types(x.dtype,
+float32) and sums of rows in float64, so results hardly depend on the number of ranks.
 """
 
 import math
@@ -19,23 +19,23 @@ GROUP = 64  # G; measured: 32 and 128 are slower
 
 @torch.no_grad()
 def kmeans(x, k, iterations=10, *, spherical=False, init=None, generator=None):
-    """Lloyd's algorithm: assigns and averages `iterations` times, then assigns once more.
+    """Runs Lloyd's algorithm: assigns and averages `iterations` times, then assigns once more.
 
     Plain: nearest by Euclidean distance; centroid = mean of its rows. Spherical (DeepCluster-v2): largest
-    inner product; centroid = mean scaled to unit length; x should have unit rows. A cluster without rows,
-    when spherical, keeps its centroid. Otherwise it gets half of another as in faiss (see _reseed), and in
-    the end a row far from its centroid (see _fill): none stays empty if enough rows are distinct.
+    inner product; centroid = mean scaled to unit length; x should have unit rows. An empty cluster keeps its
+    centroid if spherical. Otherwise it gets half of another cluster as in faiss (see _reseed), and after the
+    last iteration a row far from its centroid (see _fill): none stays empty if enough rows are distinct.
 
     x: (N, D) this rank's rows, any float type.
-    init: (K, D) first centroids, the same on every rank; without it, k rows drawn from those of all ranks.
-    generator: of that draw and of re-seeding, in the same state on every rank; without it, one of seed 0.
+    init: (K, D) first centroids, the same on every rank; by default k rows drawn from all ranks' rows.
+    generator: for that draw and for re-seeding, in the same state on every rank; by default with seed 0.
     Returns centroids (K, D); assignments (N,) int64 of this rank's rows; counts (K,) int64 over all ranks;
     objective (), the mean over all ranks' rows of the squared distance to the centroid or, if spherical, of
     the inner product with it, for these assignments. All but the assignments are equal on every rank.
     Raises ValueError, on every rank, if there are fewer rows than clusters or a row is not finite.
 
     Memory beyond x, in bytes for float32: 24 N + 28 K D + 12 C, where C scores are held at a time
-    (`held_scores`). No N x K matrix exists. Time is that of the products, at most 2 (iterations + 1) N K D
+    (`held_scores`); no N x K matrix is stored. The products take the time: at most 2 (iterations + 1) N K D
     operations, and 2 N K D for each round in which empty clusters are filled. Checked against
     main_deepclusterv2.py of facebookresearch/swav (spherical); same objective as faiss (plain).
     """
@@ -83,11 +83,11 @@ def kmeans(x, k, iterations=10, *, spherical=False, init=None, generator=None):
 
 @torch.no_grad()
 def nearest(x, centroids, *, spherical=False):
-    """For every row of x the nearest centroid, or if spherical that with the largest inner product.
+    """Finds for every row of x the nearest centroid or, if spherical, the one with the largest inner product.
 
-    x: (N, D). centroids: (K, D), taken as they are.
-    Returns assignments (N,) int64, the first of equal ones; squared distances to these centroids, or inner
-    products with them (N,). A row at a centroid has distance 0. Does not communicate.
+    x: (N, D). centroids: (K, D), not normalised here.
+    Returns assignments (N,) int64, the first among ties; squared distances to these centroids, or inner
+    products with them (N,). A row at a centroid has distance 0. Ranks do not communicate.
     """
     with torch.autocast(x.device.type, enabled=False):
         centroids = centroids.to(torch.promote_types(x.dtype, torch.float32))
@@ -96,7 +96,7 @@ def nearest(x, centroids, *, spherical=False):
 
 
 def _values(x, centroids, assignments, spherical):
-    """Squared distance of each row to its centroid, or inner product with it: (N,)."""
+    """Returns each row's squared distance to its centroid or, if spherical, inner product with it: (N,)."""
     values = centroids.new_empty(len(x))
     for rows in _chunks(x):
         own = centroids[assignments[rows]]  # (B, D)
@@ -105,17 +105,17 @@ def _values(x, centroids, assignments, spherical):
 
 
 def _assign(x, centroids, spherical):
-    """The assignments of `nearest`, one chunk of scores at a time, at the cost of the product alone."""
+    """Computes the assignments of `nearest` by chunks, at little more than the cost of the product."""
     K, D = centroids.shape
     groups = -(-K // GROUP)
     directions = centroids.new_zeros(groups * GROUP, D)
-    bias = centroids.new_full((groups * GROUP,), -math.inf)  # what fills the last group never wins
+    bias = centroids.new_full((groups * GROUP,), -math.inf)  # padding of the last group never wins
     if spherical:
         directions[:K], bias[:K] = centroids, 0
     else:
-        # |x - c|^2 is smallest where x.c - |c|^2 / 2 is largest, or with the mean centroid m where x.(c - m)
-        # - (|c|^2 - |m|^2) / 2 is: so rounding errors do not grow with the distance of the data from the
-        # origin.
+        # |x - c|^2 is smallest where x.c - |c|^2 / 2 is largest. With the mean centroid m, this is also where
+        # x.(c - m) - (|c|^2 - |m|^2) / 2 is largest, whose rounding errors do not grow with the distance of
+        # the data from the origin.
         mean = centroids.mean(0)
         torch.sub(centroids, mean, out=directions[:K])
         bias[:K] = -(directions[:K] * (centroids + mean)).sum(1) / 2
@@ -127,8 +127,8 @@ def _assign(x, centroids, spherical):
         block = x[rows].to(centroids.dtype)  # (B, D)
         # (B, K/G, G)
         block = torch.addmm(bias, block, directions.t(), out=scores[: len(block)]).view(-1, groups, GROUP)
-        # A maximum is vectorised and its place is not (half the time of the product on a CPU), so find the
-        # group first.
+        # amax is vectorised; argmax is not, and over all K it takes half as long as the product on a CPU. So
+        # find the group with amax first.
         group = block.amax(2).argmax(1)  # (B,)
         within = block[numbers[: len(block)], group].argmax(1)  # (B,)
         torch.add(within, group, alpha=GROUP, out=assignments[rows])
@@ -136,7 +136,7 @@ def _assign(x, centroids, spherical):
 
 
 def _average(x, assignments, centroids, spherical):
-    """New centroids (K, D), the old one where a cluster is empty, and counts (K,), over the rows of all
+    """Returns new centroids (K, D), unchanged for empty clusters, and counts (K,), over the rows of all
     ranks."""
     sums = torch.zeros_like(centroids, dtype=torch.float64)
     for rows in _chunks(x):
@@ -150,8 +150,8 @@ def _average(x, assignments, centroids, spherical):
 def _reseed(centroids, counts, generator):
     """Gives every empty cluster half of another one, in place, as faiss does.
 
-    Cluster j with n_j rows is the donor with a probability proportional to n_j - 1. Both get its centroid
-    with the coordinates times 1 +- 1/1024, in alternating and opposite signs.
+    Cluster j with n_j rows is drawn as donor with probability proportional to n_j - 1. Both get the donor's
+    centroid, its coordinates times 1 +- 1/1024: signs alternate, and are opposite in the two.
     """
     sizes = counts.to(generator.device, copy=True)
     nudge = torch.full_like(centroids[0], 1 / 1024)
@@ -165,8 +165,8 @@ def _reseed(centroids, counts, generator):
 
 
 def _fill(x, centroids, assignments, distances, counts, start, total):
-    """Moves the centroids of empty clusters, in place, onto rows: each cluster offers its farthest, the
-    farthest are taken."""
+    """Moves the centroids of empty clusters, in place, onto rows: each cluster offers the row farthest from
+    its centroid, and the farthest of these are taken."""
     farthest = distances.new_zeros(len(counts)).scatter_reduce_(0, assignments, distances, "amax")
     farthest = _over_ranks(farthest, "MAX")  # (K,)
     numbers = torch.arange(start, start + len(x), device=x.device)
@@ -182,8 +182,8 @@ def _fill(x, centroids, assignments, distances, counts, start, total):
 
 
 class Whitening(NamedTuple):
-    """x -> (x - mean) @ matrix, scaled to unit rows: the leading principal axes, each divided by its standard
-    deviation."""
+    """Maps x to (x - mean) @ matrix, scaled to unit rows. The columns of matrix are the leading principal
+    axes, each divided by its standard deviation, up to one common factor."""
 
     mean: torch.Tensor  # (D,)
     matrix: torch.Tensor  # (D, dim); a column of zeros where the data have no variance
@@ -200,11 +200,11 @@ class Whitening(NamedTuple):
 
 @torch.no_grad()
 def pca_whiten(x, dim):
-    """Projects rows on their `dim` leading principal axes, gives each axis variance 1, then each row length 1
-    (DeepCluster).
+    """Projects rows on their `dim` leading principal axes, scales each axis to variance 1, then each row to
+    length 1 (DeepCluster).
 
-    x: (N, D) this rank's rows. Returns (N, dim) and the fitted Whitening. See fit_whitening, which takes x in
-    pieces. Checked against clustering.py of facebookresearch/deepcluster.
+    x: (N, D) this rank's rows. Returns (N, dim) and the fitted Whitening. fit_whitening takes x in chunks.
+    Checked against clustering.py of facebookresearch/deepcluster.
     """
     whitening = fit_whitening((x[rows] for rows in _chunks(x, x.shape[1])), dim)
     y = whitening.mean.new_empty(len(x), dim)
@@ -215,13 +215,13 @@ def pca_whiten(x, dim):
 
 @torch.no_grad()
 def fit_whitening(chunks, dim):
-    """The Whitening of rows that come in pieces, so that all of them need not be in memory: 2 D x D float64
-    matrices are.
+    """Fits a Whitening to rows that come in chunks. Holds two D x D float64 matrices in memory, never all
+    rows.
 
     chunks: iterable of (B, D) tensors, this rank's rows; at least one on every rank, though it may have no
-    rows. With fewer than dim + 1 rows, or rows in fewer than dim dimensions, the axes without variance give
-    zeros: those with less than 4 roundings of the first one's (5e-7 of it in float32, ten times what the
-    sums' errors make of 0).
+    rows. Axes without variance give zeros: there are some with fewer than dim + 1 rows, or if the rows span
+    fewer than dim dimensions. Their eigenvalue is below 4 eps times the largest (5e-7 of it in float32, ten
+    times the rounding error of a 0).
     Raises ValueError, on every rank, if D < dim or a row is not finite.
     """
     count, bad, shift = 0, None, None
@@ -246,7 +246,7 @@ def fit_whitening(chunks, dim):
         raise ValueError("PCA needs at least one chunk of rows on every rank, if only one of 0 rows")
     start, rows = _place(range(count), device)
     _refuse_bad_rows(bad, start, rows, device)
-    offset = _over_ranks(total) / max(1, rows)  # (D,) of the mean from shift
+    offset = _over_ranks(total) / max(1, rows)  # (D,) mean - shift
     scatter = _over_ranks(scatter).sub_(rows * torch.outer(offset, offset))
     eigenvalues, axes = torch.linalg.eigh(scatter)  # ascending
     eigenvalues, axes = eigenvalues.flip(0).clamp_(min=0), axes.flip(1)[:, :dim].contiguous()  # (D,) (D, dim)
@@ -261,12 +261,12 @@ def fit_whitening(chunks, dim):
 
 
 def held_scores(device):
-    """How many numbers a temporary may hold: hundreds of rows; on a CPU about what its last cache holds."""
+    """Returns how many numbers a temporary may hold: hundreds of rows; on a CPU, its last cache's size."""
     return 2**26 if device.type == "cuda" else 2**23
 
 
 def _chunks(x, width=None):
-    """Slices of the rows of x, such that `width` numbers a row are at most held_scores numbers.
+    """Returns slices of the rows of x: with `width` numbers per row, a slice has about held_scores numbers.
 
     The default is for passes that only read rows: they are fastest from a core's own cache.
     """
@@ -285,17 +285,17 @@ def _over_ranks(x, op="SUM"):
 
 
 def _same(a, b):
-    """Whether a and b agree on every rank."""
+    """Tells whether a equals b on every rank."""
     return not _over_ranks((a != b).any().int(), "MAX")
 
 
 def _counts(assignments, k):
-    """Rows of all ranks in each cluster: (K,) int64."""
+    """Counts the rows of all ranks in each cluster: (K,) int64."""
     return _over_ranks(torch.bincount(assignments, minlength=k))
 
 
 def _place(rows, device=None):
-    """The number of this rank's first row among those of all ranks, and how many there are in all."""
+    """Returns the number of this rank's first row among the rows of all ranks, and the total of rows."""
     sizes = torch.zeros(_world_size(), dtype=torch.int64, device=device or rows.device)
     rank = dist.get_rank() if dist.is_initialized() else 0
     sizes[rank] = len(rows)
@@ -304,7 +304,7 @@ def _place(rows, device=None):
 
 
 def _rows(x, numbers, start):
-    """The rows with these numbers among those of all ranks: (n,) -> (n, D), on every rank."""
+    """Returns the rows (n, D) with these numbers (n,) among the rows of all ranks, on every rank."""
     here = (numbers >= start) & (numbers < start + len(x))
     found = torch.zeros(len(numbers), x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32),
                         device=x.device)
@@ -313,7 +313,7 @@ def _rows(x, numbers, start):
 
 
 def _first_bad_row(x):
-    """Position of the first row that holds a NaN or an infinity, or None."""
+    """Returns the position of the first row that holds a NaN or an infinity, or None."""
     for rows in _chunks(x):
         finite = x[rows].isfinite().all(1)
         if not finite.all():
@@ -322,7 +322,7 @@ def _first_bad_row(x):
 
 
 def _refuse_bad_rows(bad, start, total, device):
-    """Raises on every rank if any has a bad row: None, or its position among this rank's rows."""
+    """Raises on every rank if any has a bad row. bad: its position among this rank's rows, or None."""
     first = int(_over_ranks(torch.tensor(total if bad is None else start + bad, device=device), "MIN"))
     if first < total:
         raise ValueError(f"row {first} of {total} (rows of all ranks, counted from 0) is not finite: it "

@@ -1,10 +1,10 @@
-"""Multi-crop in two halves: a worker cuts uint8 crops from an image, the device changes their colours.
+"""Multi-crop in two steps: a worker cuts uint8 crops from an image, then the device changes their colours.
 
     crops = MultiCrop(images, (2, 6), (224, 96), [(0.14, 1), (0.05, 0.14)], Augmentation(), seed=0)
     index, views, params = crops[epoch, position, index]  # [(2, 3, 224, 224), (6, 3, 96, 96)] uint8, (8, 8)
     large, small = to_device(*collate([...])[1:], device)  # (2 B, 3, 224, 224), (6 B, 3, 96, 96)
 
-All randomness of a draw comes from (seed, epoch, position): the same on any rank, in any worker, and after a
+All random choices depend on (seed, epoch, position) alone: the same on any rank, in any worker, and after a
 resume. Needs torch, torchvision and Pillow only: copy this one file.
 """
 
@@ -23,14 +23,14 @@ from torchvision.transforms import functional as TF
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet, RGB in [0, 1]
 STD = (0.229, 0.224, 0.225)
 TRIES = 100  # unreadable images in a row before a sample is given up
-THIN = 100  # a scaled image longer than so many times what is cut from it is not made as a whole
-ORDERS = torch.tensor(list(itertools.permutations(range(4))))  # (24, 4) of the next line
+THIN = 100  # an image longer than this many times its crops is scaled only in part
+ORDERS = torch.tensor(list(itertools.permutations(range(4))))  # (24, 4), of the operations below
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is drawn for each crop besides place and flip. Defaults: SwAV's, SimCLR's at strength 1.
+    """Random changes of each crop besides its box and flip. Defaults are SwAV's: SimCLR's at strength 1.
 
     jitter: brightness, contrast and saturation factors in [1 - j, 1 + j], hue shift in [-j, j] of the colour
     circle.
@@ -47,7 +47,7 @@ class Augmentation:
     rotate: float = 0.0
 
     def draw(self, rng):
-        """The eight params of one crop; the number of draws is the same whatever their outcome:
+        """Returns the eight params of one crop, always from the same number of random draws:
 
         0 to 3  factors of brightness, contrast and saturation; shift of the hue
         4       order of these four, 0 to 23; -1: no jitter
@@ -69,14 +69,14 @@ class MultiCrop:
     """Map-style set of multi-crops: [(epoch, position, index)] -> index, crops, params.
 
     crops: number of crops of each size; sizes: side in pixels; scales: (min, max) share of the image's area.
-    Returns the index, a list with one (V_r, 3, s, s) uint8 tensor a size, and params (V, 8) float32 as drawn
+    Returns the index, a list of one (V_r, 3, s, s) uint8 tensor per size, and params (V, 8) float32 as drawn
     by Augmentation. Crops are random resized crops (ratio 3/4 to 4/3, antialiased bilinear) and flipped half
     of the time. An unreadable image is replaced by the next readable one, whose index is returned.
     """
 
     def __init__(self, images, crops, sizes, scales, augmentation, seed):
         if not len(crops) == len(sizes) == len(scales):
-            raise ValueError(f"crops, sizes and scales need one entry a resolution: got {crops}, {sizes}, "
+            raise ValueError(f"crops, sizes and scales need one entry per resolution: got {crops}, {sizes}, "
                              f"{scales}")
         self.images, self.crops, self.sizes, self.scales = images, crops, sizes, scales
         self.augmentation, self.seed = augmentation, seed
@@ -94,7 +94,7 @@ class MultiCrop:
         return index, *sample
 
     def cut(self, image, rng):
-        """What is drawn from an RGB PIL image: crops and params."""
+        """Draws the crops and params of an RGB PIL image."""
         pixels = to_tensor(image)
         crops, params = [], []
         for number, size, scale in zip(self.crops, self.sizes, self.scales):
@@ -109,8 +109,8 @@ class MultiCrop:
 
 
 class RandomCrop:
-    """Map-style set like MultiCrop with one crop an image of the older kind: short side to `resize`, the
-    central square of that side, a random square of `size` pixels in it, flipped half of the time."""
+    """Map-style set like MultiCrop with one crop per image, cut as in older recipes: short side to `resize`,
+    the central square of that side, a random square of `size` pixels in it, flipped half of the time."""
 
     def __init__(self, images, resize, size, augmentation, seed):
         self.images, self.resize, self.size = images, resize, size
@@ -133,9 +133,9 @@ class RandomCrop:
 
 
 class CenterCrop:
-    """Map-style set like MultiCrop with one centre crop an image and nothing drawn: what evaluations look at.
+    """Map-style set like MultiCrop with one centre crop per image and unchanged colours, for evaluations.
 
-    flip: half of the time it is flipped, which (seed, epoch, position) decide.
+    flip: flip it half of the time, as (seed, epoch, position) decide.
     """
 
     views = 1
@@ -160,7 +160,7 @@ class CenterCrop:
 
 
 class TenCrop(CenterCrop):
-    """The same with ten crops an image: the four corners and the centre, and their mirror images."""
+    """Like CenterCrop with ten crops per image: the four corners and the centre, and their mirror images."""
 
     views = 10
 
@@ -170,29 +170,29 @@ class TenCrop(CenterCrop):
 
 
 class Warp(CenterCrop):
-    """The same with the whole image: short side to `resize`, then to a square of `size` pixels whatever its
-    shape was."""
+    """Like CenterCrop with the whole image: short side to `resize`, then squeezed to `size` x `size` pixels
+    whatever its shape."""
 
     def cut(self, image):
-        most = THIN * max(self.resize, self.size)  # pixels of the long side, which end as `size` of them
+        most = THIN * max(self.resize, self.size)  # limit of the long side, which is squeezed to `size`
         sides = [min(most, int(self.resize * side / min(image.size))) for side in image.size[::-1]]
         return to_tensor(TF.resize(TF.resize(image, sides), (self.size, self.size)))[None]
 
 
 def collate(samples):
-    """Samples (index, [(V_r, 3, s, s)], (V, 8)) to (B,), one (V_r, B, 3, s, s) a resolution, (V, B, 8)."""
+    """Stacks samples (index, [(V_r, 3, s, s)], (V, 8)) to (B,), [(V_r, B, 3, s, s)] and (V, B, 8)."""
     index, crops, params = zip(*samples)
     crops = [torch.stack(group, dim=1) for group in zip(*crops)]
     return torch.tensor(index), crops, torch.stack(params, dim=1)
 
 
 def read_or_next(images, index, cut=lambda image: image):
-    """(index, cut(image)) of the first image from `index` on that can be read, and cut without running out of
-    memory; (index, None) if TRIES in a row cannot."""
+    """Returns (index, cut(image)) of the first image from `index` on that can be read and that fits in memory
+    when cut; (index, None) if TRIES images in a row fail."""
     for i in range(min(TRIES, len(images))):
         try:
             image = images.read((index + i) % len(images))
-        except Exception:  # Pillow's plug-ins raise a dozen kinds for damaged files
+        except Exception:  # Pillow's plug-ins raise a dozen kinds of errors for damaged files
             continue
         try:
             return (index + i) % len(images), cut(image)
@@ -203,45 +203,45 @@ def read_or_next(images, index, cut=lambda image: image):
 
 
 def generator(seed, epoch, position):
-    """Of all that is drawn for one image: the same on any rank, in any worker and after a resume."""
+    """Returns the random generator of one image: the same on any rank, in any worker and after a resume."""
     return random.Random((seed << 128) | (epoch << 64) | position)
 
 
 def to_tensor(image):
-    """PIL RGB image to (3, H, W) uint8, channels last in memory: the layout that resizes fastest."""
+    """Converts a PIL RGB image to (3, H, W) uint8, channels last in memory: the fastest to resize."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def resize(pixels, size):
-    """(3, h, w) uint8 to (3, size, size) uint8, antialiased bilinear: Pillow's within 1."""
+    """Resizes (3, h, w) uint8 to (3, size, size) uint8, antialiased bilinear: within 1 of Pillow's."""
     return F.interpolate(pixels[None], (size, size), mode="bilinear", antialias=True)[0]
 
 
 def center(image, resize, size):
-    """PIL image to (3, size, size) uint8: short side to `resize`, then the central `size` x `size` pixels."""
+    """Cuts a PIL image to (3, size, size) uint8: short side to `resize`, then the central square."""
     return to_tensor(TF.center_crop(scaled(image, resize, size), size))
 
 
 def scaled(image, resize, size):
-    """PIL image with its short side scaled to `resize`, to cut squares of `size` from its middle and ends.
+    """Scales the short side of a PIL image to `resize`, to cut squares of `size` from its middle and ends.
 
-    A very thin image gives the first, the central and the last `size` pixels of its length alone, side by
-    side, where those squares lie: 10,000 x 1 pixels would become 2,560,000 x 256.
+    Of a very thin image it returns only the parts where those squares lie, side by side: the first, the
+    central and the last `size` pixels of its length. Else 10,000 x 1 pixels would become 2,560,000 x 256.
     """
     short, long = sorted(image.size)
     length = int(resize * long / short)  # as torchvision rounds it
     if length <= THIN * max(resize, size):
         return TF.resize(image, resize)
-    axis, step = image.size.index(long), long / length  # step: pixels of the image for one of the scaled one
-    middle = size + (length - 3 * size) % 4  # so that the centre rounds as it does in the whole
+    axis, step = image.size.index(long), long / length  # step: image pixels per scaled pixel
+    middle = size + (length - 3 * size) % 4  # so that the centre rounds as in the whole image
     strip = Image.new(image.mode, _along(axis, 2 * size + middle, resize))
     area, place = [0, 0, *image.size], 0
     for first, count in ((0, size), ((length - middle) // 2, middle), (length - size, size)):
         start, end = first * step, min(long, (first + count) * step)
-        margin = math.ceil(step) + 1  # that the filter reads beyond them
+        margin = math.ceil(step) + 1  # pixels beyond the part that the filter reads
         area[axis::2] = max(0, int(start) - margin), min(long, int(end) + margin)
         box = [0, 0, *image.size]
-        box[axis::2] = start - area[axis], end - area[axis]  # small numbers: Pillow has them in float32
+        box[axis::2] = start - area[axis], end - area[axis]  # small numbers: Pillow stores them in float32
         part = image.crop(area).resize(_along(axis, count, resize), Image.Resampling.BILINEAR, box)
         strip.paste(part, _along(axis, place, 0))
         place += count
@@ -253,9 +253,9 @@ def _along(axis, along, across):
 
 
 def random_box(height, width, scale, rng, ratio=(3 / 4, 4 / 3)):
-    """(top, left, height, width) of a random resized crop: uniform area, log-uniform aspect ratio.
+    """Draws (top, left, height, width) of a random resized crop: uniform area, log-uniform aspect ratio.
 
-    Ten tries, then the largest central box within the ratio, as in torchvision's RandomResizedCrop.
+    After ten failed tries: the largest central box within the ratio, as in torchvision's RandomResizedCrop.
     """
     for _ in range(10):
         area = height * width * rng.uniform(*scale)
@@ -276,17 +276,17 @@ def photometric(crops, params, mean=MEAN, std=STD, dtype=torch.float32):
     """Changes the colours of a whole batch, each crop by its own params; then blurs, rotates, normalises.
 
     crops: (B, 3, s, s) uint8, on any device. params: (B, 8) as drawn by Augmentation; on the CPU, so that
-    choosing the crops of each operation never waits for a GPU: all choices go there in one copy. Returns (B,
+    choosing the crops of each operation never waits for a GPU: one copy sends all choices there. Returns (B,
     3, s, s) of dtype, channels last. Agrees with torchvision's functional transforms on float tensors to
     1e-4.
     """
     params = params.cpu()
-    # Each crop has an order of its own. Shifting the hue costs most, so it is done once, for all crops: after
-    # what stands before it in the crop's order, before what stands behind it.
+    # Each crop has its own order of operations. Shifting the hue costs most, so it runs once for all crops,
+    # between the operations that come before it in a crop's order and those that come after it.
     jittered, order = params[:, 4] >= 0, ORDERS[params[:, 4].long().clamp(min=0)].T  # (B,), (4, B)
     place, hue_place = torch.arange(4)[:, None], (order == HUE).int().argmax(0)  # (4, 1), (B,)
     before, behind = jittered & (place < hue_place), jittered & (place > hue_place)  # (4, B) each
-    factors = params[:, :4].T.gather(0, order)  # (4, B): of the operation at each place
+    factors = params[:, :4].T.gather(0, order)  # (4, B), factor of the operation at each place
     blends = torch.stack([factors, order == CONTRAST, order == SATURATION], dim=2)  # (4, B, 3)
     columns = params[:, :, None].expand(-1, -1, 3).unbind(1)  # 8 of (B, 3)
     steps = [(_grey, params[:, 5] == 2, columns[5]),
@@ -313,19 +313,19 @@ def photometric(crops, params, mean=MEAN, std=STD, dtype=torch.float32):
 
 @functools.cache
 def _constant(values, device, dtype):
-    """A number a channel, (C, 1, 1); it stays on the device."""
+    """Returns one number per channel, (C, 1, 1), kept on the device."""
     return torch.tensor(values, dtype=dtype)[:, None, None].to(device, non_blocking=True)
 
 
 def to_device(crops, params, device, dtype=torch.float32):
-    """A collated batch to what a network takes: crops [(V_r, B, 3, s, s) uint8] and params (V, B, 8) from the
-    loader to one (V_r B, 3, s, s) of dtype a resolution, crop-major, augmented on the device."""
+    """Converts a batch of the loader, crops [(V_r, B, 3, s, s) uint8] and params (V, B, 8), to a network's
+    input: one (V_r B, 3, s, s) of dtype per resolution, crop-major, augmented on the device."""
     rows = params.split([len(group) for group in crops])
     return [photometric(group.flatten(0, 1).to(device, non_blocking=True), row.flatten(0, 1),
                         dtype=dtype) for group, row in zip(crops, rows)]
 
 
-# ---- operations on crops x (n, 3, s, s), each by its values (n, 3, 1, 1, 1): three, or one thrice
+# ---- operations on crops x (n, 3, s, s) with values (n, 3, 1, 1, 1): three numbers, or one repeated
 
 
 def _luma(x):
@@ -348,7 +348,7 @@ def _blend(x, values):
 
 
 def _shift_hue(x, values):
-    """RGB to HSV, hue + shift (in turns), and back, without a branch."""
+    """Shifts the hue by a share of a turn: RGB to HSV and back, without a branch."""
     value, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
     chroma = value - low
     # 0 for the largest channel
@@ -360,7 +360,7 @@ def _shift_hue(x, values):
 
 
 def _blur(x, values, radius=11):
-    """Gaussian blur with reflected borders: two products with a banded matrix per crop, K x K^T.
+    """Applies a Gaussian blur with reflected borders: two products with a banded matrix per crop, K x K^T.
 
     Radius 11 (a 23-pixel kernel) is what the published SwAV models were trained with.
     """
@@ -377,7 +377,7 @@ def _blur(x, values, radius=11):
 
 
 def _rotate(x, values):
-    """Counter-clockwise by degrees around the centre, each pixel the nearest one's, black outside."""
+    """Rotates counter-clockwise by degrees around the centre: nearest pixel, black outside."""
     angle = values[:, 0].view(-1) * (math.pi / 180)
     zero = torch.zeros_like(angle)
     turn = torch.stack([angle.cos(), -angle.sin(), zero, angle.sin(), angle.cos(), zero], dim=1)  # (B, 6)

@@ -10,7 +10,7 @@ class LARC(torch.optim.Optimizer):
 
     For parameter p with gradient g, if both have a norm above 0:
         g <- (g + weight_decay p) * trust_coefficient |p| / (|g| + weight_decay |p| + eps)
-    else g stays as it is: neither scaled nor decayed. Then m <- momentum m + g and p <- p - lr m.
+    else g is unchanged: neither scaled nor decayed. Then m <- momentum m + g and p <- p - lr m.
     Nothing is excluded: biases and batch-norm parameters are scaled and decayed too. Parameters without a
     gradient are left alone. This is what apex's LARC(clip=False) around torch.optim.SGD computes (LARS, arXiv
     1708.03888).
@@ -35,12 +35,12 @@ class LARC(torch.optim.Optimizer):
                 continue
             grads = [p.grad for p in params]
             decay = group["weight_decay"]
-            # All norms and factors in a handful of launches: no loop over tensors waits for the device.
+            # A few launches compute all norms and factors: no loop over tensors waits for the device.
             p_norms = torch.stack(torch._foreach_norm(params))
             g_norms = torch.stack(torch._foreach_norm(grads))
             scales = group["trust_coefficient"] * p_norms / (g_norms + decay * p_norms + group["eps"])
-            scales = scales.masked_fill(p_norms == 0, 1).masked_fill(g_norms == 0, 0)  # g as it is
-            # Each factor once for every number of its tensor, laid out as this is: then one launch has many.
+            scales = scales.masked_fill(p_norms == 0, 1).masked_fill(g_norms == 0, 0)  # g unchanged
+            # Each factor in its tensor's shape and strides, so that one launch updates many tensors.
             sizes = [p.numel() for p in params]
             factors = torch.cat([s.expand(n) for s, n in zip(scales, sizes)]).split(sizes)
             factors = [f.to(p.dtype).as_strided(p.shape, p.stride()) for f, p in zip(factors, params)]
@@ -56,9 +56,9 @@ class LARC(torch.optim.Optimizer):
 
 
 def warmup_cosine(step, steps_per_epoch, epochs, base_lr, final_lr, warmup_epochs, start_lr):
-    """Learning rate of a step (0-based): linear from start_lr to base_lr, then half a cosine to final_lr.
+    """Returns the lr of a step (0-based): linear from start_lr to base_lr, then half a cosine to final_lr.
 
-    So base_lr comes twice, at the end of the warm-up and the start of the cosine, and final_lr is only
+    So base_lr occurs twice, at the end of the warm-up and the start of the cosine, and final_lr is only
     approached, as in main_swav.py of facebookresearch/swav.
     """
     warmup_steps = int(warmup_epochs * steps_per_epoch)
@@ -69,6 +69,6 @@ def warmup_cosine(step, steps_per_epoch, epochs, base_lr, final_lr, warmup_epoch
 
 
 def drops(step, steps_per_epoch, base_lr, epochs, factor):
-    """Learning rate of a step (0-based) that is multiplied by `factor` at the start of each of `epochs`
+    """Returns the lr of a step (0-based): base_lr, multiplied by `factor` at the start of each of `epochs`
     (0-based)."""
     return base_lr * factor ** sum(step >= epoch * steps_per_epoch for epoch in epochs)

@@ -2,9 +2,9 @@
 
 `width` multiplies the channels of every layer, the stem included (RN50w2 of the SwAV paper is
 resnet50(width=2)). `stem="small"` is for images of 32 to 64 pixels: a 3x3 convolution without stride and no
-max-pool. `sobel=True` puts two fixed filters, the image's gradients, in front: DeepCluster's input. Weights
-start by He's rule, scaled by the outputs of a filter as torchvision does, or with `fan_in=True` by its inputs
-as OpenSelfSup does. At width 1 with the "imagenet" stem, the state dict is torchvision's without `fc`.
+max-pool. `sobel=True` first computes the image's gradients by two fixed filters, as in DeepCluster. He's rule
+initialises the weights: with fan-out as in torchvision, or with `fan_in=True` as in OpenSelfSup. At width 1
+with the "imagenet" stem, the state dict is torchvision's without `fc`.
 """
 
 import contextlib
@@ -55,7 +55,7 @@ class Bottleneck(nn.Module):
 
 
 class Sobel(nn.Module):
-    """Horizontal and vertical gradients of the channels' mean: (B, 3, H, W) -> (B, 2, H, W), zero-padded."""
+    """Computes x and y gradients of the channels' mean: (B, 3, H, W) -> (B, 2, H, W), zero-padded."""
 
     def __init__(self):
         super().__init__()
@@ -63,14 +63,14 @@ class Sobel(nn.Module):
         self.register_buffer("kernels", kernels[:, None], persistent=False)
 
     def forward(self, x):
-        # differences of neighbours would drown in bfloat16's roundings
+        # rounding to bfloat16 would swamp the differences between neighbouring pixels
         with torch.autocast(x.device.type, enabled=False):
             return F.conv2d(x.mean(1, keepdim=True), self.kernels, padding=1)
 
 
 @contextlib.contextmanager
 def _statistics_kept(stage):
-    """Batch norms of the stage neither move their running statistics nor count the batch."""
+    """Keeps the stage's batch norms from updating their running statistics and counting the batch."""
     norms = [module for module in stage.modules() if hasattr(module, "num_batches_tracked")]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
@@ -83,10 +83,10 @@ def _statistics_kept(stage):
 
 
 class ResNet(nn.Module):
-    """Trunk: (B, in_channels, H, W) -> (B, feature_dim), globally average-pooled.
+    """Maps images (B, in_channels, H, W) to features (B, feature_dim), globally average-pooled.
 
-    With checkpointing = True, the maps inside the four stages are not kept for the backward pass but computed
-    again, to the same bits: less memory for a third more computation.
+    With checkpointing = True, feature maps inside the four stages are not stored for the backward pass but
+    recomputed, to the same bits: this needs less memory and a third more computation.
     """
 
     checkpointing = False
@@ -125,7 +125,7 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode=fan, nonlinearity="relu")
 
     def stages(self, x):
-        """Maps by name: "conv1" (after batch norm and ReLU, before the max-pool), "layer1" .. "layer4"."""
+        """Returns maps: "conv1" (after batch norm and ReLU, before max-pooling), "layer1" .. "layer4"."""
         maps = {"conv1": self.relu(self.bn1(self.conv1(self.sobel(x))))}
         x = self.maxpool(maps["conv1"])
         for name in ("layer1", "layer2", "layer3", "layer4"):

@@ -351,7 +351,7 @@ def test_params_are_those_of_the_augmentation():
 
 
 def test_resolutions_must_match():
-    with pytest.raises(ValueError, match="one entry a resolution"):
+    with pytest.raises(ValueError, match="one entry per resolution"):
         multicrop(crops=(2,))
 
 

@@ -344,7 +344,7 @@ def test_options_that_cannot_work(tmp_path, capsys):
         ("--lam", 0): "--lam 0: more than 0",
         ("--tolerance", 0): "--tolerance 0: more than 0",
         ("--heads", 0): "--heads 0: at least 1",
-        ("--augs", 1, "--crops", 2): "--augs 1 is one crop an image: --crops 1",
+        ("--augs", 1, "--crops", 2): "--augs 1 takes one crop per image: --crops 1",
         ("--arch", "preact50"): "--arch preact50 has no other width or stem: --width 1 --stem imagenet",
         ("--arch", "alexnet_small"): "--arch alexnet_small takes images of 224 pixels",
         ("--arch", "alexnet", "--sizes", 224, "--eval-size", 64): "--arch alexnet takes images of 224 pixels",

@@ -250,7 +250,7 @@ def test_it_starts_where_it_ended():
 
 def test_the_limit_of_iterations():
     scores = logits(300, 8)
-    message = "not balanced after 0 iterations: a class has a mass that is wrong by the share"
+    message = "not balanced after 0 iterations: the largest relative error of a class's mass is"
     with pytest.warns(UserWarning, match=message) as found:
         y, log_r, _, count = balanced_assignments(scores, max_iterations=0)
     assert found[0].filename == __file__  # it points at the caller
