@@ -188,7 +188,7 @@ def swav_picture(found):
         parts += [draw.text(left, 44, f"mass {min(masses):.2f} to {max(masses):.2f}")]
         bars = steps(masses, draw.scale(0, K, left, right), mass)
         parts += [draw.path([(left, low), *bars, (right, low)], "fill: var(--blue)")]
-        parts += [draw.path([(left, mass(1)), (right, mass(1))], "stroke: var(--ink)",
+        parts += [draw.path([(left, mass(B / K)), (right, mass(B / K))], "stroke: var(--ink)",
                             stroke_dasharray="2 3")]
         corners = [(left, top), (right, top), (right, top + cell * B), (left, top + cell * B), (left, top)]
         parts += [draw.path(corners, "fill: none; stroke: var(--grid)")]
