@@ -20,7 +20,7 @@ import torch
 
 import deepcluster
 import swav
-from benchmarks import ablations, draw, multicrop
+from benchmarks import ablations, diagrams, draw, multicrop
 from benchmarks.record import RESULTS, metrics, origin
 from benchmarks.report import ROOT, between
 from common import data
@@ -203,7 +203,7 @@ def swav_picture(found):
 
 
 PICTURES = {"deepcluster.svg": deepcluster_picture, "odc.svg": odc_picture, "sela.svg": sela_picture,
-            "swav.svg": swav_picture}
+            "swav.svg": swav_picture, "swap.svg": diagrams.swap, "steps.svg": diagrams.steps}
 
 
 # ----------------------------------------------------------------------------------------------------- tables
