@@ -1,5 +1,7 @@
 """Draws pictures for the documents: SVG as text, whose colours follow the reader's light or dark mode."""
 
+import re
+
 LIGHT = dict(page="#ffffff", ink="#1f2328", grid="#d8dee4", grey="#6e7781")
 LIGHT.update(blue="#0969da", orange="#c4500b", green="#11813a", purple="#8250df")
 DARK = dict(page="#0d1117", ink="#e6edf3", grid="#30363d", grey="#8b949e")
@@ -43,3 +45,25 @@ def text(x, y, words, anchor="start", colour=""):
 def level(left, right, y, words):
     """Returns a horizontal grid line, and its label on the left."""
     return [path([(left, y), (right, y)], "stroke: var(--grid)"), text(left - 8, y + 4, words, "end")]
+
+
+def box(x, y, width, height, lines, colour="grey", dashes="", size=13):
+    """A frame with lines of words in its middle. Words that are too long for it are an error."""
+    for words in lines:
+        if 0.53 * size * len(re.sub("<.*?>", "", words)) > width:  # the mean width of a letter
+            raise ValueError(f"'{words}' is wider than its box of {width} pixels")
+    corners = [(x, y), (x + width, y), (x + width, y + height), (x, y + height), (x, y)]
+    first = y + height / 2 - (len(lines) - 1) * 0.65 * size + 0.35 * size
+    return [path(corners, f"fill: var(--page); stroke: var(--{colour}); stroke-width: 1.5",
+                 stroke_dasharray=dashes),
+            *(text(x + width / 2, round(first + 1.3 * size * i, 1), words, "middle")
+              for i, words in enumerate(lines))]
+
+
+def arrow(points, colour="grey", dashes=""):
+    """A line through these points with a head at the last one, which it reaches along an axis."""
+    (a, b), (x, y) = points[-2:]
+    dx, dy = (x > a) - (x < a), (y > b) - (y < b)
+    head = [(x, y), (x - 8 * dx + 4 * dy, y - 8 * dy + 4 * dx), (x - 8 * dx - 4 * dy, y - 8 * dy - 4 * dx)]
+    return [path(points, f"fill: none; stroke: var(--{colour}); stroke-width: 1.5", stroke_dasharray=dashes),
+            path(head, f"fill: var(--{colour})")]

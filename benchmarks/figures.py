@@ -20,7 +20,7 @@ import torch
 
 import deepcluster
 import swav
-from benchmarks import ablations, draw, multicrop
+from benchmarks import ablations, diagrams, draw, multicrop
 from benchmarks.record import RESULTS, metrics, origin
 from benchmarks.report import ROOT, between
 from common import data
@@ -188,7 +188,7 @@ def swav_picture(found):
         parts += [draw.text(left, 44, f"mass {min(masses):.2f} to {max(masses):.2f}")]
         bars = steps(masses, draw.scale(0, K, left, right), mass)
         parts += [draw.path([(left, low), *bars, (right, low)], "fill: var(--blue)")]
-        parts += [draw.path([(left, mass(1)), (right, mass(1))], "stroke: var(--ink)",
+        parts += [draw.path([(left, mass(B / K)), (right, mass(B / K))], "stroke: var(--ink)",
                             stroke_dasharray="2 3")]
         corners = [(left, top), (right, top), (right, top + cell * B), (left, top + cell * B), (left, top)]
         parts += [draw.path(corners, "fill: none; stroke: var(--grid)")]
@@ -203,7 +203,7 @@ def swav_picture(found):
 
 
 PICTURES = {"deepcluster.svg": deepcluster_picture, "odc.svg": odc_picture, "sela.svg": sela_picture,
-            "swav.svg": swav_picture}
+            "swav.svg": swav_picture, "swap.svg": diagrams.swap, "steps.svg": diagrams.steps}
 
 
 # ----------------------------------------------------------------------------------------------------- tables

@@ -225,14 +225,15 @@ def test_the_page_counts_what_make_diff_counts():
         assert int(lines) == number, f"diff -w {a} {b}: {number} lines, docs/layout.md says {lines}"
 
 
-def test_docs_link_to_the_lines_they_name():
-    text = (ROOT / "docs" / "methods.md").read_text()
+@pytest.mark.parametrize("page, least", [("methods.md", 10), ("one_step.md", 5)])
+def test_docs_link_to_the_lines_they_name(page, least):
+    text = (ROOT / "docs" / page).read_text()
     links = re.findall(r"\[`(\w+)`\]\(\.\./([\w/]+\.py)#L(\d+)\)", text)
-    assert len(links) > 10
+    assert len(links) > least
     for name, path, number in links:
         lines = (ROOT / path).read_text().splitlines()
         here = [i for i, line in enumerate(lines, 1) if re.match(rf"\s*(def|class) {name}\b", line)]
-        assert int(number) in here, f"docs/methods.md: {name} of {path} is now in line {here}, not {number}"
+        assert int(number) in here, f"docs/{page}: {name} of {path} is now in line {here}, not {number}"
     for path in re.findall(r"\]\((\.\./[\w/.]+)", text):
         assert (ROOT / "docs" / path).exists(), path
 

@@ -6,6 +6,8 @@ import re
 import pytest
 from helpers import ROOT
 
+from benchmarks import one_step
+
 README, *PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -37,3 +39,10 @@ def test_what_moved_is_where_the_page_says():
     rows = re.findall(r"^\|(.*)\| `([\w.]+)`", (ROOT / "docs/moved.md").read_text(), re.M)
     for before, now in rows:
         assert set(re.findall(r"`(\w+)`", before.split("|")[-1])) <= set(dir(pkgutil.resolve_name(now))), now
+
+
+def test_the_step_on_paper_is_that_of_the_code():
+    page = one_step.PAGE.read_text()
+    assert one_step.same(page, one_step.written(page)), "python -m benchmarks.one_step"
+    assert len(re.findall(r"-?\d\.\d{3}\b", page)) > 600
+    assert not one_step.same(page, page.replace("= 1.325", "= 1.328"))

@@ -739,3 +739,22 @@ def test_five_channels_train_with_the_lines_that_the_page_changes(here):
                               env={**os.environ, "OMP_NUM_THREADS": "1"})
         assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     assert len(knn(here / "run")) == 2 and knn(here / "run")[-1] > 50
+
+
+def test_a_method_that_the_page_makes_of_swav_trains(here):
+    shutil.copytree(ROOT / "common", here / "common")
+    text = (ROOT / "swav.py").read_text()
+    changes = re.findall(r"((?:^-.*\n)+)((?:^\+.*\n)+)", re.search(r"```diff\n(.*?)```", PAGE, re.S)[1], re.M)
+    assert len(changes) == 2
+    for before, after in (("".join(line[1:] for line in lines.splitlines(True)) for lines in change)
+                          for change in changes):
+        assert text.count(before) == 1, before
+        text = text.replace(before, after)
+    (here / "hard.py").write_text(text)
+    train = ["hard.py", *SMALL, *TWO.split(), "--data", "shapes:64"]
+    done = subprocess.run([sys.executable, *map(str, train)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((here / "runs/hard_shapes/config.json").read_text())["method"] == "hard"
+    probe = "import hard, torch; q = hard.assign(torch.rand(2, 9, 4), hard.Queue(0, 2, 3), None, 0.05, 3); " \
+            "assert q.max(2).values.eq(1).all() and q.sum(2).eq(1).all() and q.shape == (2, 9, 4)"
+    assert subprocess.run([sys.executable, "-c", probe]).returncode == 0
