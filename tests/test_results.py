@@ -136,6 +136,9 @@ def test_recipes_and_their_page_report_what_the_files_hold():
         both = re.search(rf"^\| `sela.py --recipe {images}`, `selav2.py --recipe {images}` \| ([\d.]+), "
                          rf"([\d.]+) 20-NN", page, re.MULTILINE)
         assert [*rows, *both.groups()] == [said[name][images] for name in said]
+    readme = (report.ROOT / "README.md").read_text()
+    rows = re.findall(r"^\| `(\w+).py` \| ([\d.]+) \| ([\d.]+) \|", readme, re.MULTILINE)
+    assert {name: {"shapes": drawn, "cifar": cifar} for name, drawn, cifar in rows} == said
 
 
 # ---- the walk
