@@ -196,7 +196,7 @@ def main(args):
     loss = train(model, p, loader, images, args, how, progress)
     loader.close()
     rows, masks, bad = found.detect(model, queries, p, how, progress.fetch)
-    dense.warn_of_unreadable(loader.bad, bad)
+    evaluation.warn_of_bad(loader.bad, bad)
     if len(bad) == len(queries):
         raise DataError("no held-out image can be read")
 

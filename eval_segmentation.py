@@ -306,7 +306,7 @@ def main(args):
     loss = train(model, p, loader, len(images), args.seed, how, progress)
     loader.close()
     confusion, pictures, bad = judge(model, queries, p, how, progress.fetch)
-    dense.warn_of_unreadable(loader.bad, bad)
+    evaluation.warn_of_bad(loader.bad, bad)
     if not confusion.sum():
         raise DataError("no held-out image can be read, or none has labels")
 

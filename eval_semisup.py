@@ -333,21 +333,9 @@ def main(args):
     folder, own = evaluation.folder(args, name, decisive), f"{name}{'_random' * args.random_init}"
     progress = Progress(folder, own, decisive, args.save_every, args.fresh)
     how["fetch"] = progress.fetch
-    try:
-        settings, best = try_grid(trunk, p, loader, images, queries, len(everything.classes), args, how,
-                                  progress)
-    except RuntimeError as error:
-        if "use_deterministic_algorithms" not in str(error):
-            raise
-        cause = str(error).splitlines()[0]
-        way_out = "--no-deterministic goes on without"
-        raise ArgumentError(f"--deterministic cannot be kept: {cause}; {way_out}") from None
+    settings, best = try_grid(trunk, p, loader, images, queries, len(everything.classes), args, how, progress)
     loader.close()
-    for bad, option, what in ((loader.bad, "--data", "were replaced by their neighbours"),
-                              (how["bad"], "--val", "are left out")):
-        unreadable = len(distributed.gather_rows(torch.tensor(sorted(bad), dtype=torch.int64)).unique())
-        if unreadable:
-            say(f"warning: {unreadable} images of {option} cannot be read and {what}")
+    evaluation.warn_of_bad(loader.bad, how["bad"])
     chosen = report(settings, p)
     record = {"preset": args.preset, "images": len(images), "of": len(everything), "queries": len(queries),
               "classes": len(everything.classes), "epochs": p.epochs, "batch_size": p.batch_size,

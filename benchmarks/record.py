@@ -61,8 +61,8 @@ def last_loss(folder):
     covers."""
     logged = [record for record in metrics(folder) if "loss_per_ln_k" in record]
     steps = [after["step"] - before["step"] for before, after in itertools.pairwise([{"step": 0}, *logged])]
-    last = [(record["loss_per_ln_k"],
-             n) for record, n in zip(logged, steps) if record["epoch"] > logged[-1]["epoch"] - 1]
+    last = [(record["loss_per_ln_k"], n) for record, n in zip(logged, steps)
+            if record["epoch"] > logged[-1]["epoch"] - 1]
     return sum(loss * n for loss, n in last) / sum(n for _, n in last)
 
 

@@ -34,7 +34,7 @@ def launch(main, config):
             fail(f"{whose} memory is full: lower --batch-size or the sizes of images and network, or give "
                  f"--checkpointing ({cause})", 1, speaks=True)
         if "use_deterministic_algorithms" in str(error):
-            fail(f"--deterministic cannot be kept: {cause}", 2)
+            fail(f"--deterministic cannot be kept, --no-deterministic goes on without: {cause}", 2)
         # A worker's death is raised wherever this process is at that moment; other ranks do not know of it.
         if "DataLoader worker (pid" in cause:
             fail(f"a loader worker died, out of memory? lower --workers, or enlarge /dev/shm ({cause})", 3,

@@ -137,16 +137,6 @@ def setting(args, info, device, trunk, name, images, queries):
     return how, decisive, protocol.folder(args, name, decisive), f"{name}{'_random' * args.random_init}"
 
 
-def warn_of_unreadable(trained, judged):
-    """Warns how many images of both sets cannot be read, and what became of them. trained, judged: the
-    unreadable ones that this rank has met."""
-    for bad, which, what in ((trained, "--data", "were replaced by their neighbours"),
-                             (judged, "the held-out set", "are left out")):
-        found = len(distributed.gather_rows(torch.tensor(sorted(bad), dtype=torch.int64)).unique())
-        if found:
-            say(f"warning: {found} images of {which} cannot be read and {what}")
-
-
 def colours(labels):
     """Maps labels to VOC's colours: (H, W) uint8 -> (H, W, 3) uint8; 0 is black, 255 nearly white."""
     palette = np.zeros((256, 3), np.uint8)

@@ -305,6 +305,16 @@ def check_readable(loader):
         raise DataError(f"{TRIES} images of --data in a row cannot be read")
 
 
+def warn_of_bad(trained, judged):
+    """Warns how many images of both sets cannot be read, and what became of them. trained, judged: the
+    unreadable ones that this rank has met."""
+    for bad, which, what in ((trained, "--data", "were replaced by their neighbours"),
+                             (judged, "the held-out set", "are left out")):
+        found = len(distributed.gather_rows(torch.tensor(sorted(bad), dtype=torch.int64)).unique())
+        if found:
+            say(f"warning: {found} images of {which} cannot be read and {what}")
+
+
 def warn_of_unreadable(images, labels, option):
     """Warns how many images of a set were left out. labels: this rank's, from features.extract."""
     missing = int((images.labels < 0).sum())  # STL-10 has images without a label
