@@ -65,7 +65,7 @@ class Meter:
         self.sums.zero_()
         return {"loss": loss, "loss_per_ln_k": loss / log_k,
                 "clusters_used": (counts > 0).sum(1).double().mean().item(),
-                "assignment_entropy": abs((share * share.clamp(min=1e-12).log()).sum(1).mean().item()) / log_k,
+                "assignment_entropy": (share * -share.clamp(1e-12).log()).sum(1).mean().abs().item() / log_k,
                 "feature_std": math.sqrt(variance.clamp(min=0).mean().item() * z.shape[1])}
 
     def warning(self, figures, steps):
