@@ -570,15 +570,15 @@ def test_a_directory_that_cannot_be_written_is_said_before_the_first_step(tmp_pa
     assert "cannot be written" in err and err.count("\n") == 1 and "step" not in out
 
 
-def test_a_second_run_on_one_directory_is_refused(tmp_path):
+def test_a_second_run_on_one_directory_is_refused(tmp_path, capsys):
     shared = ["--data", "shapes:64", *TINY, "--epochs", 5000, "--out", tmp_path]
     first = start(*command(*shared))
     try:
         for line in first.stdout:
             if "step 1/" in line:
                 break
-        code, _, err = finish(start(*command(*shared)))
-        assert code == 2 and f"is in use by another run (process {first.pid} on" in err
+        assert swav_here(*shared) == 2
+        assert f"is in use by another run (process {first.pid} on" in capsys.readouterr().err
     finally:
         first.kill()
         first.wait()
