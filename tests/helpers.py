@@ -26,6 +26,7 @@ from PIL import Image
 
 import swav
 from common import distributed
+from common.data import Loader
 from common.engine.launch import launch
 from common.engine.options import parse
 
@@ -95,6 +96,8 @@ def run_here(method, *arguments):
     finally:  # the handlers hold the run, and the run holds its directory
         for number, handler in handlers.items():
             signal.signal(number, handler)
+        for loader in (thing for thing in gc.get_objects() if type(thing) is Loader):
+            loader.close()  # else its workers and their files stay as long as this process
         gc.collect()
 
 
@@ -126,7 +129,7 @@ def command(*arguments, ranks=0, script="swav.py"):
 
 
 def start(*arguments, **options):
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    env = {**os.environ, "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(arguments, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             **options)
 
@@ -233,7 +236,9 @@ def killed_and_resumed(method, shared, out, kill="Run.log 8"):
 
 
 def interrupt(signal_number, place, count, method):
-    """Changes a script: once place, its "OBJECT.FUNCTION", has been called count times, the signal comes."""
+    """Changes a script: once place, its "OBJECT.FUNCTION", has been called count times, the signal comes to
+    the process and its loader workers."""
+    os.setpgrp()
     *path, name = place.split(".")
     owner, calls = functools.reduce(getattr, path, method), []
     real = getattr(owner, name)
@@ -242,7 +247,7 @@ def interrupt(signal_number, place, count, method):
         result = real(*arguments, **options)
         calls.append(0)
         if len(calls) == int(count):
-            os.kill(os.getpid(), signal_number)
+            os.killpg(0, signal_number)
         return result
 
     setattr(owner, name, counted)
