@@ -21,7 +21,7 @@ demo: .venv/run  ## train SwAV on embedded images, k-NN before and after: two mi
 	$(BIN)/python eval_knn.py runs/demo --random-init
 	$(BIN)/python eval_knn.py runs/demo
 
-test: .venv/dev lint  ## lint and tests, CPU only, no network: a quarter of an hour on two cores
+test: .venv/dev lint  ## lint and tests, CPU only, no network: eight minutes on two cores
 	$(BIN)/python -m pytest -n 2
 
 test-all: .venv/dev lint  ## all CPU tests, with the slow sweeps

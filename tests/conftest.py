@@ -1,11 +1,20 @@
 """What pytest finds in every test file."""
 
+import gc
+import os
 import signal
 
 import pytest
 import torch
 
-torch.set_num_threads(1)  # the tensors are small: threads would only wait for each other
+# The tensors are small: threads would only wait for each other, here and in all that is started from here.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()  # modules stay: no later collection looks through them
 
 
 @pytest.fixture

@@ -1,7 +1,11 @@
 """What several test files share: the golden numbers, and functions run by several processes."""
 
+import atexit
 import contextlib
+import functools
 import gc
+import importlib
+import io
 import json
 import os
 import pickle
@@ -14,6 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import evaluations
 import numpy as np
 import torch
 import torch.multiprocessing as mp
@@ -21,6 +26,7 @@ from PIL import Image
 
 import swav
 from common import distributed
+from common.data import Loader
 from common.engine.launch import launch
 from common.engine.options import parse
 
@@ -90,7 +96,31 @@ def run_here(method, *arguments):
     finally:  # the handlers hold the run, and the run holds its directory
         for number, handler in handlers.items():
             signal.signal(number, handler)
+        for loader in (thing for thing in gc.get_objects() if type(thing) is Loader):
+            loader.close()  # else its workers and their files stay as long as this process
         gc.collect()
+
+
+def ranks_of(count, method, *arguments, change=None):
+    """Runs a method's script or an evaluation, a module, in processes joined by gloo.
+
+    change: a function at the top level of its module, which may change the script before it runs.
+    Returns exit code, output and errors of each rank.
+    """
+    return ranks(count, _script, method.__name__, arguments, change)
+
+
+def _script(name, arguments, change):
+    torch.set_num_threads(1)
+    mp.set_start_method("fork", force=True)  # of loader workers, as when a user starts it
+    method, out, err = importlib.import_module(name), io.StringIO(), io.StringIO()
+    if change:
+        change(method)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        run = evaluations.run_here if hasattr(method, "arguments") else run_here
+        code = run(method, *arguments)
+    atexit._run_exitfuncs()  # ends loader workers; multiprocessing would wait for them
+    return code, out.getvalue(), err.getvalue()
 
 
 def command(*arguments, ranks=0, script="swav.py"):
@@ -99,7 +129,7 @@ def command(*arguments, ranks=0, script="swav.py"):
 
 
 def start(*arguments, **options):
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    env = {**os.environ, "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(arguments, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             **options)
 
@@ -179,41 +209,61 @@ def image_tree(root, classes=2, images=6, size=(70, 60), splits=("train", "val")
     return root
 
 
-def killed_and_resumed(script, shared, out, hang="", said="step 8/20"):
-    """Kills a run once it has said something, starts it again, and holds what it ends with to a run never
-    killed.
+def killed_and_resumed(method, shared, out, kill="Run.log 8"):
+    """Kills a run, starts it again, and holds what it ends with to a run never killed.
 
-    hang: "OBJECT.FUNCTION N" of the script: its N-th call says "hanging" and never returns. Then said is
-    that.
+    kill: "OBJECT.FUNCTION N" of the script: it is killed when that has been called N times.
     Returns the step that the run was resumed at.
     """
-    shared = [*shared, "--save-every", 0, "--workers", 1]
-    straight = start(*command(*shared, "--out", out / "straight", script=script))
-    line = command(*shared, "--out", out / "killed", script=script)
-    if hang:
-        place, call = hang.split()
-        code = f"""import sys, time, {Path(script).stem} as m
-sys.argv, real, calls = sys.argv[1:], m.{place}, []
-def hanging(*arguments, **options):
-    calls.append(0)
-    if len(calls) == {call}: print("hanging", flush=True); time.sleep(99)
-    return real(*arguments, **options)
-m.{place} = hanging
-m.launch(m.main, m.parse(m.Config, m.RECIPES, m.__doc__))"""
-        line, said = [line[0], "-c", code, *line[1:]], "hanging"
-    killed = start(*line, cwd=ROOT)
-    for text in killed.stdout:
-        if said in text:
-            kill_tree(killed.pid)
-            break
-    _, err = killed.communicate()
-    assert killed.returncode == -signal.SIGKILL, err
-    code, text, err = finish(start(*command(*shared, "--out", out / "killed", script=script)))
-    assert code == 0 and finish(straight)[0] == 0, text + err
+    shared = [*shared, "--save-every", 0, "--workers", 1, "--out"]
+    change = functools.partial(interrupt, signal.SIGKILL, *kill.split())
+    process = mp.get_context("forkserver").Process(
+        target=_script, args=(method.__name__, [*shared, out / "killed"], change))
+    process.start()
+    process.join(timeout=240)
+    assert process.exitcode == -signal.SIGKILL and not (out / "killed" / "done.json").exists()
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        assert run_here(method, *shared, out / "killed") == 0 == run_here(method, *shared, out / "straight")
     a, b = saved(out / "straight"), saved(out / "killed")
     for part in ("model", "optimizer", "memory"):
         assert same(a[part], b[part]), part
+    assert torch.equal(a["meter"]["assignments"], b["meter"]["assignments"])
     assert losses(out / "straight") == losses(out / "killed")
     steps = [record["step"] for record in metrics(out / "killed") if "loss" in record]
     assert steps == list(range(1, len(steps) + 1))
-    return int(re.search(r"resumed at step (\d+) of 20", text)[1])
+    (step,) = re.findall(r"resumed at step (\d+) of", said.getvalue())
+    return int(step)
+
+
+def interrupt(signal_number, place, count, method):
+    """Changes a script: once place, its "OBJECT.FUNCTION", has been called count times, the signal comes to
+    the process and its loader workers."""
+    os.setpgrp()
+    *path, name = place.split(".")
+    owner, calls = functools.reduce(getattr, path, method), []
+    real = getattr(owner, name)
+
+    def counted(*arguments, **options):
+        result = real(*arguments, **options)
+        calls.append(0)
+        if len(calls) == int(count):
+            os.killpg(0, signal_number)
+        return result
+
+    setattr(owner, name, counted)
+
+
+def two_ranks_as_one(method, shared, out):
+    """Runs a method in float64 in one process and in two, and holds losses, weights and clusters of 20 steps
+    to each other. Returns the two checkpoints."""
+    shared = [*shared, "--precision", "float64", "--out"]
+    assert run_here(method, *shared, out / "one") == 0
+    assert [code for code, _, _ in ranks_of(2, method, *shared, out / "two")] == [0, 0]
+    one, two = losses(out / "one"), losses(out / "two")
+    assert len(one) == 20 == len(set(one))
+    np.testing.assert_allclose(two, one, rtol=1e-9)
+    a, b = saved(out / "one"), saved(out / "two")
+    for name, weight in a["model"].items():
+        torch.testing.assert_close(b["model"][name], weight, rtol=0, atol=1e-8, msg=name)
+    assert torch.equal(a["meter"]["assignments"], b["meter"]["assignments"])
+    return a, b

@@ -886,7 +886,7 @@ def test_hub_in_a_project_with_its_own_common(tmp_path):
     checkpoint.export_backbone(run / "backbone.pt", model.backbone, info)
     weights.export_model(fc, model, info, head=2)
     done = subprocess.run([sys.executable, "main.py", ROOT, project, run, fc], cwd=project, text=True,
-                          capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                          capture_output=True)
     assert done.returncode == 0, done.stderr
     (features, scores), tensors = torch.load(project / "y.pt")
     torch.testing.assert_close(features, trunk(images()).detach(), rtol=0, atol=1e-5)

@@ -1,24 +1,25 @@
 """deepcluster.py: uniform sampling, AlexNet, one process or many, and what becomes of a run that is
 killed."""
 
+import os
+import signal
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import (
-    ROOT,
-    command,
-    finish,
     golden,
     image_tree,
     killed_and_resumed,
     losses,
     metrics,
     ranks,
+    ranks_of,
     run_here,
     same,
     saved,
-    start,
+    two_ranks_as_one,
     unreadable,
 )
 from test_parity import PRECISIONS, close, drawn, of, weight_by_rule
@@ -32,7 +33,6 @@ from common.engine.options import recipe
 from common.resnet import resnet18
 from common.weights import load_backbone
 
-SCRIPT = "deepcluster.py"
 TINY = ("--recipe shapes --arch resnet10 --width 0.125 --sizes 16 --prototypes 8 --pca-dim 16 --batch-size "
         "16 --workers 0 --log-every 1".split())
 SHARED = ["--data", "shapes:80", *TINY, "--epochs", 4]
@@ -242,20 +242,11 @@ def test_the_mean_over_ranks_is_the_mean_over_all_targets():
 
 
 def test_two_ranks_follow_the_trajectory_of_one(tmp_path):
-    shared = [*SHARED, "--precision", "float64", "--rotate", 5, "--sobel"]
+    shared = [*SHARED, "--rotate", 5, "--sobel"]
     shared += ["--warmup-epochs", 1, "--start-lr", 0.01, "--lr", 0.05, "--final-lr", 0]
-    assert here(*shared, "--out", tmp_path / "one") == 0
-    code, _, err = finish(start(*command(*shared, "--out", tmp_path / "two", ranks=2, script=SCRIPT)))
-    assert code == 0, err
-    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
-    assert len(one) == 20 == len(set(one))
-    np.testing.assert_allclose(two, one, rtol=1e-9)
-    a, b = saved(tmp_path / "one"), saved(tmp_path / "two")
-    for name, weight in a["model"].items():
-        torch.testing.assert_close(b["model"][name], weight, rtol=0, atol=1e-8, msg=name)
+    a, b = two_ranks_as_one(deepcluster, shared, tmp_path)
     assert torch.equal(a["memory"]["targets"],
                        b["memory"]["targets"]) and a["memory"]["figures"] == b["memory"]["figures"]
-    assert torch.equal(a["meter"]["assignments"], b["meter"]["assignments"])
     rates = [record["lr"] for record in metrics(tmp_path / "one") if "lr" in record]
     np.testing.assert_allclose([*rates[:6], rates[10], rates[15]],
                                [0.01, 0.02, 0.03, 0.04, 0.05, 0.05, 0.0375, 0.0125], rtol=1e-12)
@@ -268,8 +259,7 @@ def test_two_ranks_train_alexnet_as_one(tmp_path):
               "--pca-dim", 8, "--batch-size", 4]
     shared += ["--lr", 0.05, "--workers", 0, "--log-every", 1, "--precision", "float64", "--max-steps", 5]
     assert here(*shared, "--out", tmp_path / "one") == 0
-    code, _, err = finish(start(*command(*shared, "--out", tmp_path / "two", ranks=2, script=SCRIPT)))
-    assert code == 0, err
+    assert [code for code, _, _ in ranks_of(2, deepcluster, *shared, "--out", tmp_path / "two")] == [0, 0]
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-9)
     trunk, info = load_backbone(tmp_path / "two")
     assert (info["arch"], info["sobel"], info["size"], trunk.feature_dim) == ("alexnet", True, 224, 4096)
@@ -278,9 +268,10 @@ def test_two_ranks_train_alexnet_as_one(tmp_path):
                                rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("hang", ["", "kmeans 3"])  # in mid-epoch; while the third epoch's clusters are made
-def test_a_killed_run_ends_with_the_same_bits(tmp_path, hang):
-    assert 6 <= killed_and_resumed(SCRIPT, SHARED, tmp_path, hang) <= 10
+# in mid-epoch; while the third epoch's clusters are made
+@pytest.mark.parametrize(("kill", "step"), [("Run.log 8", 7), ("kmeans 3", 10)])
+def test_a_killed_run_ends_with_the_same_bits(tmp_path, kill, step):
+    assert killed_and_resumed(deepcluster, SHARED, tmp_path, kill) == step
 
 
 def test_the_classifier_starts_anew_each_epoch_without_momentum(tmp_path):
@@ -322,66 +313,53 @@ def test_images_that_cannot_be_read_are_left_out_and_named(tmp_path):
     assert (targets < 0).sum() == 2 and len(targets) == 40
 
 
-def stopping_in_the_pass(folder, epoch):
-    """A script that gets a signal in the feature pass before this epoch, on its last rank."""
-    script = folder / "stopping.py"
-    script.write_text(f"""import os, signal, sys
-sys.path.insert(0, {str(ROOT)!r})
-import deepcluster as m
-look, passes = m.Run.features, []
-def looked(*arguments):
-    passes.append(1)
-    if len(passes) == {epoch + 1} and m.distributed.rank() == m.distributed.world_size() - 1:
-        os.kill(os.getpid(), signal.SIGTERM)
-    return look(*arguments)
-m.Run.features = looked
-m.launch(m.main, m.parse(m.Config, m.RECIPES, m.__doc__))
-""")
-    return script
+def stop_in_the_pass(method):
+    """The last rank gets a signal in the feature pass before the second epoch."""
+    look, passes = method.Run.features, []
+
+    def looked(*arguments):
+        passes.append(1)
+        if len(passes) == 2 and distributed.rank() == distributed.world_size() - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return look(*arguments)
+
+    method.Run.features = looked
 
 
 # two ranks: 512 and 513 images, two batches and three
-@pytest.mark.parametrize(("ranks", "images"), [(1, 300), (2, 1025)])
-def test_a_signal_in_a_feature_pass_stops_all_ranks_and_changes_no_bit(tmp_path, ranks, images):
-    shared = ["--data", f"shapes:{images}", *TINY, "--batch-size", 128, "--epochs", 2]
-    processes = 2 if ranks == 2 else 0
-    for out in ("stopped", "straight"):
-        script = stopping_in_the_pass(tmp_path, 1) if out == "stopped" else SCRIPT
-        code, text, err = finish(start(*command(*shared, "--out", tmp_path / out, ranks=processes,
-                                                script=script)))
-        if out == "stopped":
-            steps = images // 128
-            assert code == 0 and f"stopped by a signal, after step {steps}" in text, text + err
-            code, text, err = finish(start(*command(*shared, "--out", tmp_path / out, ranks=processes,
-                                                    script=SCRIPT)))
-            assert f"resumed at step {steps}" in text
-        assert code == 0, err
+@pytest.mark.parametrize(("count", "images"), [(1, 300), (2, 1025)])
+def test_a_signal_in_a_feature_pass_stops_all_ranks_and_changes_no_bit(tmp_path, count, images):
+    shared = ["--data", f"shapes:{images}", *TINY, "--batch-size", 128, "--epochs", 2, "--out"]
+    stopped = ranks_of(count, deepcluster, *shared, tmp_path / "stopped", change=stop_in_the_pass)
+    assert {code for code, _, _ in stopped} == {0}
+    assert f"stopped by a signal, after step {images // 128}" in stopped[0][1]
+    resumed = ranks_of(count, deepcluster, *shared, tmp_path / "stopped")
+    straight = ranks_of(count, deepcluster, *shared, tmp_path / "straight")
+    assert {code for code, _, _ in resumed + straight} == {0}
+    assert f"resumed at step {images // 128}" in resumed[0][1]
     a, b = saved(tmp_path / "straight"), saved(tmp_path / "stopped")
     for part in ("model", "optimizer", "memory"):
         assert same(a[part], b[part]), part
     assert losses(tmp_path / "straight") == losses(tmp_path / "stopped")
 
 
-def test_two_ranks_drop_the_same_units_as_one(tmp_path):
-    script = tmp_path / "dropping.py"
-    script.write_text(f"""import sys
-sys.path.insert(0, {str(ROOT)!r})
-import deepcluster as m
-def dropping(build):
+def drop_units(method):
+    build = method.ARCHITECTURES["resnet10"]
+
     def built(**options):
         trunk = build(**options)
-        trunk.layer4 = m.nn.Sequential(trunk.layer4, m.nn.Dropout(0.5))
+        trunk.layer4 = nn.Sequential(trunk.layer4, nn.Dropout(0.5))
         return trunk
-    return built
-m.ARCHITECTURES["resnet10"] = dropping(m.ARCHITECTURES["resnet10"])
-m.launch(m.main, m.parse(m.Config, m.RECIPES, m.__doc__))
-""")
-    shared = [*SHARED, "--precision", "float64", "--max-steps", 7]
-    for out, processes in (("one", 0), ("two", 2)):
-        code, _, err = finish(start(*command(*shared, "--out", tmp_path / out, ranks=processes,
-                                             script=script)))
-        assert code == 0, err
-    assert here(*shared, "--out", tmp_path / "none") == 0
+
+    method.ARCHITECTURES["resnet10"] = built
+
+
+def test_two_ranks_drop_the_same_units_as_one(tmp_path):
+    shared = [*SHARED, "--precision", "float64", "--max-steps", 7, "--out"]
+    for out, count in (("one", 1), ("two", 2)):
+        done = ranks_of(count, deepcluster, *shared, tmp_path / out, change=drop_units)
+        assert {code for code, _, _ in done} == {0}
+    assert here(*shared, tmp_path / "none") == 0
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-9)
     assert abs(losses(tmp_path / "none")[0] / losses(tmp_path / "one")[0] - 1) > 1e-4  # something is dropped
 

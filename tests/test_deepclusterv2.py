@@ -1,24 +1,14 @@
 """deepclusterv2.py: the numbers of the official code, one process or many, and what becomes of a run that is
 killed."""
 
+import os
+import signal
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import (
-    ROOT,
-    TINY,
-    command,
-    finish,
-    golden,
-    killed_and_resumed,
-    losses,
-    ranks,
-    run_here,
-    same,
-    saved,
-    start,
-)
+from helpers import TINY, golden, killed_and_resumed, ranks, run_here, same, saved, two_ranks_as_one
 from torch import nn
 
 import deepclusterv2
@@ -27,7 +17,6 @@ from common.engine.errors import DataError, Diverged
 from common.engine.options import recipe
 from common.kmeans import kmeans
 
-SCRIPT = "deepclusterv2.py"
 SHARED = ["--data", "shapes:80", *TINY, "--epochs", 4]
 
 
@@ -141,36 +130,28 @@ def test_embeddings_that_cannot_be_clustered_are_named():
 
 
 def test_two_ranks_follow_the_trajectory_of_one(tmp_path):
-    shared = [*SHARED, "--crops", 2, 2, "--sizes", 16, 12, "--scales", 0.3, 1, 0.1, 0.4, "--precision",
-              "float64", "--blur-p", 0.5]
-    assert here(*shared, "--out", tmp_path / "one") == 0
-    code, _, err = finish(start(*command(*shared, "--out", tmp_path / "two", ranks=2, script=SCRIPT)))
-    assert code == 0, err
-    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
-    assert len(one) == 20 == len(set(one))
-    np.testing.assert_allclose(two, one, rtol=1e-9)
-    a, b = saved(tmp_path / "one"), saved(tmp_path / "two")
-    for name, weight in a["model"].items():
-        torch.testing.assert_close(b["model"][name], weight, rtol=0, atol=1e-8, msg=name)
+    shared = [*SHARED, "--crops", 2, 2, "--sizes", 16, 12, "--scales", 0.3, 1, 0.1, 0.4, "--blur-p", 0.5]
+    a, b = two_ranks_as_one(deepclusterv2, shared, tmp_path)
     assert torch.equal(a["memory"]["targets"], b["memory"]["targets"]) and (a["memory"]["targets"] >= 0).all()
-    assert torch.equal(a["meter"]["assignments"], b["meter"]["assignments"])
 
 
-@pytest.mark.parametrize("hang", ["", "kmeans 8"])  # in mid-epoch; while the third epoch's clusters are made
-def test_a_killed_run_ends_with_the_same_bits(tmp_path, hang):
-    assert 6 <= killed_and_resumed(SCRIPT, SHARED, tmp_path, hang) <= 9
+# in mid-epoch; while the third epoch's clusters are made
+@pytest.mark.parametrize(("kill", "step"), [("Run.log 8", 7), ("kmeans 8", 9)])
+def test_a_killed_run_ends_with_the_same_bits(tmp_path, kill, step):
+    assert killed_and_resumed(deepclusterv2, SHARED, tmp_path, kill) == step
 
 
-def test_a_signal_while_the_memory_is_filled_stops_at_once(tmp_path):
-    code = "import sys, os, signal, deepclusterv2 as m; f = m.fill; sys.argv = sys.argv[1:]\n"
-    code += "def fill(*a):\n os.kill(os.getpid(), signal.SIGTERM)\n f(*a)\n"
-    code += "m.fill = fill; m.launch(m.main, m.parse(m.Config, m.RECIPES, m.__doc__))"
-    line = command(*SHARED, "--out", tmp_path / "run", script=SCRIPT)
-    stopped, out, err = finish(start(line[0], "-c", code, *line[1:], cwd=ROOT))
-    assert stopped == 0 and "stopped by a signal in a pass over the data" in out, out + err
+def test_a_signal_while_the_memory_is_filled_stops_at_once(tmp_path, capsys, monkeypatch):
+    def stopped(*arguments, fill=deepclusterv2.fill):
+        os.kill(os.getpid(), signal.SIGTERM)
+        fill(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(deepclusterv2, "fill", stopped)
+        assert here(*SHARED, "--out", tmp_path / "run") == 0
+    assert "stopped by a signal in a pass over the data" in capsys.readouterr().out
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
-    assert here(*SHARED, "--out", tmp_path / "run") == 0 and here(*SHARED, "--out",
-                                                                  tmp_path / "straight") == 0
+    assert here(*SHARED, "--out", tmp_path / "run") == here(*SHARED, "--out", tmp_path / "straight") == 0
     assert same(saved(tmp_path / "run")["model"], saved(tmp_path / "straight")["model"])
 
 

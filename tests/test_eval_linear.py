@@ -1,10 +1,10 @@
 """eval_linear.py: schedules and probes against tables and torch's own, and commands against their output."""
 
 import contextlib
+import functools
 import io
 import json
 import math
-import os
 import shutil
 import signal
 from unittest import mock
@@ -14,9 +14,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from evaluations import CPU, colour_tree, evaluate, export, goes_on_after_kills, refuses, run_here
-from helpers import children, command, finish, ranks, start
+from helpers import interrupt, ranks, ranks_of
 from PIL import Image
 from torch import nn
+from torch.multiprocessing import ProcessExitedException
 
 import eval_knn
 import eval_linear
@@ -403,21 +404,15 @@ def test_a_killed_probe_goes_on(images, run, imagenet_stem, options, tmp_path, m
 
 @pytest.mark.parametrize("count, number", [(2, signal.SIGTERM), (2, signal.SIGKILL), (1, signal.SIGKILL)])
 def test_a_stopped_probe_ends_as_one_that_never_stopped(images, run, count, number, tmp_path):
-    words = [run, "--data", images, "--epochs", 30, "--batch-size", 8, *CPU, "--save-every", 0, "--out"]
-    one = start(*command(*words, tmp_path / "one", script="eval_linear.py"))
-    again = command(*words, tmp_path / "two", script="eval_linear.py", ranks=count - 1 and count)
-    process = start(*again)
-    for line in process.stdout:
-        if line.startswith("epoch 3/"):
-            break
-    victims = children(process.pid) if count > 1 and number == signal.SIGKILL else [process.pid]
-    for pid in victims:
-        os.kill(pid, number)
-    code, out, err = finish(process)
-    assert number == signal.SIGKILL or "stopped by a signal: saved in" in out, err
-    code, out, err = finish(start(*again))
-    assert code == 0 and "going on from" in out and "epoch 2/" not in out, err
-    assert finish(one)[0] == 0
+    words = [run, "--data", images, "--epochs", 5, "--batch-size", 8, *CPU, "--save-every", 0, "--out"]
+    third_epoch = functools.partial(interrupt, number, "Progress.fetch", 14)
+    kill = pytest.raises(ProcessExitedException) if number == signal.SIGKILL else contextlib.nullcontext()
+    with kill:
+        stopped = ranks_of(count, eval_linear, *words, tmp_path / "two", change=third_epoch)
+        assert "epoch 2/" in stopped[0][1] and "stopped by a signal: saved in" in stopped[0][1]
+    (code, out, _), *_ = ranks_of(count, eval_linear, *words, tmp_path / "two")
+    assert code == 0 and "going on from" in out and "epoch 2/" not in out and "epoch 3/" in out
+    assert run_here(eval_linear, *words, tmp_path / "one") == 0
     records = [(tmp_path / name / "eval_linear_small.json").read_text() for name in ("one", "two")]
     assert records[0] == records[1]
     heads = [torch.load(tmp_path / name / "eval_linear_small_classifier.pt", weights_only=True)["classifiers"]

@@ -177,8 +177,7 @@ def literal_test(x, labels, cost, p, c):
     return literal_ap(literal_svm(cost).fit(x, labels).decision_function(p.x[70:]), p.targets[70:, c])
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
-def test_the_full_protocol_equals_a_literal_transcription(jobs):
+def test_the_full_protocol_equals_a_literal_transcription():
     p, x = Problem(), Problem().x[:70]
     expected, costs, best = [], [], []
     for c in range(3):
@@ -192,10 +191,11 @@ def test_the_full_protocol_equals_a_literal_transcription(jobs):
         expected.append(ap[int(np.argmax(scores))])
         costs.append(SOME[int(np.argmax(scores))])
         best.append(max(ap))
-    ap, chosen, oracle, stopped = full(p.x, p, SOME, "all_points", jobs, "")
-    np.testing.assert_allclose(ap, expected, rtol=1e-12)
-    np.testing.assert_allclose(oracle, best, rtol=1e-12)
-    assert chosen == costs and len(set(costs)) > 1 and list(oracle) != list(ap) and stopped == 0
+    for jobs in (1, 2):
+        ap, chosen, oracle, stopped = full(p.x, p, SOME, "all_points", jobs, "")
+        np.testing.assert_allclose(ap, expected, rtol=1e-12)
+        np.testing.assert_allclose(oracle, best, rtol=1e-12)
+        assert chosen == costs and len(set(costs)) > 1 and list(oracle) != list(ap) and stopped == 0
 
 
 def test_low_shot_equals_a_literal_transcription():

@@ -1,6 +1,7 @@
 """Faults of machine and user around a run: streams, signals, waits, restarts, odd values."""
 
 import contextlib
+import functools
 import json
 import os
 import random
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,7 @@ from helpers import (
     kill_tree,
     losses,
     metrics,
+    ranks_of,
     run_here,
     same,
     saved,
@@ -70,26 +73,21 @@ def test_a_stop_signal_counts_though_nobody_reads_what_is_said(tmp_path):
     assert saved(tmp_path)["step"] >= 2
 
 
-@pytest.mark.parametrize("streams", [">&-", ">&- 2>&-", ">/dev/full 2>/dev/full", "| head -n 1"])
-def test_streams_that_take_nothing_end_no_run(tmp_path, streams):
-    line = " ".join(command(*SHARED, "--epochs", 2, "--out", tmp_path / "run"))
-    run = subprocess.run(
-        ["bash", "-c", f"{line} {streams}; exit ${{PIPESTATUS[0]}}"], capture_output=True, text=True
-    )
-    assert run.returncode == 0 and run.stderr == ""
-    assert (tmp_path / "run" / "done.json").exists() and len(losses(tmp_path / "run")) == 8
-    assert re.fullmatch(r"process \d+ on .*, started by \d+", (tmp_path / "run" / "lock").read_text())
-
-
-def test_any_name_is_printed_on_an_ascii_terminal(tmp_path):
+@pytest.mark.parametrize("streams, read", [(">&- 2>&-", ""), (">/dev/full 2>/dev/full", ""),
+                                           ("| head -n 1", r"\xfcn\xef")])  # fmt: skip
+def test_streams_that_take_nothing_end_no_run(tmp_path, streams, read):
+    """Nor does a name that an ASCII terminal cannot show."""
     out = tmp_path / "ünï"
+    line = " ".join(command(*SHARED, "--epochs", 2, "--out", out))
     run = subprocess.run(
-        command(*SHARED, "--epochs", 1, "--out", out),
+        ["bash", "-c", f"{line} {streams}; exit ${{PIPESTATUS[0]}}"],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONIOENCODING": "ascii:strict"},
     )
-    assert run.returncode == 0 and r"\xfcn\xef" in run.stdout, run.stderr
+    assert run.returncode == 0 and run.stderr == "" and read in run.stdout, run.stderr
+    assert (out / "done.json").exists() and len(losses(out)) == 8
+    assert re.fullmatch(r"process \d+ on .*, started by \d+", (out / "lock").read_text())
 
 
 @pytest.mark.parametrize("kept", [False, True])
@@ -126,7 +124,7 @@ def fifo(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
 
-@pytest.mark.parametrize("workers, processes", [(0, 0), (1, 0), (1, 2)])
+@pytest.mark.parametrize("workers, processes", [(0, 0), (1, 2)])
 def test_a_signal_while_data_do_not_come_saves_and_stops(tmp_path, fifo, workers, processes):
     out, script, order = tmp_path / "run", tmp_path / "hang.py", data.batches(64, 16, 0, 0)
     script.write_text(HANGS)
@@ -146,7 +144,7 @@ def test_a_signal_while_data_do_not_come_saves_and_stops(tmp_path, fifo, workers
     assert processes or same(a, b)
 
 
-LOADER = """import os, sys
+LOADER = """import os, threading
 from common import data
 class Hanging:
     def __len__(self): return 8
@@ -154,17 +152,17 @@ class Hanging:
         print("reading", flush=True)
         open(os.environ["FIFO"])
 if __name__ == "__main__":
-    loader = data.Loader(Hanging(), 2, start_method=sys.argv[1])
-    list(loader.epoch(0, data.batches(8, 2, 0, 0)))"""
+    for method in ("fork", "spawn", "forkserver"):
+        epoch = data.Loader(Hanging(), 1, start_method=method).epoch(0, data.batches(8, 2, 0, 0))
+        threading.Thread(target=list, args=[epoch]).start()"""
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-def test_workers_end_when_their_parent_is_gone(tmp_path, fifo, method):
+def test_workers_end_when_their_parent_is_gone(tmp_path, fifo):
     script = tmp_path / "hang.py"
     script.write_text(LOADER)
     mark = {"WHOSE": str(tmp_path)}
     run = subprocess.Popen(
-        [sys.executable, script, method], env={**os.environ, **mark}, stdout=subprocess.PIPE
+        [sys.executable, script], env={**os.environ, **mark}, stdout=subprocess.PIPE
     )
 
     def alive():
@@ -175,21 +173,25 @@ def test_workers_end_when_their_parent_is_gone(tmp_path, fifo, method):
                     found.append(int(process.name))
         return found
 
-    assert run.stdout.readline() == run.stdout.readline() == b"reading\n" and len(alive()) >= 3
+    assert [run.stdout.readline() for _ in range(3)] == [b"reading\n"] * 3 and len(alive()) >= 4
     run.kill()
     run.wait()
     wait_for(lambda: not alive(), 30)
 
 
-@pytest.mark.parametrize("limit, words", [("-f 200", "enlarge /dev/shm"), ("-n 20", "files")])
-def test_what_a_worker_cannot_do_is_one_line(tmp_path, limit, words):
-    line = " ".join(command(*SHARED, "--sizes", 64, "--workers", 2, "--out", tmp_path / "run"))
-    run = subprocess.run(
-        ["bash", "-c", f"ulimit {limit}; {line}"], capture_output=True, text=True, timeout=120
-    )
-    said = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
+def limit(what, value, method):
+    value += len(os.listdir("/proc/self/fd")) if what == resource.RLIMIT_NOFILE else 0
+    resource.setrlimit(what, (value, resource.getrlimit(what)[1]))
+
+
+@pytest.mark.parametrize("what, value, words", [(resource.RLIMIT_FSIZE, 200_000, "enlarge /dev/shm"),
+                                                (resource.RLIMIT_NOFILE, 16, "files")])  # fmt: skip
+def test_what_a_worker_cannot_do_is_one_line(tmp_path, what, value, words):
+    arguments = [*SHARED, "--sizes", 64, "--workers", 2, "--out", tmp_path / "run"]
+    ((code, _, err),) = ranks_of(1, swav, *arguments, change=functools.partial(limit, what, value))
+    said = [line for line in err.splitlines() if line.startswith("error: ")]
     # threads of multiprocessing may speak before or after it
-    assert run.returncode == 3 and len(said) == 1 and words in said[0], run.stderr
+    assert code == 3 and len(said) == 1 and words in said[0], err
 
 
 def test_shared_memory_that_cannot_be_had_is_named(tmp_path, capsys, monkeypatch):
@@ -353,13 +355,17 @@ def test_an_empty_value_is_refused_by_evaluations(capsys):
 
 
 @pytest.mark.parametrize("option", ["prototypes", "hidden", "width", "sizes"])
-def test_memory_that_a_cpu_does_not_have_is_one_line(tmp_path, option):
-    line = command(*SHARED, "--out", tmp_path, f"--{option}", 10**6 if option == "sizes" else 10**11)
-    limit = (24 << 30, 24 << 30)
-    run = start(*line, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, limit))
-    code, _, err = finish(run)
-    assert code == 1 and "the memory is full: lower --batch-size" in err and one_line(err), err
-    assert "or give --checkpointing" in err
+def test_memory_that_a_cpu_does_not_have_is_one_line(tmp_path, capsys, option):
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (24 << 30, limits[1]))
+    try:
+        size = 10**6 if option == "sizes" else 10**11
+        assert swav_here(*SHARED, "--out", tmp_path, f"--{option}", size) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    err = capsys.readouterr().err
+    assert "the memory is full: lower --batch-size" in err and "or give --checkpointing" in err
+    assert one_line(err), err
 
 
 @pytest.mark.parametrize(
@@ -497,37 +503,32 @@ def test_odd_options_never_show_a_traceback(pairs):
 
 # ---- found by a second look
 
-PARTLY = """import os, signal, sys
-from multiprocessing.process import BaseProcess
-begin, begun = BaseProcess.start, []
-def start(process):
-    begun.append(process)
-    if len(begun) == 2:
-        os.kill(os.getpid(), signal.SIGINT)
-    if len(begun) == 3 and "--full" in sys.argv:
-        raise OSError(24, "Too many open files")
-    begin(process)
-BaseProcess.start = start
-import swav as m
-m.launch(m.main, m.parse(m.Config, m.RECIPES, "", [word for word in sys.argv[1:] if word != "--full"]))"""
+def partly(full, pids, method):
+    """The second worker is asked to stop as it starts, and the third cannot be started."""
+    begin, begun = BaseProcess.start, []
+
+    def start(process):
+        begun.append(process)
+        if len(begun) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        if len(begun) == 3 and full:
+            raise OSError(24, "Too many open files")
+        begin(process)
+        pids.write_text(f"{pids.read_text()} {process.pid}")
+
+    BaseProcess.start = start
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_a_run_ends_though_its_workers_were_not_all_started(tmp_path, monkeypatch, full):
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    (tmp_path / "partly.py").write_text(PARTLY)
-    line = command(
-        *SHARED, "--workers", 3, *["--full"] * full, "--out", tmp_path, script=tmp_path / "partly.py"
-    )
-    run = start(*line)
-    started = []
-    while run.poll() is None:
-        started = tree(run.pid)[1:] or started
-        time.sleep(0.05)
-    code, out, err = finish(run)
+def test_a_run_ends_though_its_workers_were_not_all_started(tmp_path, full):
+    pids = tmp_path / "pids"
+    pids.write_text("")
+    change = functools.partial(partly, full, pids)
+    ((code, out, err),) = ranks_of(1, swav, *SHARED, "--workers", 3, "--out", tmp_path, change=change)
     assert (code, "stopped by a signal" in out) == ((3, False) if full else (0, True)), out + err
     assert ("Too many open files" in err) == full
-    wait_for(lambda: not [pid for pid in started if Path(f"/proc/{pid}").exists()], 30)
+    assert len(pids.read_text().split()) == (2 if full else 3)
+    wait_for(lambda: not [pid for pid in pids.read_text().split() if Path(f"/proc/{pid}").exists()], 30)
 
 
 def test_fresh_starts_over_where_the_first_try_did_not_get_that_far(tmp_path, monkeypatch):

@@ -29,9 +29,11 @@ from helpers import (
     finish,
     image_tree,
     kill_tree,
+    killed_and_resumed,
     losses,
     metrics,
     ranks,
+    ranks_of,
     run_here,
     same,
     saved,
@@ -53,31 +55,14 @@ from common.engine.run import Run
 
 
 def test_a_killed_run_ends_with_the_same_bits(tmp_path):
-    shared = ["--data", "shapes:64", *TINY, *QUEUE, "--epochs", 4, "--save-every", 0, "--workers", 1]
-    straight = start(*command(*shared, "--out", tmp_path / "straight"))
-    killed = start(*command(*shared, "--out", tmp_path / "killed"), start_new_session=True)
-    for line in killed.stdout:
-        if "step 6/16" in line:  # in the middle of the second epoch, with the queue in use
-            os.killpg(killed.pid, signal.SIGKILL)
-            break
-    killed.wait()
-    assert not (tmp_path / "killed" / "done.json").exists()
-    code, out, err = finish(start(*command(*shared, "--out", tmp_path / "killed")))
-    assert code == 0 and re.search(r"resumed at step [4-7] of 16", out), out + err
-    assert finish(straight)[0] == 0
-    a, b = saved(tmp_path / "straight"), saved(tmp_path / "killed")
-    for part in ("model", "optimizer", "memory"):
-        assert same(a[part], b[part]), part
-    assert torch.equal(a["meter"]["assignments"], b["meter"]["assignments"])
-    steps = [record["step"] for record in metrics(tmp_path / "killed") if "loss" in record]
-    assert steps == list(range(1, 17))
-    assert losses(tmp_path / "straight") == losses(tmp_path / "killed")
+    shared = ["--data", "shapes:64", *TINY, *QUEUE, "--epochs", 4]  # in mid-epoch, with the queue in use
+    assert killed_and_resumed(swav, shared, tmp_path, "Run.log 6") == 5
 
 
 def test_another_world_size_goes_on_with_the_same_batches(tmp_path):
     shared = ["--data", "shapes:64", *TINY, *QUEUE, "--precision", "float64", "--epochs", 4, "--max-steps"]
     assert swav_here(*shared, 12, "--out", tmp_path / "one") == 0
-    assert swav_ranks(2, *shared, 5, "--out", tmp_path / "both")[0] == 0
+    assert [code for code, _, _ in ranks_of(2, swav, *shared, 5, "--out", tmp_path / "both")] == [0, 0]
     assert swav_here(*shared, 12, "--out", tmp_path / "both") == 0
     np.testing.assert_allclose(losses(tmp_path / "both"), losses(tmp_path / "one"), rtol=1e-9)
 
@@ -246,17 +231,23 @@ def test_polite_stops(tmp_path, who):
     assert code == 0 and "resumed at step" in out
 
 
+def ask_rank_1_twice(method):
+    log = method.Run.log
+
+    def asked(run, *arguments, **figures):
+        log(run, *arguments, **figures)
+        if run.step == 3 and rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    method.Run.log = asked
+
+
 def test_two_ranks_stop_together_though_one_alone_is_asked(tmp_path):
     shared = ["--data", "shapes:64", *TINY, "--epochs", 50000, "--out", tmp_path, "--workers", 1]
-    run = start(*command(*shared, ranks=2))
-    for line in run.stdout:
-        if "step 3/" in line:
-            os.kill(children(run.pid)[-1], signal.SIGTERM)
-            os.kill(children(run.pid)[-1], signal.SIGTERM)
-            break
-    out, err = run.communicate(timeout=60)
-    assert run.returncode == 0 and out.count("stopped by a signal") == 1, out + err
-    assert saved(tmp_path)["step"] == metrics(tmp_path)[-1]["step"] >= 3
+    (code, out, _), (other, *_) = ranks_of(2, swav, *shared, change=ask_rank_1_twice)
+    assert code == other == 0 and out.count("stopped by a signal, after step 4") == 1, out
+    assert saved(tmp_path)["step"] == metrics(tmp_path)[-1]["step"] == 4
 
 
 # ---- checkpoints
@@ -579,15 +570,15 @@ def test_a_directory_that_cannot_be_written_is_said_before_the_first_step(tmp_pa
     assert "cannot be written" in err and err.count("\n") == 1 and "step" not in out
 
 
-def test_a_second_run_on_one_directory_is_refused(tmp_path):
+def test_a_second_run_on_one_directory_is_refused(tmp_path, capsys):
     shared = ["--data", "shapes:64", *TINY, "--epochs", 5000, "--out", tmp_path]
     first = start(*command(*shared))
     try:
         for line in first.stdout:
             if "step 1/" in line:
                 break
-        code, _, err = finish(start(*command(*shared)))
-        assert code == 2 and f"is in use by another run (process {first.pid} on" in err
+        assert swav_here(*shared) == 2
+        assert f"is in use by another run (process {first.pid} on" in capsys.readouterr().err
     finally:
         first.kill()
         first.wait()
@@ -756,7 +747,7 @@ def nan_on_rank_1(out):
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_stops_all(tmp_path):
-    assert swav_ranks(2, "--data", "shapes:64", *TINY, "--max-steps", 2, "--out", tmp_path)[0] == 0
+    assert swav_here("--data", "shapes:64", *TINY, "--max-steps", 2, "--out", tmp_path) == 0
     assert ranks(2, nan_on_rank_1, tmp_path) == [5, 5]
     assert saved(tmp_path)["step"] == 2 and all(w.isfinite().all() for w in saved(tmp_path)["model"].values())
 

@@ -11,17 +11,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import (
-    command,
-    finish,
     golden,
     image_tree,
     killed_and_resumed,
     losses,
     metrics,
     ranks,
+    ranks_of,
     run_here,
     saved,
-    start,
+    two_ranks_as_one,
 )
 from test_parity import PRECISIONS, close, drawn, of, weight_by_rule
 from torch import nn
@@ -39,7 +38,6 @@ from common.optim import drops
 from common.sources.files import Files
 from common.weights import load_backbone
 
-SCRIPT = "sela.py"
 TINY = "--recipe shapes --width 0.125 --sizes 16 --prototypes 5 --heads 2 --batch-size 16".split()
 TINY += "--workers 0 --log-every 1".split()
 SHARED = ["--data", "shapes:80", *TINY, "--epochs", 4, "--relabellings", 6]
@@ -147,20 +145,11 @@ def test_labels_are_balanced_on_any_number_of_ranks():
 
 @pytest.mark.parametrize("labelling", ["train", "clean"])
 def test_two_ranks_follow_the_trajectory_of_one(tmp_path, labelling):
-    shared = [*SHARED, "--precision", "float64", "--drop-epochs", 2, "--labelling", labelling,
+    shared = [*SHARED, "--drop-epochs", 2, "--labelling", labelling,
               *(["--one-head"] if labelling == "clean" else [])]
-    assert here(*shared, "--out", tmp_path / "one") == 0
-    code, _, err = finish(start(*command(*shared, "--out", tmp_path / "two", ranks=2, script=SCRIPT)))
-    assert code == 0, err
-    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
-    assert len(one) == 20 == len(set(one))
-    np.testing.assert_allclose(two, one, rtol=1e-9)
-    a, b = saved(tmp_path / "one"), saved(tmp_path / "two")
-    for name, weight in a["model"].items():
-        torch.testing.assert_close(b["model"][name], weight, rtol=0, atol=1e-8, msg=name)
+    a, b = two_ranks_as_one(sela, shared, tmp_path)
     assert torch.equal(a["memory"]["targets"],
                        b["memory"]["targets"]) and a["memory"]["done"] == b["memory"]["done"] == 4
-    assert torch.equal(a["meter"]["assignments"], b["meter"]["assignments"])
 
 
 @pytest.mark.slow
@@ -170,8 +159,7 @@ def test_two_ranks_train_alexnet_as_one(tmp_path):
               "--relabellings", 300]
     shared += ["--lr", 0.05, "--workers", 0, "--log-every", 1, "--precision", "float64", "--max-steps", 4]
     assert here(*shared, "--out", tmp_path / "one") == 0
-    code, _, err = finish(start(*command(*shared, "--out", tmp_path / "two", ranks=2, script=SCRIPT)))
-    assert code == 0, err
+    assert [code for code, _, _ in ranks_of(2, sela, *shared, "--out", tmp_path / "two")] == [0, 0]
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-9)
     trunk, info = load_backbone(tmp_path / "two")
     assert (info["arch"], info["size"],
@@ -179,9 +167,9 @@ def test_two_ranks_train_alexnet_as_one(tmp_path):
 
 
 @pytest.mark.parametrize("labelling", ["train", "clean"])
-@pytest.mark.parametrize("hang", ["", "assign 3"])
-def test_a_killed_run_ends_with_the_same_bits(tmp_path, hang, labelling):
-    assert killed_and_resumed(SCRIPT, [*SHARED, "--labelling", labelling], tmp_path, hang) > 0
+@pytest.mark.parametrize("kill", ["Run.log 8", "assign 3"])
+def test_a_killed_run_ends_with_the_same_bits(tmp_path, kill, labelling):
+    assert killed_and_resumed(sela, [*SHARED, "--labelling", labelling], tmp_path, kill) > 0
 
 
 def test_heads_take_turns_and_the_log_says_what_a_relabelling_did(tmp_path):

@@ -4,7 +4,6 @@ import importlib.util
 import json
 import os
 import re
-import sys
 import time
 from dataclasses import fields, replace
 
@@ -21,10 +20,12 @@ from helpers import (
     image_tree,
     losses,
     metrics,
+    ranks_of,
     saved,
     start,
     swav_here,
     swav_ranks,
+    two_ranks_as_one,
     unreadable,
 )
 
@@ -36,47 +37,24 @@ from common.engine.options import parse, recipe, table
 
 @pytest.mark.parametrize("queue", [QUEUE, ["--freeze-prototypes-iters", "3", "--queue-length", "0"]],
                          ids=["queue", "no queue"])
-def test_two_ranks_follow_the_trajectory_of_one(tmp_path, queue):
+def test_two_ranks_follow_the_trajectory_of_one(tmp_path, capsys, queue):
     shared = ["--data", "shapes:64", "--recipe", "shapes", *TINY, *queue, "--crops", 2, 2, "--sizes", 16, 12,
-              "--scales", 0.3, 1, 0.1, 0.4]
-    shared += ["--blur-p", 0.5, "--precision", "float64", "--max-steps", 20, "--epochs", 6]
-    assert swav_here(*shared, "--out", tmp_path / "one") == 0
-    code, out, err = swav_ranks(2, *shared, "--out", tmp_path / "two")
-    assert code == 0, err
-    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
-    assert len(one) == 20 and len(set(one)) == 20
-    np.testing.assert_allclose(two, one, rtol=1e-9)
-    a, b = saved(tmp_path / "one"), saved(tmp_path / "two")
-    for name, weight in a["model"].items():
-        torch.testing.assert_close(b["model"][name], weight, rtol=0, atol=1e-8, msg=name)
-    assert torch.equal(a["meter"]["assignments"],
-                       b["meter"]["assignments"]) and (a["meter"]["assignments"] >= 0).all()
+              "--scales", 0.3, 1, 0.1, 0.4, "--blur-p", 0.5, "--max-steps", 20, "--epochs", 6]
+    a, b = two_ranks_as_one(swav, shared, tmp_path)
+    assert (a["meter"]["assignments"] >= 0).all()
     if queue is QUEUE:
         assert a["memory"]["queue"].shape == (2, 48, 8)
         # the same order of rows
         torch.testing.assert_close(b["memory"]["queue"], a["memory"]["queue"], rtol=0, atol=1e-9)
         filled = [record["queue_filled"] for record in metrics(tmp_path / "one") if "loss" in record]
-        assert filled[:4] == [16, 32, 48, 48] and "used from step 4 on" in out
+        assert filled[:4] == [16, 32, 48, 48] and "used from step 4 on" in capsys.readouterr().out
 
 
 def test_first_float32_loss_of_two_ranks_equals_that_of_one(tmp_path):
     shared = ["--data", "shapes:64", "--recipe", "shapes", *TINY, "--precision", "float32", "--max-steps", 1]
     assert swav_here(*shared, "--out", tmp_path / "one") == 0
-    assert swav_ranks(2, *shared, "--out", tmp_path / "two")[0] == 0
+    assert [code for code, _, _ in ranks_of(2, swav, *shared, "--out", tmp_path / "two")] == [0, 0]
     np.testing.assert_allclose(losses(tmp_path / "two")[0], losses(tmp_path / "one")[0], rtol=1e-5)
-
-
-def test_the_published_recipe_trains_under_torchrun(tmp_path):
-    tree = image_tree(tmp_path / "imagenet")
-    code, out, err = swav_ranks(2, "--data", tree, "--recipe", "swav_400ep_8x32", "--batch-size", 4,
-                                "--max-steps", 2, "--log-every", 1,
-                                "--workers", 1, "--out", tmp_path / "run")  # fmt: skip
-    assert code == 0, err
-    assert "resnet50" in out and "2x224 px + 6x96 px" in out
-    assert "lr 0.009375 (0.6 at the recipe's batch 256)" in out
-    assert len(losses(tmp_path / "run")) == 2 and np.isfinite(losses(tmp_path / "run")).all()
-    state = saved(tmp_path / "run")
-    assert state["model"]["prototypes.weight"].shape == (3000, 128) and state["step"] == 2
 
 
 @pytest.mark.parametrize("name", ["small", "cifar"])
@@ -88,22 +66,21 @@ def test_recipes_for_small_data_train_on_a_folder_of_photos(tmp_path, capsys, na
     assert "70 images of" in out and "no labels; crops 4x32 px" in out and len(losses(tmp_path / "run")) == 2
 
 
-def test_two_nodes_on_one_host(tmp_path):
-    tree = image_tree(tmp_path / "imagenet")
-    shared = ["--data", tree, "--recipe", "swav_400ep_8x32", "--batch-size", 4, "--max-steps", 1,
-              "--log-every", 1, "--workers", 0,
-              "--crops", 2, 1, "--out", tmp_path / "run"]  # fmt: skip
-    nodes, port = [], free_port()
-    for node in range(2):
-        line = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={node}",
-                "--nproc_per_node=1"]
-        line += ["--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{port}", "--rdzv_id=test",
-                 str(ROOT / "swav.py"), *map(str, shared)]
-        nodes.append(start(*line))
+def test_the_published_recipe_trains_under_torchrun_on_two_nodes(tmp_path):
+    shared = ["--data", image_tree(tmp_path / "imagenet"), "--recipe", "swav_400ep_8x32", "--batch-size", 4,
+              "--max-steps", 2, "--log-every", 1, "--workers", 1, "--out", tmp_path / "run"]
+    line, port = command(*shared, ranks=1), free_port()
+    line.remove("--standalone")
+    rendezvous = ["--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{port}", "--rdzv_id=test"]
+    nodes = [start(*line[:3], *rendezvous, f"--node_rank={node}", *line[3:]) for node in range(2)]
     results = [finish(node) for node in nodes]
     assert [code for code, _, _ in results] == [0, 0], results
-    assert sum("2 x cpu" in out for _, out, _ in results) == 1  # one rank speaks
-    assert len(losses(tmp_path / "run")) == 1
+    (out,) = (out for _, out, _ in results if "2 x cpu" in out)  # one rank speaks
+    assert "resnet50" in out and "2x224 px + 6x96 px" in out
+    assert "lr 0.009375 (0.6 at the recipe's batch 256)" in out
+    assert len(losses(tmp_path / "run")) == 2 and np.isfinite(losses(tmp_path / "run")).all()
+    state = saved(tmp_path / "run")
+    assert state["model"]["prototypes.weight"].shape == (3000, 128) and state["step"] == 2
 
 
 # ---- what the run tells
