@@ -77,7 +77,7 @@ def newest(path, expect=None):
             damage.append(str(error))
             continue
         except CheckpointError as error:
-            raise CheckpointError(f"{error}; --fresh starts over") from None
+            raise CheckpointError(f"{error}: give what it has to go on, or --fresh to start over") from None
         if damage:
             say(f"warning: {damage[0]}; going on from {candidate}")
             os.replace(path, path.with_name(f"damaged_{path.name}"))

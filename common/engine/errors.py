@@ -84,7 +84,7 @@ def out_of_memory(error):
 
 def reason(error):
     """Returns in one line what an exception says."""
-    if isinstance(error, pickle.UnpicklingError):  # torch's own message advises weights_only=False
+    if isinstance(error, pickle.UnpicklingError):  # torch advises to load without weights_only
         return "it is not what torch.save writes"
     words = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
     return words.splitlines()[0].removesuffix(": ")
