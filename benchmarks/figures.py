@@ -146,8 +146,9 @@ def odc_picture(found):
     for tenth in range(bottom, top + 1):
         parts += draw.level(left, right, y(tenth / 10), f"{tenth / 10:.1f}")
     for epoch in range(epochs + 1):
-        parts += [draw.path([(x(epoch), high), (x(epoch), low)], "stroke: var(--grid)"),
-                  draw.text(x(epoch), low + 20, epoch, "middle")]
+        parts += [draw.path([(x(epoch), high), (x(epoch), low)], "stroke: var(--grid)")]
+        if epoch % max(1, epochs // 10) == 0:  # room for ten or so numbers
+            parts += [draw.text(x(epoch), low + 20, epoch, "middle")]
     for place, (name, colour) in zip((left + 130, left + 260),
                                      (("DeepCluster", "orange"), ("ODC", "purple"))):
         parts += [draw.line([(x(epoch), y(loss)) for epoch, loss in curves[name]], colour)]
