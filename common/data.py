@@ -94,7 +94,8 @@ def _open(spec, split, root, index):
         missing = "is neither a folder nor a regular file" if path.exists() else "does not exist"
     if folder:
         if split == "val" and not (path / "val").is_dir():
-            raise DataError(f"{path} has no val/ folder to evaluate on")
+            raise DataError(f"{path} has no val/ folder to evaluate on: name labelled images with --val; "
+                            "eval_cluster.py RUN --images DIR needs no labels")
         inner = path / split if (path / split).is_dir() else path
         if next(inner.glob("*.tar"), None):
             from .sources.tars import open_tars, shards_of
