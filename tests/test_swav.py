@@ -93,6 +93,10 @@ def test_report_warns_of_what_will_not_work(tmp_path, capsys):
     assert "--prototypes 30 are more than the 4 rows" in out
     assert "--prototypes 30 means 2.1 images per cluster: take at most 6" in out
     assert "--batch-size 4 is far from the recipe's" in out
+    assert "--freeze-prototypes-iters" not in out  # 50 of 128 steps
+    assert swav_here("--data", "shapes:64", *run, "--freeze-prototypes-iters", 128, "--fresh") == 0
+    assert "--freeze-prototypes-iters 128 of 128 steps: prototypes stay untrained, take at most 16" in \
+        capsys.readouterr().out
 
 
 def test_run_directory_holds_what_it_promises(tmp_path, capsys):

@@ -134,6 +134,10 @@ def report(run, published, assigned, temporary=0):
     if not published.batch_size / 4 <= c.batch_size <= published.batch_size * 4:
         say(f"warning: --batch-size {c.batch_size} is far from the recipe's {published.batch_size}: "
             "--lr and --prototypes may need tuning")
+    frozen = getattr(c, "freeze_prototypes_iters", 0)
+    if frozen >= run.total:
+        say(f"warning: --freeze-prototypes-iters {frozen} of {run.total} steps: prototypes stay untrained, "
+            f"take at most {run.steps_per_epoch}")
 
 
 def held_bytes(run, temporary):
