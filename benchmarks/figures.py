@@ -212,7 +212,7 @@ PICTURES = {"deepcluster.svg": deepcluster_picture, "odc.svg": odc_picture, "sel
 
 def value(found, benchmark, name):
     if name not in found[benchmark]["figures"]:
-        raise SystemExit(f"error: {FILES[benchmark]}.json lacks '{name}': python -m benchmarks.{benchmark}")
+        raise SystemExit(f"error: {FILES[benchmark]}.json lacks '{name}': make figures")
     return found[benchmark]["figures"][name]
 
 
@@ -334,8 +334,7 @@ def drawn():
     found, page = {}, PAGE.read_text()
     for benchmark, name in FILES.items():
         if not (RESULTS / f"{name}.json").exists():
-            words = f"benchmarks.{benchmark}{' --runs runs' * (benchmark == 'figures')}"
-            raise SystemExit(f"error: no {RESULTS / name}.json: python -m {words}")
+            raise SystemExit(f"error: no {RESULTS / name}.json: make figures")
         found[benchmark] = json.loads((RESULTS / f"{name}.json").read_text())
     for name, table in TABLES.items():
         page = between(page, name, table(found), "figures")

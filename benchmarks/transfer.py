@@ -22,6 +22,7 @@ from common import distributed
 from common.evaluation import detector
 from common.resnet import resnet50
 
+PRESETS = {**eval_segmentation.PRESETS, **eval_detection.PRESETS}  # both have a "small", not measured
 CLASSES = {"voc12aug_20k": 21, "cityscapes_40k": 19, "voc0712_24k": 20, "coco_fpn_1x": 80}
 
 
@@ -61,10 +62,8 @@ def measure(name, args):
     device = distributed.start()
     before = resident()
     torch.manual_seed(0)
-    kind, presets = (segmentation, eval_segmentation.PRESETS)
-    if name in eval_detection.PRESETS:
-        kind, presets = (detection, eval_detection.PRESETS)
-    model, loss = kind(presets[name], CLASSES[name], args.batch_size, device)
+    kind = detection if name in eval_detection.PRESETS else segmentation
+    model, loss = kind(PRESETS[name], CLASSES[name], args.batch_size, device)
     model.to(device, memory_format=torch.channels_last).train()
     optimizer, times = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9), []
     for _ in range(args.steps):

@@ -18,7 +18,7 @@ from PIL import Image
 import deepclusterv2
 import sela
 import swav
-from benchmarks import ablations, figures, methods, multicrop, report, subset, supervised
+from benchmarks import ablations, figures, methods, multicrop, report, subset, supervised, transfer
 from benchmarks.record import finished
 from common import data
 from common.engine.held_out import match_classes, open_queries
@@ -482,6 +482,15 @@ def test_the_page_of_data_says_what_was_measured():
     assert 0.9 < scale["large / small, steps/s"] < 1.1
     private = [scale[f"{rows}: private MB of all processes"] for rows in ("10 k", "100 M")]
     assert private[1] - private[0] < 50
+
+
+def test_the_page_of_evaluation_says_what_a_step_costs():
+    page = (report.ROOT / "docs/evaluation.md").read_text()
+    figures = json.loads((report.RESULTS.parent / "transfer_cpu.json").read_text())["figures"]
+    assert set(transfer.CLASSES) == set(transfer.PRESETS) - {"small", "voc0712_24k_swav"}  # rates differ
+    for name in transfer.CLASSES:
+        row = f"{figures[f'{name}, s per step']:.1f} | {figures[f'{name}, GB']:.1f} |"
+        assert re.search(rf"^\| `{name}` \|.*\| {re.escape(row)}$", page, re.MULTILINE), row
 
 
 def test_figures_of_another_recipe_are_not_taken_over(tmp_path, monkeypatch):
