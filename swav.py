@@ -55,7 +55,7 @@ TINY = dict(arch="resnet10", width=0.5, stem="small", hidden=256, dim=64, crops=
             queue_length=0, freeze_prototypes_iters=100, batch_size=32, lr=0.8, final_lr=0.0008)
 SHAPES = dict(TINY, width=0.25, crops=(2, 2), sizes=(24, 16), eval_size=32, scales=(0.4, 1.0, 0.2, 0.5),
               jitter=(0.4, 0.4, 0.4, 0.2), dim=32, prototypes=40, epsilon=0.03, freeze_prototypes_iters=50,
-              batch_size=64, lr=2.4, final_lr=0.0024, epochs=8)
+              batch_size=64, lr=2.4, final_lr=0.0024, epochs=10)
 RECIPES = {  # name: (result, by default ImageNet linear top-1; options that differ from the first row)
     "swav_400ep_8x32": ("74.3, one node of 8 GPUs; the default with --data", dict(
         crops=(2, 6), sizes=(224, 96), scales=(0.14, 1.0, 0.05, 0.14), jitter=(0.8, 0.8, 0.8, 0.2),

@@ -101,7 +101,7 @@ EXPERIMENTS = {
     "deepclusterv2, temperature 1": (dict(temperature=1.0), {}),
     "deepclusterv2, one clustering": (dict(heads=1), {}),
     "swav, 2 large crops": (dict(LARGE, crops=(2,)), {}),
-    "swav, 2 large crops for as many FLOPs": (dict(LARGE, crops=(2,), epochs=12), {}),
+    "swav, 2 large crops for as many FLOPs": (dict(LARGE, crops=(2,), epochs=14), {}),
     "swav, 4 large crops": (dict(LARGE, crops=(4,)), {}),
     "swav, 2 large and 6 small crops": (dict(crops=(2, 6)), {}),
     "swav, batch 16": (dict(batch_size=16, lr=1.2, final_lr=0.0012), {}),

@@ -281,7 +281,7 @@ def steadiness(found):
 def retraining(found):
     if len(of_method(found, "sela", "anew")) < 2:
         return "Not measured yet."
-    rows = {"SeLa itself, 6 epochs of 12": "sela: 20-NN % after 6 epochs", "SeLa itself": "sela: 20-NN %"}
+    rows = {"SeLa itself, 6 epochs of 18": "sela: 20-NN % after 6 epochs", "SeLa itself": "sela: 20-NN %"}
     rows |= {f"{name[6:]}, 6 epochs": f"{name}: 20-NN %" for name in of_method(found, "sela", "anew")[1:]}
     lines = [f"| {title} | {spread(value(found, 'ablations', name))} |" for title, name in rows.items()]
     return "\n".join(["| | 20-NN, % |", "|---|---|", *lines])
