@@ -47,7 +47,7 @@ TINY = dict(arch="resnet10", width=0.5, stem="small", crops=(1,), sizes=(32,), s
             eval_size=48, jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, rotate=0.0, prototypes=50,
             memory_momentum=0.3, batch_size=32, lr=0.05, drop_epochs=())
 SHAPES = dict(TINY, width=0.25, sizes=(24,), eval_size=32, scales=(0.4, 1.0), jitter=(0.4, 0.4, 1.0, 0.5),
-              jitter_p=1.0, epochs=30, drop_epochs=(25,), drop_factor=0.1)
+              jitter_p=1.0, memory_momentum=0.5, epochs=36, drop_epochs=(31,), drop_factor=0.1)
 RECIPES = {  # name: (result, by default ImageNet linear top-1; options that differ from the first row)
     "odc_440ep": (
         "53.4, F1 to F5 14.8 31.8 42.4 55.8 57.7, VOC07 SVM 78.4, 20-NN 39.1 (OpenSelfSup); "
