@@ -88,7 +88,7 @@ def test_the_published_recipe_trains_under_torchrun_on_two_nodes(tmp_path):
 
 
 def test_report_warns_of_what_will_not_work(tmp_path, capsys):
-    run = [*TINY, "--batch-size", 4, "--max-steps", 1, "--out", tmp_path]
+    run = [*TINY, "--batch-size", 4, "--max-steps", 1, "--epochs", 8, "--out", tmp_path]
     assert swav_here("--data", "shapes:64", *run, "--prototypes", 30) == 0
     out = capsys.readouterr().out
     assert "--prototypes 30 are more than the 4 rows" in out
