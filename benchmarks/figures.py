@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 import deepcluster
+import sela
 import swav
 from benchmarks import ablations, diagrams, draw, multicrop
 from benchmarks.record import RESULTS, metrics, origin
@@ -279,10 +280,13 @@ def steadiness(found):
 
 
 def retraining(found):
-    if len(of_method(found, "sela", "anew")) < 2:
+    anew = of_method(found, "sela", "anew")[1:]
+    if not anew:
         return "Not measured yet."
-    rows = {"SeLa itself, 6 epochs of 18": "sela: 20-NN % after 6 epochs", "SeLa itself": "sela: 20-NN %"}
-    rows |= {f"{name[6:]}, 6 epochs": f"{name}: 20-NN %" for name in of_method(found, "sela", "anew")[1:]}
+    some, every = ablations.RETRAINED["epochs"], recipe(sela.Config, sela.RECIPES, "shapes").epochs
+    rows = {f"SeLa itself, {some} epochs of {every}": f"sela: 20-NN % after {some} epochs"}
+    rows["SeLa itself"] = "sela: 20-NN %"
+    rows |= {f"{name[6:]}, {some} epochs": f"{name}: 20-NN %" for name in anew}
     lines = [f"| {title} | {spread(value(found, 'ablations', name))} |" for title, name in rows.items()]
     return "\n".join(["| | 20-NN, % |", "|---|---|", *lines])
 
