@@ -34,7 +34,7 @@ import odc
 import sela
 import selav2
 import swav
-from benchmarks.record import RESULTS, curve_of, finished, last_loss, metrics, write
+from benchmarks.record import RESULTS, curve_of, finished, last_loss, machine, metrics, write
 from common import data
 from common.engine.errors import ArgumentError
 from common.engine.launch import launch
@@ -149,14 +149,15 @@ def options_of(name):
 
 
 def measured(file, name):
-    """Returns {seed: figures} of an experiment from the results file, if it has the same options now."""
+    """Returns {seed: figures} of an experiment from the results file, if it has the same options now, and the
+    machine that it was run on."""
     saved = json.loads(file.read_text()) if file.exists() else {"settings": {"options": {}}}
     if saved["settings"]["options"].get(name) != options_of(name):
-        return {}
+        return {}, None
     columns = {key.removeprefix(f"{name}: "): values for key, values in saved["figures"].items()
                if key.startswith(f"{name}: ")}
     rows = [dict(zip(columns, row)) for row in zip(*columns.values())]
-    return dict(zip(saved["settings"]["seeds"], rows))
+    return dict(zip(saved["settings"]["seeds"], rows)), saved["settings"]["machines"].get(name)
 
 
 def train(name, args, seed):
@@ -198,20 +199,22 @@ def main(args):
     if args.list:
         return print("\n".join(chosen))
     file = "ablations" if args.precision == "auto" else f"ablations_{args.precision}"
-    figures = {}
+    figures, machines = {}, {}
     for name in names:
-        rows = measured(RESULTS / f"{file}_cpu.json", name)
+        rows, where = measured(RESULTS / f"{file}_cpu.json", name)
         for seed in args.seeds:
             done = functools.partial(finished, config_of(name, args, seed), folder(args.out, name, seed))
             if name in chosen and seed not in rows and not done():
                 train(name, args, seed)
             if seed not in rows and done():
                 rows[seed] = figures_of(folder(args.out, name, seed))
+                where = machine(torch.device("cpu"))
         rows = list(itertools.takewhile(bool, (rows.get(seed) for seed in args.seeds)))
         figures |= {f"{name}: {what}": [row[what] for row in rows] for what in (rows[0] if rows else ())}
+        machines |= {name: where} if rows else {}
     options = {name: options_of(name) for name in names}
-    write("ablations", torch.device("cpu"), dict(seeds=args.seeds, precision=args.precision, options=options),
-          figures, file)
+    settings = dict(seeds=args.seeds, precision=args.precision, options=options, machines=machines)
+    write("ablations", torch.device("cpu"), settings, figures, file)
 
 
 if __name__ == "__main__":

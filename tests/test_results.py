@@ -497,10 +497,11 @@ def test_figures_of_another_recipe_are_not_taken_over(tmp_path, monkeypatch):
     saved = json.loads((report.RESULTS.parent / "ablations_cpu.json").read_text())
     file = tmp_path / "ablations_cpu.json"
     file.write_text(json.dumps(saved))
-    found = ablations.measured(file, "swav")
+    found, machine = ablations.measured(file, "swav")
     assert [row["20-NN %"] for row in found.values()] == saved["figures"]["swav: 20-NN %"]
+    assert machine == saved["settings"]["machines"]["swav"]
     monkeypatch.setitem(swav.RECIPES, "shapes", ("", {**swav.RECIPES["shapes"][1], "epochs": 9}))
-    assert ablations.measured(file, "swav") == ablations.measured(tmp_path / "none.json", "swav") == {}
+    assert ablations.measured(file, "swav") == ablations.measured(tmp_path / "none", "swav") == ({}, None)
 
 
 def test_the_figures_kept_are_of_the_recipes_as_they_are():
