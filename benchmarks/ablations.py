@@ -74,8 +74,8 @@ def clustered_once(memory, *settings, assign=deepclusterv2.assign):
 
 
 class LinearHead(deepclusterv2.Model):
-    def __init__(self, config):
-        super().__init__(config)
+    def __init__(self, config, backbone=None):
+        super().__init__(config, backbone)
         self.projection_head = nn.Linear(self.backbone.feature_dim, config.dim)
 
 

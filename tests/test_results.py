@@ -6,7 +6,6 @@ import json
 import re
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -221,7 +220,7 @@ def test_figures_of_a_run_are_those_of_its_last_epoch_and_all_its_heads(tmp_path
          "largest cluster, %": 85, "NMI to the epoch before": 0.6, "jump of the loss": 0.15})
 
 
-def test_what_is_taken_away_is_gone(monkeypatch):
+def test_what_is_taken_away_is_gone(tmp_path, monkeypatch):
     """The functions that stand in for a script's own do what their names say, and are in its place while it
     runs only."""
     targets = torch.tensor([0, 0, 0, 0, 1])
@@ -246,9 +245,16 @@ def test_what_is_taken_away_is_gone(monkeypatch):
     assert (found[0][0] >= 0).all()
 
     inside, linear = [], "deepclusterv2, linear head"
-    monkeypatch.setattr(deepclusterv2, "main", lambda config: inside.append(deepclusterv2.Model(config)))
-    own, args = deepclusterv2.Model, SimpleNamespace(precision="auto", workers=0, out=Path("out"))
-    ablations.train(linear, args, 0)
+    short = dict(data="shapes:128", epochs=1, prototypes=10)
+    monkeypatch.setitem(ablations.EXPERIMENTS, linear, (short, ablations.EXPERIMENTS[linear][1]))
+    prepare, own = deepclusterv2.prepare, deepclusterv2.Model
+
+    def seen(model, *how):
+        inside.append(model)
+        return prepare(model, *how)
+
+    monkeypatch.setattr(deepclusterv2, "prepare", seen)
+    ablations.train(linear, SimpleNamespace(precision="auto", workers=0, out=tmp_path), 0)
     assert isinstance(inside[0].projection_head, torch.nn.Linear) and deepclusterv2.Model is own
 
 
