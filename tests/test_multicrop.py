@@ -94,7 +94,7 @@ ALONE = {
     "grey": [[1, 1, 1, 0, -1, 1, 0, 0]],
     "grey first": [[1, 1, 1, 0, -1, 2, 0, 0]],
     "blur": [[1, 1, 1, 0, -1, 0, sigma, 0] for sigma in (0.1, 0.5, 1, 2)],
-    "rotation": [[1, 1, 1, 0, -1, 0, 0, angle] for angle in (-170, -30, -1, 5, 45, 90)],
+    "rotation": [[1, 1, 1, 0, -1, 0, 0, angle] for angle in (-170, -30, -1, 5, 40, 90)],
 }
 COMBINED = {"all": everything(False), "all, grey first": everything(True)}
 
