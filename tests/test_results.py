@@ -128,7 +128,8 @@ def test_recipes_and_their_page_report_what_the_files_hold():
         recipes = methods.module_of(name).RECIPES
         said[name] = {images: re.match(r"20-NN ([\d.]+) ", recipes[images][0])[1]
                       for images in ("shapes", "cifar")}
-        assert float(said[name]["cifar"]) == pytest.approx(compared[name]["runs"][0]["knn"], abs=0.051)
+        mean = np.mean([run["knn"] for run in compared[name]["runs"]])
+        assert float(said[name]["cifar"]) == pytest.approx(mean, abs=0.051)
         assert float(said[name]["shapes"]) == pytest.approx(np.mean(shapes[f"{name}: 20-NN %"]), abs=0.051)
     for images in ("shapes", "cifar"):
         rows = re.findall(rf"^\| `{images}`.* \| ([\d.]+) 20-NN", page, re.MULTILINE)
